@@ -1,0 +1,1 @@
+"""Text in, token shards out. Knows nothing of models or DeepSpeed engines."""

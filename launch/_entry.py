@@ -1,0 +1,17 @@
+"""The Python side of train.sh: what `deepspeed launch/train.sh …` runs on each rank."""
+
+import multiprocessing
+import os
+import sys
+
+if multiprocessing.parent_process() is None:  # a spawned helper process reads train.sh again: nothing to do there
+    # ROOT replaces launch/ on the path, where Python put it.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    from pipeline.__main__ import VERBS, command_line
+
+    if not any(argument in VERBS for argument in sys.argv[1:]):
+        sys.argv.insert(1, "train")
+    # deepspeed's launcher puts --local_rank=N first; argparse wants the verb there.
+    first_verb = next(i for i, argument in enumerate(sys.argv) if i and argument in VERBS)
+    sys.argv.insert(1, sys.argv.pop(first_verb))
+    sys.exit(command_line())

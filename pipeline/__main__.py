@@ -1,0 +1,151 @@
+"""python -m pipeline VERB RUN.yaml [--set key=value …]"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from pipeline.config import RunConfig, load_run
+from pipeline.distributed import environment_world_size, join, leave, under_launcher
+from pipeline.errors import EXIT_CODE, UserError
+from pipeline.launcher import start_ranks
+from pipeline.run_folder import STEPS, RunFolder
+from pipeline.steps import Steps
+
+VERBS = {
+    "run": "every step that is not done yet, in order.\nReads the run's YAML; writes output_dir/NAME/, ending with report.html.",
+    "tokenize": "text to token shards.\nReads data.*.path; writes cache_dir/tokens/.",
+    "similarity": "how alike languages look to each layer.\nReads tokens and the dense model; writes similarity.json.",
+    "allocate": "how many experts each layer gets.\nReads similarity.json and the budget; writes expert_plan.json.",
+    "upcycle": "the dense model to a DeepSpeed-MoE checkpoint.\nReads model and expert_plan.json; writes upcycled/.",
+    "train": "train a stage on all ranks.\nReads upcycled/ and tokens; writes stage1/ or stage2/.",
+    "evaluate": "bits per character on held-out text.\nReads checkpoints and tokens; writes evaluation.json.",
+    "report": "what was measured, to look at.\nReads the run's folder; writes report.html.",
+}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline", description="Teach a language model new languages.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, text in VERBS.items():
+        short = text.replace("\n", " ")
+        sub = verbs.add_parser(verb, help=short, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub.add_argument("run", metavar="RUN.yaml", help="such as launch/runs/quickstart.yaml")
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the run")
+        sub.add_argument("--force", action="store_true", help="do it again, also where inputs have changed")
+        if verb == "run":
+            sub.add_argument("--until", choices=STEPS, help="stop after this step")
+        if verb == "train":
+            sub.add_argument("--stage", type=int, choices=(1, 2), help="1 or 2; without it, both")
+        if verb == "evaluate":
+            sub.add_argument("--checkpoint", metavar="TAG", help="base, stage1, stage2/best, stage1/step000050 …")
+        if verb in ("train", "evaluate"):
+            sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Do what the command line says."""
+    options = parse(arguments)
+    run = load_run(options.run, options.set)
+    if not under_launcher() or environment_world_size() == 1:
+        RunFolder.create(run)
+    steps = Steps(run, force=options.force, redo=options.verb != "run")
+    if options.verb == "run":
+        return run_all(run, steps, options.until)
+    if options.verb == "train":
+        stages = [options.stage] if options.stage else [1, 2] if run.stage2 else [1]
+        return train(run, steps, stages)
+    if options.verb == "evaluate":
+        return evaluate(run, steps, options.checkpoint)
+    getattr(steps, options.verb)()
+    return 0
+
+
+def run_all(run: RunConfig, steps: Steps, until: str | None) -> int:
+    """Every step that is not done, up to ``until``."""
+    steps.check_parallel(run.parallel.ranks, _device())
+    todo: dict[str, Callable[[], object]] = {
+        "tokenize": steps.tokenize,
+        "similarity": steps.similarity,
+        "allocate": steps.allocate,
+        "upcycle": steps.upcycle,
+        "stage1": lambda: train(run, steps, [1]),
+        "stage2": lambda: train(run, steps, [2]) if run.stage2 else None,
+        "evaluate": lambda: evaluate(run, steps, None),
+        "report": steps.report,
+    }
+    for step, do in todo.items():
+        do()
+        if step.startswith("stage") and not steps.folder.manifest_path(step).is_file() and not (step == "stage2" and not run.stage2):
+            return 0  # stopped by a signal; it is saved
+        if step == until:
+            break
+    return 0
+
+
+def train(run: RunConfig, steps: Steps, stages: list[int]) -> int:
+    """Train stages: as a rank under a launcher, or by starting the run's ranks."""
+    if 2 in stages and run.stage2 is None:
+        raise UserError("stage2: the run has no such section; add it, or train --stage 1")
+    for number in stages:
+        world_size = environment_world_size() if under_launcher() else run.parallel.ranks
+        steps.check_parallel(world_size, _device())
+        if steps.stage_is_done(number, say=_is_first()):
+            continue
+        if under_launcher():
+            finished = steps.train(number, join())
+            leave()
+            if not finished:
+                return 0
+        else:
+            force = ["--force"] if steps.force else []
+            start_ranks(["train", str(steps.folder.run_file), "--stage", str(number), *force], run.parallel.ranks)
+    return 0
+
+
+def evaluate(run: RunConfig, steps: Steps, tag: str | None) -> int:
+    """Evaluate: as a rank under a launcher, or by starting the run's ranks."""
+    if tag is None and steps.evaluate_is_done(say=_is_first()):
+        return 0
+    if under_launcher():
+        ranks = join()
+        steps.evaluate(ranks, tag)
+        leave()
+    else:
+        force = ["--force"] if steps.force else []
+        checkpoint = ["--checkpoint", tag] if tag else []
+        start_ranks(["evaluate", str(steps.folder.run_file), *checkpoint, *force], run.parallel.ranks)
+    return 0
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _is_first() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def command_line() -> int:
+    """:func:`main`, with a user's mistake as one line and exit code 2: once, where all ranks see the same."""
+    try:
+        return main(sys.argv[1:])
+    except UserError as error:
+        import os
+
+        import torch.distributed
+
+        joined = torch.distributed.is_initialized()
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or joined:
+            print(f"error: {f'rank {rank}: ' if joined and rank != '0' else ''}{error}", file=sys.stderr, flush=True)
+        return EXIT_CODE
+
+
+if __name__ == "__main__":
+    sys.exit(command_line())

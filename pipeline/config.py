@@ -1,0 +1,354 @@
+"""RunConfig: everything that a run's YAML may say, checked once, where it is read."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pipeline.errors import UserError
+from pipeline.yaml_reader import parse_yaml
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the run: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """The dense model: a folder, or a hub id with a revision."""
+
+    path: str
+    revision: str | None = None
+
+
+class SetConfig(Section):
+    """One named set of text; ``language`` is its name unless given; ``weight`` is its share of a stage's tokens."""
+
+    path: str
+    language: str = ""
+    text_field: str = "text"
+    weight: float = Field(default=1.0, gt=0)
+
+
+class HeldOutConfig(Section):
+    """Which documents are held out of training: ``fraction`` of them, by a hash of the field ``by``.
+
+    Documents that share the field's value (a page and its translations) fall on the same side;
+    ``by: document`` uses the text itself. Training documents whose estimated Jaccard similarity to
+    a held-out one exceeds ``near_copy_threshold`` are dropped.
+    """
+
+    by: str = "document"
+    fraction: Fraction = 0.01
+    near_copy_threshold: float = Field(default=0.8, gt=0, le=1)
+
+
+class DataConfig(Section):
+    """The sets: ``old`` languages are kept, ``new`` ones learned, ``watch`` only scored."""
+
+    old: dict[str, SetConfig] = {}
+    new: dict[str, SetConfig]
+    watch: dict[str, SetConfig] = {}
+    held_out: HeldOutConfig = HeldOutConfig()
+    tokenizer: str | None = None
+    separator: str = "auto"
+    token_dtype: Literal["auto", "uint16", "int32"] = "auto"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_are_languages(cls, value: Any) -> Any:
+        """A set's language is its name unless it says otherwise; a set given as null is left out."""
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        for group in ("old", "new", "watch"):
+            sets = value.get(group)
+            if sets is None:
+                value.pop(group, None)
+            elif isinstance(sets, dict):
+                value[group] = {
+                    str(name): {**entry, "language": entry.get("language") or str(name)}
+                    if isinstance(entry, dict)
+                    else entry
+                    for name, entry in sets.items()
+                    if entry is not None
+                }
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if not self.new:
+            raise ValueError("new: no set; name at least one language to learn, as new: {el: {path: el.jsonl}}")
+        groups = {"old": self.old, "new": self.new, "watch": self.watch}
+        names: dict[str, str] = {}
+        for group, sets in groups.items():
+            for name in sets:
+                if name in names:
+                    raise ValueError(f"{group}.{name}: the name is used in {names[name]} too; rename one of the sets")
+                if "/" in name or name.startswith("."):
+                    raise ValueError(f"{group}.{name}: a set's name becomes a folder; use letters, digits, - and _")
+                names[name] = group
+        both = {s.language for s in self.old.values()} & {s.language for s in self.new.values()}
+        if both:
+            raise ValueError(f"language {sorted(both)[0]!r} is both old and new; keep it in one of the two")
+        return self
+
+    @property
+    def sets(self) -> dict[str, SetConfig]:
+        """All sets by name, old before new before watch."""
+        return {**self.old, **self.new, **self.watch}
+
+    def group(self, name: str) -> Literal["old", "new", "watch"]:
+        """Which group the set of this name is in."""
+        return "old" if name in self.old else "new" if name in self.new else "watch"
+
+
+class SimilarityConfig(Section):
+    """How many ``tokens`` a language are read (paper: 100,000), in samples of ``sequence_length``."""
+
+    tokens: Positive = 100_000
+    sequence_length: Positive = 512
+    not_positive: Literal["error", "clamp"] = "error"
+
+
+class ExpertsConfig(Section):
+    """How many experts each layer gets, and how a token chooses among them.
+
+    ``num_new`` is the budget of new experts over all layers; ``delta`` is LayerMoE's own knob;
+    ``counts`` (with ``allocation: explicit``) lists each layer's experts, the original included.
+    ``classifier_layers`` is a number (the most similar layers) or a list of layers; 0 is none.
+    """
+
+    allocation: Literal["layerwise", "uniform", "explicit"] = "layerwise"
+    num_new: int | None = None
+    delta: float | None = None
+    counts: list[int] | None = None
+    rounding: Literal["ceil", "largest_remainder"] = "ceil"
+    top_k: Positive = 2
+    classifier_layers: int | list[int] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExpertsConfig":
+        given = [key for key in ("num_new", "delta", "counts") if getattr(self, key) is not None]
+        allowed = {"layerwise": ("num_new", "delta"), "uniform": ("num_new",), "explicit": ("counts",)}[self.allocation]
+        if len(given) != 1 or given[0] not in allowed:
+            raise ValueError(
+                f"allocation: {self.allocation} takes exactly one of {' or '.join(allowed)}, got {given or 'none'}"
+            )
+        if self.num_new is not None and self.num_new < 1:
+            raise ValueError(f"num_new: {self.num_new} is below one expert; give at least 1")
+        if self.delta is not None and not self.delta > 0:
+            raise ValueError(f"delta: {self.delta} is not positive; the paper uses 70 for Llama-3.2-3B")
+        if self.delta is not None and self.rounding != "ceil":
+            raise ValueError("delta: is only defined with rounding: ceil; add it; or give num_new instead")
+        for layer, count in enumerate(self.counts or []):
+            if count < 1:
+                raise ValueError(f"counts[{layer}]: {count} is below 1; a layer has at least its original MLP")
+        return self
+
+
+class StageConfig(Section):
+    """What both stages share. ``tokens`` of training, ``global_batch_size`` in samples of ``sequence_length``."""
+
+    tokens: Positive
+    sequence_length: Positive = 1024
+    global_batch_size: Positive = 512
+    lr: float = Field(default=5e-5, gt=0)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "StageConfig":
+        batch = self.global_batch_size * self.sequence_length
+        if self.tokens < batch:
+            raise ValueError(
+                f"tokens: {self.tokens} is less than one batch of {self.global_batch_size} x {self.sequence_length} "
+                f"= {batch}; give more tokens or a smaller global_batch_size"
+            )
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps: whole batches only."""
+        return self.tokens // (self.global_batch_size * self.sequence_length)
+
+
+class Stage1Config(StageConfig):
+    """Stage 1: new experts and routers train on the new languages (METHOD: MoE-LPR section 3.2)."""
+
+    balance_weight: float = Field(default=0.01, ge=0)
+    balance_scale: Literal["paper", "reference"] = "paper"
+    balance_statistics: Literal["global", "local"] = "global"
+
+
+class Stage2Config(StageConfig):
+    """Stage 2: routers and classifiers train on a replay of all languages (MoE-LPR section 3.3)."""
+
+    old_share: Fraction = 0.5
+    lpr: Literal["paper", "reference"] = "paper"
+    lpr_weight: float = Field(default=0.1, ge=0)
+    classifier_weight: float = Field(default=0.1, ge=0)
+
+
+class ValidateConfig(Section):
+    """During training: every so many tokens, bits per character on the head of each held-out set."""
+
+    every_tokens: Positive | None = None
+    max_tokens_per_set: Positive = 4096
+
+
+class EvaluateConfig(Section):
+    """At the end: whole held-out documents in fixed windows of so many tokens."""
+
+    window: Positive = 1024
+
+
+class CheckpointConfig(Section):
+    """When a checkpoint is saved (always at the end of a stage) and how many are kept beside the best."""
+
+    every_steps: Positive | None = None
+    every_minutes: float | None = Field(default=30.0, gt=0)
+    keep: Positive = 2
+    resume: Literal["auto", "never"] = "auto"
+
+
+class ParallelConfig(Section):
+    """``ranks`` to start when no launcher did; experts are spread over groups of ``ep_size`` ranks."""
+
+    ranks: Positive = 1
+    ep_size: Positive = 1
+    micro_batch_size: Positive | Literal["auto"] = "auto"
+
+
+class LogConfig(Section):
+    """Which of DeepSpeed's monitors are on."""
+
+    tensorboard: bool = True
+    csv: bool = False
+    wandb: bool = False
+    wandb_project: str = "moe-lpr"
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: Path = Path("runs")
+    cache_dir: Path = Path("cache")
+    seed: int = Field(default=17, ge=0)
+    model: ModelConfig
+    data: DataConfig
+    similarity: SimilarityConfig = SimilarityConfig()
+    experts: ExpertsConfig
+    stage1: Stage1Config
+    stage2: Stage2Config | None = None
+    validate_: ValidateConfig = Field(default=ValidateConfig(), alias="validate")
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    deepspeed: Path = Path("ds_configs/bf16_zero1.json")
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if not self.data.old and (self.stage2 is not None or self.experts.allocation == "layerwise"):
+            reason = "stage2 replays" if self.stage2 is not None else "allocation: layerwise compares with"
+            raise ValueError(f"data.old: no set, but {reason} old languages; add one, as old: {{en: {{path: en.jsonl}}}}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where this run's results lie."""
+        return self.output_dir / self.name
+
+
+def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Read a run's YAML, apply ``key.sub=value`` overrides, and check all of it.
+
+    Raises:
+        UserError: one line for each mistake, naming the file, the key, the value and the mend.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read ({error}); name a run's YAML, such as launch/runs/quickstart.yaml") from error
+    tree = parse_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: holds no keys; copy launch/runs/quickstart.yaml and change it")
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_run(tree, str(path))
+
+
+def parse_run(tree: dict[str, Any], name: str) -> RunConfig:
+    """Check a run's settings, given as nested dicts; ``name`` says in errors where they came from."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [f"{name}: {_explain(dict(problem))}" for problem in error.errors()]
+        raise UserError("\n       ".join(lines)) from error
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set {override}: not of the form key=value, such as --set stage1.lr=1e-4")
+    value = parse_yaml(text, f"--set {key}")
+    for part in parts[:-1]:
+        child = tree.get(part)
+        if child is None:
+            child = tree[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: {part} holds {child!r}, which has no keys of its own; check the name")
+        tree = child
+    tree[parts[-1]] = value
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    """One line for one pydantic error: the key, the value, the mend."""
+    location = ".".join(str(part) for part in problem["loc"])
+    kind, value, message = problem["type"], problem["input"], str(problem["msg"])
+    if kind == "extra_forbidden":
+        return f"{location}: unknown key; {_nearest_key(problem['loc'])}"
+    if kind == "missing":
+        return f"{location}: missing; add it"
+    if kind == "value_error":
+        message = message.removeprefix("Value error, ")
+        return f"{location}: {message}" if location else message
+    return f"{location}: {value!r} won't do: {message[0].lower()}{message[1:]}; change the value"
+
+
+def _nearest_key(location: tuple[str | int, ...]) -> str:
+    section: Any = RunConfig
+    for part in location[:-1]:
+        field = next((f for n, f in section.model_fields.items() if part in (n, f.alias)), None)
+        found = _section_of(field.annotation) if field else None
+        section = found or (section if field is None else None)
+        if section is None:
+            return "remove it"
+    known = [field.alias or name for name, field in section.model_fields.items()]
+    close = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+
+
+def _section_of(annotation: Any) -> Any:
+    """The Section inside an annotation such as ``X``, ``X | None`` or ``dict[str, X]``."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        found = _section_of(part)
+        if found is not None:
+            return found
+    return None

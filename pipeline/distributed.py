@@ -1,0 +1,111 @@
+"""The process group: joining it, and what ranks do together."""
+
+import datetime
+import os
+import resource
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 speaks."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0."""
+        if self.is_first:
+            print(text, flush=True)
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All-reduce in place, and return."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+
+def environment_world_size() -> int:
+    """How many ranks the launcher started; 1 without one. Known before any rank has joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def under_launcher() -> bool:
+    """Whether this process is a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join() -> Ranks:
+    """Join the process group that the launcher's variables describe, or make one of a single rank.
+
+    Backend and device are chosen by what is there: nccl and GPUs, or gloo and the CPU.
+    """
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    # Its JIT build takes a minute, and a killed build leaves a lock that hangs later runs.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    if not under_launcher():
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    use_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if use_gpu else "gloo", timeout=TIMEOUT, verbose=False)
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+
+
+def leave() -> None:
+    """Wait for the others and leave the group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this rank has used: the GPU's, or the process's resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+class StopRequest:
+    """SIGTERM or SIGUSR1 asks a run to save and end at its next step; handlers are put back on exit."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "StopRequest":
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self.requested = True

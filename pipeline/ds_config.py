@@ -1,0 +1,106 @@
+"""The DeepSpeed config of a stage: the file that the run names, filled in from the run."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.config import LogConfig, RunConfig, StageConfig
+from pipeline.errors import UserError
+from pipeline.files import read_json
+
+_FILLED = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "scheduler"
+)  # fmt: skip
+TOKENS_PER_MICRO_BATCH = {"cpu": 1024, "cuda": 8192}
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """Read and check a DeepSpeed config.
+
+    Raises:
+        UserError: it is missing, fills in what the run decides, or asks for what can't work here.
+    """
+    if not path.is_file():
+        raise UserError(f"deepspeed: {path} does not exist; name a file such as ds_configs/bf16_zero1.json")
+    config = read_json(path)
+    for key in _FILLED:
+        if key in config:
+            raise UserError(f"{path}: {key} comes from the run's stage1 and stage2; remove it here")
+    if config.get("fp16", {}).get("enabled"):
+        raise UserError(f"{path}: fp16 is not supported; use bf16, or neither for fp32")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) != 1:
+        raise UserError(
+            f"{path}: zero_optimization.stage is {zero.get('stage', 0)}; use 1: DeepSpeed clips experts wrongly with 0, "
+            "can hang with 2 where ranks hold unequal experts, and refuses MoE with 3"
+        )
+    if zero.get("overlap_comm", False):
+        raise UserError(f"{path}: zero_optimization.overlap_comm can hang where ranks hold unequal experts; set it to false")
+    is_bf16 = config.get("bf16", {}).get("enabled", False)
+    if is_bf16 and config.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+        raise UserError(f'{path}: bf16 needs "data_types": {{"grad_accum_dtype": "fp32"}}, or gradients lose small parts')
+    return config
+
+
+def training_dtype(config: dict[str, Any]) -> torch.dtype:
+    """bf16 or fp32."""
+    return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+
+
+def micro_batch_size(run: RunConfig, stage: StageConfig, world_size: int, device: str) -> int:
+    """Samples a rank computes at once: as the run says, or the largest that fits a token budget a device.
+
+    Raises:
+        UserError: ranks x micro-batch does not divide the global batch.
+    """
+    share, rest = divmod(stage.global_batch_size, world_size)
+    if rest:
+        raise UserError(
+            f"global_batch_size: {stage.global_batch_size} samples can't be divided among {world_size} ranks; "
+            f"use a multiple of {world_size}"
+        )
+    wanted = run.parallel.micro_batch_size
+    if wanted == "auto":
+        most = max(1, TOKENS_PER_MICRO_BATCH[device] // stage.sequence_length)
+        return max(size for size in range(1, share + 1) if share % size == 0 and size <= max(most, 1))
+    if share % wanted:
+        raise UserError(
+            f"parallel.micro_batch_size: {wanted} does not divide the {share} samples a rank has of a global batch of "
+            f"{stage.global_batch_size}; use a divisor of {share}, or auto"
+        )
+    return wanted
+
+
+def fill_ds_config(
+    config: dict[str, Any], run: RunConfig, stage: StageConfig, *, stage_number: int, world_size: int, micro_batch: int
+) -> dict[str, Any]:
+    """The config that DeepSpeed gets.
+
+    Stage 2 trains the few router weights only: they stay in fp32, without ZeRO (DeepSpeed's ZeRO asserts
+    that trained experts exist), beside frozen weights in the run's precision.
+    """
+    filled = dict(config)
+    filled["train_batch_size"] = stage.global_batch_size
+    filled["train_micro_batch_size_per_gpu"] = micro_batch
+    filled["gradient_accumulation_steps"] = stage.global_batch_size // (world_size * micro_batch)
+    filled["gradient_clipping"] = stage.gradient_clipping
+    optimizer = filled.get("optimizer", {"type": "AdamW", "params": {}})
+    parameters = {"lr": stage.lr, "betas": list(stage.betas), "eps": stage.eps, "weight_decay": stage.weight_decay}
+    filled["optimizer"] = {**optimizer, "params": {**optimizer.get("params", {}), **parameters}}
+    if stage_number == 2:
+        for key in ("bf16", "data_types", "zero_optimization"):
+            filled.pop(key, None)
+    return filled | monitors(run.log, run.folder, f"stage{stage_number}")
+
+
+def monitors(log: LogConfig, folder: Path, job: str) -> dict[str, Any]:
+    """DeepSpeed's monitor sections."""
+    sections: dict[str, Any] = {}
+    if log.tensorboard:
+        sections["tensorboard"] = {"enabled": True, "output_path": str(folder / "tensorboard"), "job_name": job}
+    if log.csv:
+        sections["csv_monitor"] = {"enabled": True, "output_path": str(folder / "csv"), "job_name": job}
+    if log.wandb:
+        sections["wandb"] = {"enabled": True, "project": log.wandb_project, "group": folder.name}
+    return sections

@@ -1,0 +1,19 @@
+"""The one exception that a user sees."""
+
+import sys
+from collections.abc import Callable
+
+EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """A mistake of the user's or of the surroundings: one line that says what, where, and how to mend it."""
+
+
+def exit_on_user_error(main: Callable[[], int]) -> int:
+    """Run ``main``; a :class:`UserError` becomes one line on stderr and exit code 2."""
+    try:
+        return main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_CODE

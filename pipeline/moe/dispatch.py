@@ -1,0 +1,79 @@
+"""Tokens to the ranks that hold their experts, and back: dropless, ragged all-to-all."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+
+
+class _AllToAll(torch.autograd.Function):
+    """all_to_all_single with ragged splits; the backward sends gradients the way back.
+
+    ``anchor`` is a scalar that requires gradients exactly where all ranks of the group agree that a
+    backward happens. Without it a rank whose rows need no gradient (it holds no expert of the layer)
+    would leave its peers waiting in theirs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, anchor: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+        ctx.splits = sent, received, group
+        output = rows.new_empty(sum(received), *rows.shape[1:])
+        dist.all_to_all_single(output, rows.contiguous(), received, sent, group=group)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        sent, received, group = ctx.splits
+        gradient = gradients[0].contiguous()
+        output = gradient.new_empty(sum(sent), *gradient.shape[1:])
+        dist.all_to_all_single(output, gradient, sent, received, group=group)
+        return output, torch.zeros((), device=gradient.device), None, None, None
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How many rows go where in one layer's forward.
+
+    Attributes:
+        sent, received: rows to and from each rank of the group.
+        slot_counts: rows each local slot gets, from all ranks together.
+        by_slot: the order that sorts received rows by slot (they arrive sorted by rank, then slot).
+        by_rank: its inverse.
+    """
+
+    sent: list[int]
+    received: list[int]
+    slot_counts: list[int]
+    by_slot: Tensor
+    by_rank: Tensor
+    group: Any
+    anchor: Tensor
+
+    @classmethod
+    def plan(cls, counts_RS: Tensor, group: Any, needs_gradient: bool) -> "Exchange":
+        """Agree with the group on all counts. ``counts_RS``: rows for each rank's each slot, int64."""
+        received_RS = torch.empty_like(counts_RS)
+        dist.all_to_all_single(received_RS, counts_RS.contiguous(), group=group)
+        num_ranks, num_slots = counts_RS.shape
+        both = torch.stack([counts_RS, received_RS]).tolist()  # the one wait for the device
+        sent = [sum(row) for row in both[0]]
+        received = [sum(row) for row in both[1]]
+        slot_counts = [sum(row[slot] for row in both[1]) for slot in range(num_slots)]
+        slots = torch.arange(num_slots, device=counts_RS.device).repeat(num_ranks)
+        by_slot = slots.repeat_interleave(received_RS.flatten(), output_size=sum(received)).argsort(stable=True)
+        by_rank = torch.empty_like(by_slot)
+        by_rank[by_slot] = torch.arange(len(by_slot), device=by_slot.device)
+        anchor = torch.zeros((), device=counts_RS.device, requires_grad=needs_gradient)
+        return cls(sent, received, slot_counts, by_slot, by_rank, group, anchor)
+
+    def dispatch(self, rows: Tensor) -> Tensor:
+        """Rows sorted by (rank, slot) here; returned are this rank's rows sorted by slot."""
+        return _AllToAll.apply(rows, self.anchor, self.sent, self.received, self.group).index_select(0, self.by_slot)
+
+    def combine(self, rows: Tensor) -> Tensor:
+        """The way back: results in the order in which the rows were dispatched."""
+        return _AllToAll.apply(
+            rows.index_select(0, self.by_rank), self.anchor, self.received, self.sent, self.group
+        )

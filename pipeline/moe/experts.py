@@ -1,0 +1,71 @@
+"""The new experts that lie on this rank."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Expert(nn.Module):
+    """A gated MLP: down(act(gate(x)) * up(x)), gate and up fused into one weight.
+
+    Args:
+        mlp: the MLP with gate_proj, up_proj, down_proj and act_fn whose shape it takes. Weights are not copied.
+    """
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        gate, down = mlp.gate_proj, mlp.down_proj
+        assert isinstance(gate, nn.Linear) and isinstance(down, nn.Linear)
+        options = {"dtype": gate.weight.dtype, "device": gate.weight.device}
+        self.gate_up_proj = nn.Parameter(torch.empty(2 * gate.out_features, gate.in_features, **options))
+        self.down_proj = nn.Parameter(torch.empty(down.out_features, down.in_features, **options))
+        self.gate_up_bias = None if gate.bias is None else nn.Parameter(torch.empty(2 * gate.out_features, **options))
+        self.down_bias = None if down.bias is None else nn.Parameter(torch.empty(down.out_features, **options))
+        self.act_fn = mlp.act_fn
+
+    def forward(self, x_AD: Tensor) -> Tensor:
+        """Shape [A, D] to [A, D]; A may be 0, and the weights then get zero gradients."""
+        gate_AF, up_AF = F.linear(x_AD, self.gate_up_proj, self.gate_up_bias).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate_AF) * up_AF, self.down_proj, self.down_bias)
+
+
+def fused_weights(mlp: nn.Module) -> dict[str, Tensor]:
+    """An MLP's weights under an :class:`Expert`'s parameter names."""
+    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    weights = {"gate_up_proj": torch.cat([gate.weight, up.weight]), "down_proj": down.weight}
+    if gate.bias is not None:
+        weights["gate_up_bias"] = torch.cat([gate.bias, up.bias])
+    if down.bias is not None:
+        weights["down_bias"] = down.bias
+    return {name: weight.detach() for name, weight in weights.items()}
+
+
+class EmptySlot(nn.Module):
+    """Stands where a rank has one expert fewer than others, so that DeepSpeed's slot numbers hold."""
+
+
+class LocalExperts(nn.Module):
+    """This rank's experts of one layer, in slots; every rank has the same number of slots."""
+
+    def __init__(self, mlp: nn.Module, num_local: int, num_slots: int, group_name: str) -> None:
+        super().__init__()
+        # DeepSpeed finds experts by this name.
+        self.deepspeed_experts = nn.ModuleList(
+            [Expert(mlp) if slot < num_local else EmptySlot() for slot in range(num_slots)]
+        )
+        self.num_local = num_local
+        for parameter in self.parameters():
+            # How DeepSpeed knows that these are reduced over the expert-data-parallel group only.
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = group_name  # type: ignore[attr-defined]
+
+    @property
+    def experts(self) -> list[Expert]:
+        """The experts, without empty slots."""
+        return [expert for expert in self.deepspeed_experts if isinstance(expert, Expert)]
+
+    def forward(self, x_AD: Tensor, counts: list[int]) -> Tensor:
+        """Rows sorted by slot, ``counts[slot]`` of each. Every expert is called, with no rows too, so its hooks fire."""
+        pieces = x_AD.split(counts[: self.num_local]) if self.num_local else ()
+        outputs = [expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)]
+        return torch.cat(outputs) if outputs else x_AD

@@ -1,0 +1,53 @@
+"""A progress bar on a terminal, plain lines in a log."""
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Lines:
+    """What a progress bar says, as a line now and then."""
+
+    def __init__(self, total: int, description: str, unit: str) -> None:
+        self.total, self.description, self.unit = total, description, unit
+        self.done, self.postfix = 0, ""
+        self.start = self.last = time.monotonic()
+
+    def __enter__(self) -> "_Lines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def update(self, amount: int) -> None:
+        self.done += amount
+        if time.monotonic() - self.last >= SECONDS_BETWEEN_LINES and self.done < self.total:
+            self._say()
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        self.postfix = f"  {text}"
+
+    def close(self) -> None:
+        if self.done:
+            self._say()
+
+    def _say(self) -> None:
+        self.last = time.monotonic()
+        seconds = max(self.last - self.start, 1e-9)
+        left = (self.total - self.done) / (self.done / seconds)
+        print(
+            f"{self.description}: {self.done:,}/{self.total:,} {self.unit}s, {self.done / seconds:,.0f}/s, "
+            f"{seconds:.0f} s, {left:.0f} s left{self.postfix}",
+            flush=True,
+        )
+
+
+def progress(total: int, description: str, unit: str, *, show: bool = True) -> Any:
+    """A tqdm bar where stderr is a terminal, else an object of its manner that prints lines; silent if not ``show``."""
+    if not show or sys.stderr.isatty():
+        return tqdm(total=total, desc=description, unit=unit, unit_scale=True, dynamic_ncols=True, disable=not show)
+    return _Lines(total, description, unit)

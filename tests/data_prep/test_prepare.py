@@ -1,0 +1,333 @@
+"""Run: pytest tests/data_prep/test_prepare.py"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from data_prep.prepare import prepare
+from data_prep.store import TokenStore
+from data_prep.tokenize import DocumentEncoder
+from pipeline.config import DataConfig
+from pipeline.errors import UserError
+from pipeline.files import sha256_file
+
+
+def changed(data: DataConfig, **settings: object) -> DataConfig:
+    """`data` with settings such as held_out__fraction=0.2 changed."""
+    tree = data.model_dump()
+    for key, value in settings.items():
+        *parents, last = key.split("__")
+        part = tree
+        for parent in parents:
+            part = part[parent]
+        part[last] = value
+    return DataConfig.model_validate(tree)
+
+
+def files_of(store: TokenStore) -> dict[str, bytes]:
+    return {name: (store.folder / name).read_bytes() for name in store.manifest.files}
+
+
+def texts(store: TokenStore, folder: str, name: str, part: str) -> list[str]:
+    shard = getattr(store, part)(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return [tokenizer.decode(shard.document(i)[:-1]) for i in range(shard.num_documents)]
+
+
+@pytest.fixture
+def tokenizer(save_tokenizer) -> str:
+    return save_tokenizer()
+
+
+def test_every_document_is_in_one_part_and_comes_back_as_it_was(two_languages, tokenizer, tmp_path: Path) -> None:
+    store = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    for name in ("en", "el"):
+        rows = [json.loads(line) for line in Path(two_languages.sets[name].path).read_text().splitlines()]
+        held_out = texts(store, tokenizer, name, "held_out")
+        train = texts(store, tokenizer, name, "train")
+        assert [row["text"] for row in rows if row["text"] in held_out] == held_out
+        assert [row["text"] for row in rows if row["text"] not in held_out] == train
+        assert held_out and train
+    assert len(texts(store, tokenizer, "seen", "held_out")) == 5
+    for name in store.sets:
+        shard = store.held_out(name)
+        assert all(shard.document(i)[-1] == store.separator_id for i in range(shard.num_documents))
+
+
+def test_a_page_and_its_translations_are_held_out_together(two_languages, tokenizer, tmp_path: Path) -> None:
+    store = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    pages = [document.page for document in store.held_out_documents("en")]
+    assert pages == [document.page for document in store.held_out_documents("el")]
+    assert 0 < len(pages) < 20
+    other = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=18)
+    assert [document.page for document in other.held_out_documents("en")] != pages
+
+
+def test_held_out_documents_are_described_in_the_order_of_the_shard(two_languages, tokenizer, tmp_path: Path) -> None:
+    store = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    for name in store.sets:
+        found = texts(store, tokenizer, name, "held_out")
+        described = store.held_out_documents(name)
+        assert [document.characters for document in described] == list(map(len, found))
+        assert [document.bytes for document in described] == [len(text.encode()) for text in found]
+        assert [document.tokens for document in described] == list(store.held_out(name).lengths - 1)
+    assert [document.page for document in store.held_out_documents("seen")] == [
+        f"watch.jsonl:{n}" for n in range(1, 6)
+    ]
+
+
+def test_tokens_that_are_scored_exclude_bos_and_separator(two_languages, save_tokenizer, tmp_path: Path) -> None:
+    folder = save_tokenizer("bos", special=("<s>", "<|endoftext|>"), prepends="<s>")
+    store = prepare(two_languages, folder, 300, tmp_path / "cache", seed=17)
+    assert store.begins_with_bos
+    shard = store.train("el")
+    assert all(shard.document(i)[0] == store.manifest.bos_id for i in range(shard.num_documents))
+    scored = [document.tokens for document in store.held_out_documents("el")]
+    assert scored == list(store.held_out("el").lengths - 2)
+
+
+def test_the_manifest_counts_what_is_in_the_shards(two_languages, tokenizer, tmp_path: Path) -> None:
+    store = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    manifest = store.manifest
+    assert [(name, entry.group, entry.language) for name, entry in store.sets.items()] == [
+        ("en", "old", "en"),
+        ("el", "new", "el"),
+        ("seen", "watch", "en"),
+    ]
+    for name, entry in store.sets.items():
+        for part in ("held_out",) if entry.group == "watch" else ("train", "held_out"):
+            shard, counts = getattr(store, part)(name), getattr(entry, part)
+            found = texts(store, tokenizer, name, part)
+            assert (counts.documents, counts.tokens) == (shard.num_documents, shard.num_tokens)
+            assert counts.characters == sum(map(len, found))
+            assert counts.bytes == sum(len(text.encode()) for text in found)
+        source = Path(entry.sources[0].path)
+        assert (entry.sources[0].sha256, entry.sources[0].bytes) == (sha256_file(source), source.stat().st_size)
+    assert store.sets["seen"].train is None
+    assert (manifest.dtype, manifest.separator, manifest.bos_id) == ("uint16", "<|endoftext|>", None)
+    assert set(manifest.files) == {
+        str(p.relative_to(store.folder)) for p in store.folder.rglob("*") if p.is_file() and p.name != "manifest.json"
+    }
+    assert store.train("en").tokens.dtype == np.uint16
+    store.verify()
+
+
+def test_the_same_content_gives_identical_bytes_and_the_same_key_elsewhere(
+    two_languages, tokenizer, tmp_path: Path
+) -> None:
+    one = prepare(two_languages, tokenizer, 300, tmp_path / "one", seed=17)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    data = two_languages
+    for group, name in (("old", "en"), ("new", "el"), ("watch", "seen")):
+        path = shutil.copy(data.sets[name].path, moved / f"{name}2.jsonl")
+        data = changed(data, **{f"{group}__{name}__path": str(path)})
+    two = prepare(data, str(shutil.copytree(tokenizer, moved / "tokenizer")), 300, tmp_path / "two", seed=17)
+    assert two.key == one.key
+    shards = [name for name in one.manifest.files if not name.startswith("seen/held_out.jsonl")]
+    assert [files_of(one)[name] for name in shards] == [files_of(two)[name] for name in shards]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"held_out__fraction": 0.2},
+        {"held_out__by": "document"},
+        {"held_out__near_copy_threshold": 0.7},
+        {"token_dtype": "int32"},
+        {"separator": "<sep>"},
+        {"new__el__language": "ell"},
+    ],
+)
+def test_a_setting_that_matters_changes_the_key(two_languages, save_tokenizer, tmp_path: Path, settings) -> None:
+    folder = save_tokenizer(special=("<|endoftext|>", "<sep>"))
+    one = prepare(two_languages, folder, 300, tmp_path / "cache", seed=17)
+    two = prepare(changed(two_languages, **settings), folder, 300, tmp_path / "cache", seed=17)
+    assert one.key != two.key
+    one.verify()
+    two.verify()
+
+
+def test_a_weight_does_not_change_the_key(two_languages, tokenizer, tmp_path: Path) -> None:
+    one = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    assert prepare(changed(two_languages, new__el__weight=3.0), tokenizer, 300, tmp_path / "cache", 17).key == one.key
+
+
+def test_the_same_content_a_second_time_is_not_read_hashed_or_encoded(
+    two_languages, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    before = {path: path.stat().st_mtime_ns for path in store.folder.rglob("*")}
+    capsys.readouterr()
+
+    def forbidden(*arguments: object) -> None:
+        raise AssertionError(f"called with {arguments}")
+
+    for called in ("data_prep.hashes.sha256_file", "data_prep.set_writer.read_documents"):
+        monkeypatch.setattr(called, forbidden)
+    monkeypatch.setattr(DocumentEncoder, "encode", forbidden)
+    again = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    assert again.folder == store.folder
+    assert {path: path.stat().st_mtime_ns for path in store.folder.rglob("*")} == before
+    assert capsys.readouterr().out == f"tokens: {store.folder} is there already, skipped\n"
+
+
+def test_a_changed_source_is_tokenized_again(two_languages, tokenizer, tmp_path: Path) -> None:
+    one = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    with open(two_languages.new["el"].path, "a") as file:
+        file.write('{"text": "ένα ακόμη", "page": "one-more"}\n')
+    two = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    assert two.key != one.key
+    counts = [store.sets["el"].train.documents + store.sets["el"].held_out.documents for store in (one, two)]
+    assert counts[1] == counts[0] + 1
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from data_prep.prepare import prepare
+from data_prep.tokenize import DocumentEncoder
+from pipeline.config import DataConfig
+
+encode = DocumentEncoder.encode
+def killed_at_greek(self, texts):
+    if any("σπίτι" in text for text in texts):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode(self, texts)
+DocumentEncoder.encode = killed_at_greek
+prepare(DataConfig.model_validate_json(sys.argv[1]), sys.argv[2], 300, Path(sys.argv[3]), 17)
+"""
+
+
+def test_a_killed_run_leaves_nothing_complete_and_the_next_one_does_it_all(
+    two_languages, tokenizer, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    arguments = [two_languages.model_dump_json(), tokenizer, str(cache)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False, env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(cache.rglob("train.idx")), "it was killed after the first set was written"
+    assert list(cache.rglob("manifest.json")) == []
+    assert [path for path in (cache / "tokens").iterdir() if not path.name.startswith(".")] == []
+    store = prepare(two_languages, tokenizer, 300, cache, seed=17)
+    assert files_of(store) == files_of(prepare(two_languages, tokenizer, 300, tmp_path / "other", seed=17))
+    assert [path.name for path in (cache / "tokens").glob(".*.partial")] == []
+
+
+def test_an_error_midway_leaves_nothing_complete(
+    two_languages, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(DocumentEncoder, "encode", fail)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    assert [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()] == []
+
+
+def test_near_copies_of_held_out_and_watched_text_are_kept_out_of_training(
+    two_languages, write_rows, tokenizer, tmp_path: Path
+) -> None:
+    store = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    held_out = texts(store, tokenizer, "el", "held_out")[0]
+    watched = texts(store, tokenizer, "seen", "held_out")[0]
+    trained = texts(store, tokenizer, "el", "train")[0]
+    # Names of pages that are not held out, so that only the likeness can keep the texts out.
+    pages = [f"page-{n}" for n in range(60)]
+    free = [page for page in pages if page not in {d.page for d in store.held_out_documents("el")}]
+    copies = [held_out.upper(), watched + "!", trained, "  "]
+    rows = [json.loads(line) for line in Path(two_languages.new["el"].path).read_text().splitlines()]
+    more = [{"text": text, "page": page} for text, page in zip(copies, free, strict=False)]
+    data = changed(two_languages, new__el__path=str(write_rows("more.jsonl", rows + more)))
+    found = prepare(data, tokenizer, 300, tmp_path / "cache", seed=17)
+    assert texts(found, tokenizer, "el", "train") == [*texts(store, tokenizer, "el", "train"), trained]
+    assert texts(found, tokenizer, "el", "held_out") == texts(store, tokenizer, "el", "held_out")
+    dropped = found.sets["el"].dropped
+    assert (dropped["near_copy"].documents, dropped["near_copy"].characters) == (2, len(held_out) + len(watched) + 1)
+    assert (dropped["empty"].documents, dropped["empty"].characters) == (1, 2)
+
+
+def test_by_document_needs_no_page_and_keeps_equal_texts_together(write_rows, tokenizer, tmp_path: Path) -> None:
+    rows = [{"text": f"document {n // 2} of many, {n // 2} it is"} for n in range(200)]
+    data = DataConfig.model_validate(
+        {"held_out": {"fraction": 0.1}, "new": {"en": {"path": str(write_rows("a.jsonl", rows))}}}
+    )
+    store = prepare(data, tokenizer, 300, tmp_path / "cache", seed=17)
+    held_out, train = (texts(store, tokenizer, "en", part) for part in ("held_out", "train"))
+    assert held_out and train
+    assert not set(held_out) & set(train)
+    assert all(held_out.count(text) == 2 for text in held_out)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "error"),
+    [
+        (1e-9, r"data\.old\.en: none of 60 documents is held out .* raise the fraction"),
+        (1 - 1e-9, r"data\.old\.en: no document is left to train on, 60 are held out .* lower the fraction"),
+    ],
+)
+def test_an_empty_part_is_an_error_that_says_how_to_mend_it(
+    two_languages, tokenizer, tmp_path: Path, fraction: float, error: str
+) -> None:
+    with pytest.raises(UserError, match=error):
+        prepare(changed(two_languages, held_out__fraction=fraction), tokenizer, 300, tmp_path / "cache", seed=17)
+    assert list((tmp_path / "cache").rglob("*.idx")) == []
+
+
+def test_a_watch_set_without_text_is_an_error(two_languages, write_rows, tokenizer, tmp_path: Path) -> None:
+    data = changed(two_languages, watch__seen__path=str(write_rows("blank.jsonl", [{"text": " "}])))
+    with pytest.raises(UserError, match=r"data\.watch\.seen: no document with text in .*blank\.jsonl \(1 empty"):
+        prepare(data, tokenizer, 300, tmp_path / "cache", seed=17)
+
+
+def test_a_path_that_does_not_exist_names_the_set(two_languages, tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.new\.el\.path: nowhere\.jsonl: does not exist"):
+        prepare(changed(two_languages, new__el__path="nowhere.jsonl"), tokenizer, 300, tmp_path / "cache", seed=17)
+
+
+RUN = """
+name: tiny
+cache_dir: {folder}/cache
+model: {{path: {folder}/tokenizer}}
+data:
+  held_out: {{by: page, fraction: 0.1}}
+  old: {{en: {{path: {folder}/en.jsonl}}}}
+  new: {{el: {{path: {folder}/el.jsonl}}}}
+experts: {{allocation: uniform, num_new: 2}}
+stage1: {{tokens: 1024, sequence_length: 16, global_batch_size: 2}}
+"""
+
+
+def test_the_command_tokenizes_a_run_and_turns_a_mistake_into_one_line(
+    two_languages, tokenizer, tmp_path: Path
+) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(vocab_size=300).save_pretrained(tokenizer)
+    run = tmp_path / "tiny.yaml"
+    run.write_text(RUN.format(folder=tmp_path))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "data_prep", str(run), *arguments]
+        return subprocess.run(argv, check=False, capture_output=True, text=True, env=environment)
+
+    done = command()
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()[:2]] == [["OLD", "en"], ["NEW", "el"]]
+    [folder] = (path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir())
+    TokenStore(folder).verify()
+    failed = command("--set", "data.new.el.text_field=content")
+    assert failed.returncode == 2
+    assert failed.stderr.strip().count("\n") == 0
+    assert "el.jsonl, row 1: no text field 'content'" in failed.stderr
