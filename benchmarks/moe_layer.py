@@ -9,7 +9,6 @@ same tokens and a random router. Benchmarks/README.md says what the columns mean
 
 import argparse
 import gc
-import json
 import os
 import platform
 import sys

@@ -10,6 +10,7 @@ rank and slot; the checkpoint engine below translates.
 """
 
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterable
@@ -51,12 +52,13 @@ def save_tensors(value: Any, path: Path) -> None:
 def load_tensors(path: Path) -> Any:
     """Read what :func:`save_tensors` wrote, mapped rather than copied; runs no code from the file."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    with torch.serialization.safe_globals([LossScaler, fragment_address]):
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
             raise UserError(f"{path}: can't be read as a checkpoint file ({str(error).splitlines()[0]})") from error
 
 

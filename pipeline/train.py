@@ -125,6 +125,8 @@ class Trainer:
         for micro_step in range(self.accumulation):
             offset = (micro_step * self.ranks.world_size + self.ranks.rank) * self.micro_batch
             self._micro_step(first + offset, sums)
+            if micro_step < self.accumulation - 1:
+                self.engine.step()  # counts the micro-step; only the last one updates the weights
         grad_norm = self._gradient_norm()
         learning_rate = self.engine.get_lr()[0]
         self.engine.step()

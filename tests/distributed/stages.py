@@ -1,0 +1,122 @@
+"""What the distributed tests run on each rank: stages of a tiny run through the product's own Trainer."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from pipeline import checkpoint
+from pipeline.config import RunConfig, parse_run
+from pipeline.distributed import Ranks
+from pipeline.model import moe_layers
+from pipeline.steps import Steps
+from pipeline.train import StageInputs, Trainer
+
+
+def stage_inputs(tree: dict[str, Any], number: int, folder: Path) -> StageInputs:
+    """The inputs of a stage whose checkpoints go to ``folder``; stage 2 starts from the upcycled experts."""
+    run: RunConfig = parse_run(tree, "tiny.yaml")
+    steps = Steps(run)
+    identity = {"model": steps.model_hash, "plan": steps.plan.key, "tokenizer": steps.store.manifest.tokenizer_key}
+    return StageInputs(run, 1 if number == 1 else 2, steps.plan, steps.store, steps.upcycled, folder, identity)
+
+
+def canonical(model: torch.nn.Module, tensor_of: Any) -> dict[str, torch.Tensor]:
+    """Tensors of this rank's parameters by name, experts under their numbers in the model."""
+    prefixes = {prefix: (layer, number) for (layer, number), prefix in checkpoint.local_expert_names(model).items()}
+    result = {}
+    for name, parameter in model.named_parameters():
+        tensor = tensor_of(parameter)
+        if tensor is None:
+            continue
+        prefix, _, last = name.rpartition(".")
+        layer = prefixes.get(prefix)
+        result[name if layer is None else f"expert {layer} {last}"] = tensor.detach().clone()
+    return result
+
+
+def train_steps(
+    ranks: Ranks, tree: dict[str, Any], number: int, folder: Path, steps: int, save_at: int | None = None, resume: bool = False
+) -> dict[str, Any]:
+    """Take optimizer steps; returns rows of metrics, the first step's gradients, weights, and what was frozen."""
+    trainer = Trainer(stage_inputs(tree, number, folder), ranks)
+    if resume:
+        trainer.resume()
+    frozen = {n: p.detach().clone() for n, p in trainer.engine.module.named_parameters() if not p.requires_grad}
+    gradients: dict[str, torch.Tensor] = {}
+    if trainer.step == 0:
+        _record_gradients(trainer, gradients)
+    rows = []
+    while trainer.step < steps:
+        rows.append(trainer.train_step())
+        if trainer.step == save_at:
+            trainer.save()
+    model = trainer.engine.module
+    unchanged = all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+    for row in rows:
+        for key in ("seconds", "tokens_per_second", "memory_gb"):
+            del row[key]
+    result = {
+        "rows": rows,
+        "gradients": gradients,
+        "weights": canonical(model, lambda p: p if p.requires_grad else None),
+        "frozen_unchanged": unchanged,
+        "frozen": sorted(frozen),
+        "trained": sorted(canonical(model, lambda p: p if p.requires_grad else None)),
+        "optimizer": _moments(trainer),
+    }
+    trainer.engine.destroy()
+    return result
+
+
+def _record_gradients(trainer: Trainer, into: dict[str, torch.Tensor]) -> None:
+    """Copy the first step's reduced, unclipped gradients just before the engine's first optimizer step."""
+    step, calls = trainer.engine.step, []
+
+    def recording_step(*arguments: Any, **options: Any) -> Any:
+        calls.append(None)
+        if len(calls) == trainer.accumulation:
+            get = safe_get_full_grad if trainer.inputs.number == 1 else (lambda p: p.grad)
+            into.update(canonical(trainer.engine.module, lambda p: get(p) if p.requires_grad else None))
+        return step(*arguments, **options)
+
+    trainer.engine.step = recording_step
+
+
+def _moments(trainer: Trainer) -> list[torch.Tensor]:
+    """The optimizer's moments and fp32 weights on this rank."""
+    optimizer = trainer.engine.basic_optimizer
+    tensors = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            tensors.append(parameter.detach().float().clone())
+            state = optimizer.state[parameter]
+            tensors += [state[key].clone() for key in ("exp_avg", "exp_avg_sq")]
+    return tensors
+
+
+def first_logits(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> torch.Tensor:
+    """The untrained model's logits on samples that are the same on all ranks, gathered from rank 0."""
+    trainer = Trainer(stage_inputs(tree, number, folder), ranks)
+    ids = torch.from_numpy(trainer.order.batch(0, 4).ids)
+    trainer.engine.module.eval()
+    with torch.no_grad():
+        logits = trainer.engine.module(input_ids=ids, use_cache=False).logits
+    trainer.engine.destroy()
+    return logits.clone()
+
+
+def count_experts(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[int]:
+    """Experts on this rank, a layer with a router."""
+    trainer = Trainer(stage_inputs(tree, 1, folder), ranks)
+    counts = [len(layer.local_numbers) for layer in moe_layers(trainer.engine.module)]
+    trainer.engine.destroy()
+    return counts
+
+
+def with_parallel(tree: dict[str, Any], **parallel: Any) -> dict[str, Any]:
+    """The same run, otherwise spread."""
+    return {**tree, "parallel": parallel}
+
+

@@ -1,0 +1,81 @@
+"""A resumed run is the uninterrupted one, bit by bit. Run: pytest tests/distributed/test_resume.py"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import checkpoint
+from tests.distributed.conftest import Pools
+from tests.distributed.stages import train_steps, with_parallel
+from tests.tiny import prepared_run, run_tree
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("resume")
+    prepared_run(folder)
+    return with_parallel(run_tree(folder), ranks=2, ep_size=2, micro_batch_size=2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
+def test_6_steps_equal_3_steps_then_resume_then_3_steps(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path, number: int, precision: str
+) -> None:
+    tree = {**tree, "deepspeed": f"ds_configs/{precision}_zero1.json"}
+    straight = pools[2].run(train_steps, tree, number, tmp_path / "straight", 6)
+    pools[2].run(train_steps, tree, number, tmp_path / "resumed", 3, 3)
+    assert checkpoint.complete_tags(tmp_path / "resumed") == ["step000003"]
+    resumed = pools[2].run(train_steps, tree, number, tmp_path / "resumed", 6, None, True)
+    for ours, expected in zip(resumed, straight, strict=True):
+        assert ours["rows"] == expected["rows"][3:]  # losses, learning rate, gradient norm, routing: exactly
+        assert ours["weights"].keys() == expected["weights"].keys()
+        for name, tensor in expected["weights"].items():
+            assert torch.equal(ours["weights"][name], tensor), name
+        for mine, theirs in zip(ours["optimizer"], expected["optimizer"], strict=True):
+            assert torch.equal(mine, theirs)
+
+
+def test_a_checkpoint_holds_what_trains_and_nothing_else(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
+    for number in (1, 2):
+        pools[2].run(train_steps, tree, number, tmp_path / f"stage{number}", 1, 1)
+    stage1, stage2 = tmp_path / "stage1" / "step000001", tmp_path / "stage2" / "step000001"
+    experts = {checkpoint.expert_file(layer, n) for layer, count in enumerate((2, 1, 3)) for n in range(count)}
+    assert {p.name for p in stage1.glob("layer_*")} == experts
+    assert not list(stage2.glob("layer_*"))
+    routers = {f"model.layers.{layer}.mlp.deepspeed_moe.gate.wg.weight" for layer in (0, 1, 3)}
+    classifiers = {f"model.layers.{layer}.mlp.deepspeed_moe.gate.classifier.weight" for layer in (0, 3)}
+    assert set(checkpoint.load_tensors(stage1 / checkpoint.main_file())["module"]) == routers
+    assert set(checkpoint.load_tensors(stage2 / checkpoint.main_file())["module"]) == routers | classifiers
+    # Expert files are keyed by the number that their name says.
+    for layer, count in zip((0, 1, 3), (2, 1, 3), strict=True):
+        for number in range(count):
+            file = stage1 / checkpoint.expert_file((0, 1, 3).index(layer), number)
+            assert all(f"deepspeed_experts.{number}." in key for key in checkpoint.load_tensors(file))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
+    tree = {**tree, "checkpoint": {"every_minutes": None, "keep": 3}}
+    pools[2].run(train_steps, tree, 1, tmp_path, 2, 2)
+    pools[2].run(train_steps, tree, 1, tmp_path, 3, 3, True)
+    bad = tmp_path / "step000003" / checkpoint.expert_file(0, 1)
+    content = bytearray(bad.read_bytes())
+    content[len(content) // 2] ^= 1
+    bad.write_bytes(content)
+    tag, complaints = checkpoint.newest_sound_tag(tmp_path)
+    assert tag == "step000002"
+    assert bad.name in complaints[0]
+    rows = pools[2].run(train_steps, tree, 1, tmp_path, 4, None, True)[0]["rows"]
+    assert [row["step"] for row in rows] == [3, 4]
+
+
+def test_only_the_newest_and_the_best_are_kept(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
+    tree = {**tree, "checkpoint": {"every_minutes": None, "keep": 2}}
+    for step in (1, 2, 3, 4):
+        pools[2].run(train_steps, tree, 2, tmp_path, step, step, True)
+        if step == 1:
+            checkpoint.mark_best(tmp_path, "step000001", 1.0)
+    assert checkpoint.complete_tags(tmp_path) == ["step000004", "step000003", "step000001"]
+    assert (tmp_path / "latest").read_text() == "step000004"
