@@ -231,7 +231,15 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="each runs every contender once")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write the results there too")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name in ("tokens", "hidden", "intermediate", "top_k", "rounds"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1")
+    if arguments.experts < max(2, arguments.top_k):
+        parser.error(f"--experts {arguments.experts}: give at least 2, and no fewer than --top-k {arguments.top_k}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here; leave it out")
+    return arguments
 
 
 def main() -> int:
@@ -243,9 +251,6 @@ def main() -> int:
     from pipeline.files import write_json
 
     device = join().device
-    if device.type != arguments.device:
-        print(f"error: --device {arguments.device}: torch finds none here; leave it out", file=sys.stderr)
-        return 2
     sizes = Sizes(arguments.tokens, arguments.hidden, arguments.intermediate, arguments.experts, arguments.top_k)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"{sizes}\n{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds")

@@ -93,12 +93,13 @@ class MoELayer(MoE):
         token_A, expert_A, weight_A = _assignments(routing)
         counts_E = torch.bincount(expert_A, minlength=routing.scores_TE.shape[1])
         num_base = int(counts_E[0])
-        rows_AD = x_TD.index_select(0, token_A)
-        base_AD = self.base_mlp(rows_AD[:num_base])
-        new_AD = self._new_experts(rows_AD[num_base:], counts_E[1:])
-        weighted_AD = torch.cat([base_AD, new_AD]).float() * weight_A.unsqueeze(-1)
+        sizes = [num_base, len(token_A) - num_base]
+        base_AD, new_AD = x_TD.index_select(0, token_A).split(sizes)
+        outputs = self.base_mlp(base_AD), self._new_experts(new_AD, counts_E[1:])
         # At most K = 2 rows add to one token, onto zero: exact in any order, so repeatable on a GPU too.
-        y_TD = torch.zeros_like(x_TD, dtype=torch.float32).index_add(0, token_A, weighted_AD)
+        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        for output_AD, tokens, weights in zip(outputs, token_A.split(sizes), weight_A.split(sizes), strict=True):
+            y_TD = y_TD.index_add_(0, tokens, output_AD.float() * weights.unsqueeze(-1))
         return y_TD.to(hidden_states.dtype).view(hidden_states.shape)
 
     def _new_experts(self, rows_AD: Tensor, counts_N: Tensor) -> Tensor:

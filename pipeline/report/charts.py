@@ -41,15 +41,14 @@ def experts_by_layer(plan: ExpertPlan) -> go.Figure:
 
 
 def similarity_by_layer(similarity: Similarity) -> go.Figure:
-    """S_l as a thick line; each pair of languages thin, new with new and new with old in two colours."""
+    """S_l as a thick line; each pair of languages thin, dotted where it does not enter S_l."""
     chart = figure(x="decoder layer", y="mean cosine", height=300, zoom=True)
     layers = list(range(len(similarity.by_layer)))
-    kinds: dict[str, str] = {"new with new": GREEN, "new with old": AMBER, "a language with itself": GREY}
+    kinds = {"new with new": GREEN, "new with old": AMBER, "not in S": GREY}
     shown: set[str] = set()
     for pair, values in sorted(similarity.pairs.items()):
         first, _, second = pair.partition("&")
-        both_new = first in similarity.new and second in similarity.new
-        kind = "a language with itself" if first == second else "new with new" if both_new else "new with old"
+        kind = _pair_kind(first, second, similarity)
         chart.add_scatter(
             x=layers,
             y=values,
@@ -57,7 +56,7 @@ def similarity_by_layer(similarity: Similarity) -> go.Figure:
             name=kind,
             legendgroup=kind,
             showlegend=kind not in shown,
-            line={"width": 1.1, "color": kinds[kind], "dash": "dot" if first == second else "solid"},
+            line={"width": 1.1, "color": kinds[kind], "dash": "dot" if kind == "not in S" else "solid"},
             hovertemplate=f"{label(first)} and {label(second)}: %{{y:.3f}}<extra></extra>",
         )
         shown.add(kind)
@@ -73,6 +72,14 @@ def similarity_by_layer(similarity: Similarity) -> go.Figure:
     chart.update_layout(hovermode="x unified")
     chart.update_xaxes(range=[-0.7, len(layers) - 0.3])
     return chart
+
+
+def _pair_kind(first: str, second: str, similarity: Similarity) -> str:
+    """Which mean of S_l a pair enters; a language with itself does only where it is the one new language."""
+    num_new = (first in similarity.new) + (second in similarity.new)
+    if num_new == 0 or (first == second and len(similarity.new) > 1):
+        return "not in S"
+    return "new with new" if num_new == 2 else "new with old"
 
 
 def results_by_set(evaluation: Evaluation, names: list[str]) -> go.Figure:

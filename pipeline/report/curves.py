@@ -115,7 +115,7 @@ def validation(stages: list[Stage], colors: dict[str, str]) -> go.Figure:
             x=[at for at, _ in values],
             y=[value for _, value in values],
             mode="lines+markers",
-            name="mean of the sets" if is_mean else label(name),
+            name="mean of old and new sets" if is_mean else label(name),
             line={
                 "width": 2.6 if is_mean else 1.8,
                 "color": GREY if is_mean else colors[name],

@@ -140,7 +140,7 @@ class Stage:
     @property
     def tokens(self) -> int:
         """Tokens it has trained on."""
-        return max([row.tokens for row in (*self.rows, *self.validations)], default=0)
+        return max([row.tokens for row in self.rows] + [row.tokens for row in self.validations], default=0)
 
     @property
     def best_row(self) -> ValidationRow | None:
@@ -148,7 +148,8 @@ class Stage:
         digits = re.search(r"\d+$", self.best.tag) if self.best else None
         named = [row for row in self.validations if digits and row.step == int(digits.group())]
         flagged = [row for row in self.validations if row.best]
-        return (named or flagged or [None])[-1]
+        found = named or flagged
+        return found[-1] if found else None
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,8 @@ def _experts(data: RunData) -> Section:
             Chart.single(
                 charts.experts_by_layer(data.plan),
                 "Experts by layer",
-                f"Each layer's experts, {new} of them new: where the languages are least alike should be most, "
-                "and a diamond marks a layer where a classifier sends old-language tokens straight to expert 0.",
+                f"Each layer's experts, {new} of them new: most should be where the languages are least alike; "
+                "a diamond marks a layer where a classifier sends old-language tokens straight to expert 0.",
             )
         )
     if data.similarity is None:
@@ -86,8 +86,8 @@ def _experts(data: RunData) -> Section:
             Chart.single(
                 charts.similarity_by_layer(data.similarity),
                 "Similarity by layer",
-                "How alike the languages' hidden states are at each layer (mean cosine; S averages the thin lines, a "
-                "pair each): where S is low, a layer gets more experts.",
+                "How alike the languages' hidden states are at each layer (mean cosine, a thin line a pair; S lies "
+                "midway between the means of green and amber lines): where S is low, a layer gets more experts.",
             )
         )
     return section
@@ -166,7 +166,11 @@ def _validation(data: RunData) -> Section:
     section = Section("validation", "Validation while training")
     stages = [stage for stage in data.stages.values() if stage.rows or stage.validations]
     if not any(stage.validations for stage in stages):
-        section.missing.append("No validation was made while training; validate.every_tokens in run.yaml asks for it.")
+        section.missing.append(
+            "No validation was made while training; validate.every_tokens in run.yaml asks for it."
+            if stages
+            else "Training has not begun, so nothing has been validated yet."
+        )
         return section
     section.charts.append(
         Chart.single(
@@ -228,11 +232,11 @@ def _add_classified(section: Section, data: RunData) -> None:
     if not all(shares.classified_old for shares in routing.sets.values()):
         return
     shown = _classifier_layers_only(data.plan, routing)
-    maps = _maps(data, {"stage2": shown}, "classified_old", "of tokens are called old")
+    (chart,) = _maps(data, {"stage2": shown}, "classified_old", "of tokens are called old").values()
     caption = (
         "Tokens that each routing classifier takes for old: near 100 % for old sets and 0 % for new ones is good."
     )
-    section.charts.append(Chart.single(*maps.values(), "Classified as old, after stage 2", caption, "half"))
+    section.charts.append(Chart.single(chart, "Classified as old, after stage 2", caption, "half"))
 
 
 def _classifier_layers_only(plan: ExpertPlan, routing: StageRouting) -> StageRouting:

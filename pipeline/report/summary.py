@@ -136,14 +136,15 @@ def mean_percent(changes: Iterable[Change]) -> float:
     return sum(percents) / len(percents)
 
 
-def steps_table(data: RunData) -> list[tuple[str, str, str, str]]:
-    """(step, time, tokens/s, peak memory) of each finished step."""
+def steps_table(data: RunData) -> list[tuple[str, str, str, str, str]]:
+    """(step, time, tokens/s, peak memory, note) of each finished step."""
     return [
         (
             m.step,
             duration(float(m.figures["seconds"])) if _is_number(m.figures.get("seconds")) else "–",
             f"{m.figures['tokens_per_second']:,.0f}" if _is_number(m.figures.get("tokens_per_second")) else "–",
             f"{m.figures['peak_memory_gb']:.2f} GB" if _is_number(m.figures.get("peak_memory_gb")) else "–",
+            str(m.figures.get("note", "")),
         )
         for m in data.manifests
     ]

@@ -115,6 +115,10 @@ def test_the_pictures_show_the_files_numbers(page: Page) -> None:
     scatters = {trace["name"]: trace for trace in page.traces("scatter") if "name" in trace}
     assert scatters["routing classifier"]["x"] == CLASSIFIERS
     assert len(scatters["S, which experts are allocated by"]["y"]) == 30
+    pairs = [trace["name"] for trace in page.traces("scatter") if "with" in trace.get("name", "")]
+    assert (
+        sorted(pairs) == ["new with new"] * 3 + ["new with old"] * 3 and scatters["not in S"]["line"]["dash"] == "dot"
+    )
     best = scatters["best checkpoint"]
     assert best["text"] == ["best of stage 1: step 60", "best of stage 2: step 65"]
     assert best["x"] == [60 * 2048, 73 * 2048 + 65 * 512]
@@ -129,6 +133,7 @@ def test_the_pictures_show_the_files_numbers(page: Page) -> None:
 def test_steps_versions_and_settings_are_shown(page: Page) -> None:
     assert "6 min 42 s" in page.texts["steps"] and "torch 2.13.0" in page.texts["steps"]
     assert page.texts["steps"].index("tokenize") < page.texts["steps"].index("stage1")
+    assert "61 new experts, one over the budget" in page.texts["steps"]
     assert "lr: 5.0e-4" in page.texts["settings"]
 
 
@@ -149,7 +154,7 @@ def test_a_run_that_has_only_begun_has_a_sentence_in_place_of_each_picture(tmp_p
     assert "expert_plan.json is not in the folder" in page.texts["experts"]
     assert "similarity.json is not in the folder" in page.texts["experts"]
     assert "Stage 1 has not run yet" in page.texts["stage1"]
-    assert "No validation was made" in page.texts["validation"]
+    assert "Training has not begun" in page.texts["validation"]
     assert "No routing was measured" in page.texts["routing"]
     assert "No step has finished" in page.texts["steps"]
 
