@@ -1,18 +1,19 @@
 """python -m pipeline VERB RUN.yaml [--set key=value …]"""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
 from pipeline.config import RunConfig, load_run
-from pipeline.distributed import environment_world_size, join, leave, under_launcher
+from pipeline.distributed import device_type, environment_world_size, join, leave, under_launcher
 from pipeline.errors import EXIT_CODE, UserError
-from pipeline.launcher import start_ranks
+from pipeline.launcher import run_alone, start_ranks
 from pipeline.run_folder import STEPS, RunFolder
 from pipeline.steps import Steps
 
 VERBS = {
-    "run": "every step that is not done yet, in order.\nReads the run's YAML; writes output_dir/NAME/, ending with report.html.",
+    "run": "every step that is not done yet, in order.\nReads the run's YAML; writes output_dir/NAME/.",
     "tokenize": "text to token shards.\nReads data.*.path; writes cache_dir/tokens/.",
     "similarity": "how alike languages look to each layer.\nReads tokens and the dense model; writes similarity.json.",
     "allocate": "how many experts each layer gets.\nReads similarity.json and the budget; writes expert_plan.json.",
@@ -29,7 +30,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, text in VERBS.items():
         short = text.replace("\n", " ")
-        sub = verbs.add_parser(verb, help=short, description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = verbs.add_parser(
+            verb, help=short, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
         sub.add_argument("run", metavar="RUN.yaml", help="such as launch/runs/quickstart.yaml")
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the run")
         sub.add_argument("--force", action="store_true", help="do it again, also where inputs have changed")
@@ -64,12 +67,14 @@ def main(arguments: list[str]) -> int:
 
 def run_all(run: RunConfig, steps: Steps, until: str | None) -> int:
     """Every step that is not done, up to ``until``."""
-    steps.check_parallel(run.parallel.ranks, _device())
+    steps.check_parallel(run.parallel.ranks, device_type())
     todo: dict[str, Callable[[], object]] = {
         "tokenize": steps.tokenize,
-        "similarity": steps.similarity,
+        "similarity": lambda: (
+            steps.similarity_is_done() or run_alone("similarity", steps.folder.run_file, steps.force)
+        ),
         "allocate": steps.allocate,
-        "upcycle": steps.upcycle,
+        "upcycle": lambda: steps.upcycle_is_done() or run_alone("upcycle", steps.folder.run_file, steps.force),
         "stage1": lambda: train(run, steps, [1]),
         "stage2": lambda: train(run, steps, [2]) if run.stage2 else None,
         "evaluate": lambda: evaluate(run, steps, None),
@@ -77,7 +82,11 @@ def run_all(run: RunConfig, steps: Steps, until: str | None) -> int:
     }
     for step, do in todo.items():
         do()
-        if step.startswith("stage") and not steps.folder.manifest_path(step).is_file() and not (step == "stage2" and not run.stage2):
+        if (
+            step.startswith("stage")
+            and not steps.folder.manifest_path(step).is_file()
+            and not (step == "stage2" and not run.stage2)
+        ):
             return 0  # stopped by a signal; it is saved
         if step == until:
             break
@@ -90,7 +99,7 @@ def train(run: RunConfig, steps: Steps, stages: list[int]) -> int:
         raise UserError("stage2: the run has no such section; add it, or train --stage 1")
     for number in stages:
         world_size = environment_world_size() if under_launcher() else run.parallel.ranks
-        steps.check_parallel(world_size, _device())
+        steps.check_parallel(world_size, device_type())
         if steps.stage_is_done(number, say=_is_first()):
             continue
         if under_launcher():
@@ -119,15 +128,7 @@ def evaluate(run: RunConfig, steps: Steps, tag: str | None) -> int:
     return 0
 
 
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _is_first() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -136,8 +137,6 @@ def command_line() -> int:
     try:
         return main(sys.argv[1:])
     except UserError as error:
-        import os
-
         import torch.distributed
 
         joined = torch.distributed.is_initialized()

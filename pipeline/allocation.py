@@ -32,7 +32,9 @@ def allocate(experts: ExpertsConfig, num_layers: int, similarity: list[float] | 
     if experts.allocation == "explicit":
         counts = list(experts.counts or [])
         if len(counts) != num_layers:
-            raise UserError(f"experts.counts: {len(counts)} numbers, but the model has {num_layers} layers; give one each")
+            raise UserError(
+                f"experts.counts: {len(counts)} numbers, but the model has {num_layers} layers; give one each"
+            )
         return Allocation(counts, None, f"explicit: {sum(counts) - num_layers} new experts")
     if experts.allocation == "uniform":
         shares = [1 / num_layers] * num_layers
@@ -91,7 +93,7 @@ def delta_for_total(shares: list[float], total: int) -> float:
     Raises:
         UserError: even the smallest delta gives more than ``total``.
     """
-    steps = sorted({k / share for share in shares for k in range(0, total + 1)})
+    steps = sorted({k / share for share in shares for k in range(total + 1)})
     best = None
     for low, high in zip(steps, steps[1:], strict=False):
         delta = (low + high) / 2
@@ -137,5 +139,7 @@ def most_similar_layers(similarity: list[float], counts: list[int], how_many: in
     """
     routed = [layer for layer, count in enumerate(counts) if count > 1]
     if how_many > len(routed):
-        raise UserError(f"experts.classifier_layers: {how_many} layers asked for, but only {len(routed)} have a router")
+        raise UserError(
+            f"experts.classifier_layers: {how_many} layers asked for, but only {len(routed)} have a router"
+        )
     return sorted(sorted(routed, key=lambda layer: (-similarity[layer], layer))[:how_many])

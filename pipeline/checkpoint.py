@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pipeline.errors import UserError
 from pipeline.files import fsync_path, read_json, sha256_file, write_json, write_text
 from pipeline.model import moe_layers
+from pipeline.moe import MoELayer
 
 MANIFEST = "manifest.json"
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt$")
@@ -64,12 +65,12 @@ def load_tensors(path: Path) -> Any:
 
 def local_expert_names(model: nn.Module) -> dict[tuple[int, int], str]:
     """For each (MoE layer, file number) on this rank, the prefix of the expert's parameters in the model."""
-    names = {module: name for name, module in model.named_modules()}
+    prefixes = {layer: name for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
     result = {}
     for index, layer in enumerate(moe_layers(model)):
         numbers = layer.local_numbers
         for slot, number in enumerate(numbers):
-            result[index, number - 1] = f"{names[layer]}.deepspeed_moe.experts.deepspeed_experts.{slot}"
+            result[index, number - 1] = f"{prefixes[layer]}.deepspeed_moe.experts.deepspeed_experts.{slot}"
     return result
 
 
@@ -83,14 +84,16 @@ def read_weights(model: nn.Module, folder: Path) -> set[str]:
     Raises:
         UserError: a file can't be read, or a weight has another shape.
     """
-    target = {name: tensor for name, tensor in model.named_parameters()} | {
-        name: tensor for name, tensor in model.named_buffers() if name in model.state_dict()
-    }
+    persistent = model.state_dict().keys()
+    target: dict[str, Tensor] = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
+    target.update(model.named_parameters())
     missing = set(target)
 
     def copy(name: str, tensor: Tensor, path: Path) -> None:
         if name not in target:
-            raise UserError(f"{path}: holds {name}, which this model does not have; it is a checkpoint of another model")
+            raise UserError(
+                f"{path}: holds {name}, which this model does not have; it is a checkpoint of another model"
+            )
         if target[name].shape != tensor.shape:
             raise UserError(
                 f"{path}: {name} has shape {list(tensor.shape)}, but the model's has {list(target[name].shape)}; "
@@ -239,7 +242,9 @@ def newest_sound_tag(folder: Path) -> tuple[str | None, list[str]]:
         bad = damaged_files(folder / tag)
         if not bad:
             return tag, complaints
-        complaints.append(f"{folder / tag}: {', '.join(bad)} damaged or missing; falling back to an earlier checkpoint")
+        complaints.append(
+            f"{folder / tag}: {', '.join(bad)} damaged or missing; falling back to an earlier checkpoint"
+        )
     return None, complaints
 
 

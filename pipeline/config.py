@@ -135,7 +135,9 @@ class ExpertsConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "ExpertsConfig":
         given = [key for key in ("num_new", "delta", "counts") if getattr(self, key) is not None]
-        allowed = {"layerwise": ("num_new", "delta"), "uniform": ("num_new",), "explicit": ("counts",)}[self.allocation]
+        allowed = {"layerwise": ("num_new", "delta"), "uniform": ("num_new",), "explicit": ("counts",)}[
+            self.allocation
+        ]
         if len(given) != 1 or given[0] not in allowed:
             raise ValueError(
                 f"allocation: {self.allocation} takes exactly one of {' or '.join(allowed)}, got {given or 'none'}"
@@ -263,7 +265,9 @@ class RunConfig(Section):
     def _check(self) -> "RunConfig":
         if not self.data.old and (self.stage2 is not None or self.experts.allocation == "layerwise"):
             reason = "stage2 replays" if self.stage2 is not None else "allocation: layerwise compares with"
-            raise ValueError(f"data.old: no set, but {reason} old languages; add one, as old: {{en: {{path: en.jsonl}}}}")
+            raise ValueError(
+                f"data.old: no set, but {reason} old languages; add one, as old: {{en: {{path: en.jsonl}}}}"
+            )
         return self
 
     @property
@@ -282,7 +286,9 @@ def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read ({error}); name a run's YAML, such as launch/runs/quickstart.yaml") from error
+        raise UserError(
+            f"{path}: can't be read ({error}); name a run's YAML, such as launch/runs/quickstart.yaml"
+        ) from error
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds no keys; copy launch/runs/quickstart.yaml and change it")

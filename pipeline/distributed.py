@@ -6,6 +6,7 @@ import resource
 import signal
 import socket
 import sys
+import warnings
 from dataclasses import dataclass
 from types import FrameType
 
@@ -40,6 +41,13 @@ class Ranks:
         return tensor
 
 
+def device_type() -> str:
+    """``cuda`` or ``cpu``, by what is there; tells DeepSpeed, which would guess by the packages installed."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", kind)
+    return kind
+
+
 def environment_world_size() -> int:
     """How many ranks the launcher started; 1 without one. Known before any rank has joined."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -55,15 +63,18 @@ def join() -> Ranks:
 
     Backend and device are chosen by what is there: nccl and GPUs, or gloo and the CPU.
     """
+    use_gpu = device_type() == "cuda"
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # of collectives' new names
     # Its JIT build takes a minute, and a killed build leaves a lock that hangs later runs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
     if not under_launcher():
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    use_gpu = torch.cuda.is_available()
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
+        )
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)

@@ -10,8 +10,12 @@ from pipeline.errors import UserError
 from pipeline.files import read_json
 
 _FILLED = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "scheduler"
-)  # fmt: skip
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "scheduler",
+)
 TOKENS_PER_MICRO_BATCH = {"cpu": 1024, "cuda": 8192}
 
 
@@ -32,14 +36,18 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     zero = config.get("zero_optimization", {})
     if zero.get("stage", 0) != 1:
         raise UserError(
-            f"{path}: zero_optimization.stage is {zero.get('stage', 0)}; use 1: DeepSpeed clips experts wrongly with 0, "
+            f"{path}: zero_optimization.stage is {zero.get('stage', 0)}; use 1: DeepSpeed clips experts wrongly at 0, "
             "can hang with 2 where ranks hold unequal experts, and refuses MoE with 3"
         )
     if zero.get("overlap_comm", False):
-        raise UserError(f"{path}: zero_optimization.overlap_comm can hang where ranks hold unequal experts; set it to false")
+        raise UserError(
+            f"{path}: zero_optimization.overlap_comm can hang where ranks hold unequal experts; set it to false"
+        )
     is_bf16 = config.get("bf16", {}).get("enabled", False)
     if is_bf16 and config.get("data_types", {}).get("grad_accum_dtype") != "fp32":
-        raise UserError(f'{path}: bf16 needs "data_types": {{"grad_accum_dtype": "fp32"}}, or gradients lose small parts')
+        raise UserError(
+            f'{path}: bf16 needs "data_types": {{"grad_accum_dtype": "fp32"}}, or gradients lose small parts'
+        )
     return config
 
 

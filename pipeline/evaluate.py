@@ -99,7 +99,9 @@ def evaluate_models(
     return {
         "window": run.evaluate.window,
         "checkpoints": list(scores),
-        "sets": {name: _set_summary(run, store, name, {k: v[name] for k, v in scores.items()}) for name in run.data.sets},
+        "sets": {
+            name: _set_summary(run, store, name, {k: v[name] for k, v in scores.items()}) for name in run.data.sets
+        },
         "routing": {label: _routing(plan, scores[label]) for label in checkpoints},
     }
 

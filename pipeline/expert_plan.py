@@ -1,4 +1,4 @@
-"""ExpertPlan: how many experts each layer has, where they lie, where they came from. The one place that checks them."""
+"""ExpertPlan: how many experts each layer has, where they lie and came from. The one place that checks them."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,7 +48,9 @@ class ExpertPlan(BaseModel):
         """
         for layer, count in enumerate(self.counts):
             if count < 1:
-                raise UserError(f"expert plan: layer {layer} has {count} experts; a layer has at least its original MLP")
+                raise UserError(
+                    f"expert plan: layer {layer} has {count} experts; a layer has at least its original MLP"
+                )
             if 1 < count < self.top_k:
                 raise UserError(
                     f"experts.top_k: {self.top_k} is more than the {count} experts of layer {layer}; "

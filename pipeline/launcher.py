@@ -5,11 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.distributed import free_port
+from pipeline.distributed import device_type, free_port
 from pipeline.errors import EXIT_CODE, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = ROOT / "launch" / "train.sh"
+
+
+def run_alone(verb: str, run_file: Path, force: bool) -> None:
+    """Do a step in a process of its own, so that the memory it took is given back when it is done.
+
+    Raises:
+        UserError: it failed; it has said why.
+    """
+    command = [sys.executable, "-m", "pipeline", verb, str(run_file), *(["--force"] if force else [])]
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    _wait(command, {**os.environ, "PYTHONPATH": path})
 
 
 def start_ranks(arguments: list[str], num_ranks: int) -> None:
@@ -20,20 +31,17 @@ def start_ranks(arguments: list[str], num_ranks: int) -> None:
     """
     command = [
         str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks),
-        "--master_port", str(free_port()), str(ENTRY), *arguments,
+        "--master_port", str(free_port()), "--log_level", "error", str(ENTRY), *arguments,
     ]  # fmt: skip
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    environment = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": _accelerator(), **os.environ}
+    environment = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": device_type(), **os.environ}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    process = subprocess.run(command, env=environment, cwd=Path.cwd(), check=False)
+    _wait(command, environment)
+
+
+def _wait(command: list[str], environment: dict[str, str]) -> None:
+    process = subprocess.run(command, env=environment, check=False)
     if process.returncode == EXIT_CODE:
-        raise SystemExit(EXIT_CODE)  # a rank has said its one line
+        raise SystemExit(EXIT_CODE)  # it has said its one line
     if process.returncode:
-        raise UserError(f"{' '.join(command[-len(arguments) - 1 :])}: ended with code {process.returncode}; see above for why")
-
-
-def _accelerator() -> str:
-    """DeepSpeed finds its accelerator by which packages are there; say it instead."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+        raise UserError(f"{' '.join(command)}: ended with code {process.returncode}; see above for why")

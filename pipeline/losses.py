@@ -15,7 +15,6 @@ from torch import distributed as dist
 
 from pipeline.moe.router import NEW, OLD, Routing
 
-
 BYTES_AT_ONCE = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits held at a time: a cache's worth on a CPU
 
 
@@ -45,7 +44,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (gradient_TV,) = ctx.saved_tensors
-        return gradient_TV * gradients[0].to(gradient_TV.dtype), None, None
+        return gradient_TV.mul_(gradients[0].to(gradient_TV.dtype)), None, None
 
 
 def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:

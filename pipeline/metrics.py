@@ -43,7 +43,7 @@ class StepSums:
         """Add one micro-batch's routing. ``sources_T``: the set that each token is from."""
         everything = torch.ones_like(sources_T)
         for choices, routing in zip(self.choices, routings, strict=True):
-            choices += routing_statistics(routing, everything)["choices"]
+            choices.add_(routing_statistics(routing, everything)["choices"])
         for index in range(self.num_sets):
             mask = sources_T == index
             self.tokens[index] += mask.sum()
@@ -92,7 +92,9 @@ class MetricsLog:
         events += [(f"expert_0_share/{name}", value) for name, value in row["expert_0_share"].items()]
         names = zip(self.layers, row["load_imbalance"], strict=True)
         events += [(f"load_imbalance/layer_{layer:02d}", value) for layer, value in names]
-        events += [(f"train/{name}", row[name]) for name in ("lr", "grad_norm", "tokens_per_second", "tokens", "memory_gb")]
+        events += [
+            (f"train/{name}", row[name]) for name in ("lr", "grad_norm", "tokens_per_second", "tokens", "memory_gb")
+        ]
         self._send(events, row["samples"])
 
     def validation(self, row: dict[str, Any]) -> None:

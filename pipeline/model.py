@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
 
 from pipeline.config import ModelConfig
 from pipeline.errors import UserError
@@ -15,6 +16,7 @@ from pipeline.expert_plan import ExpertPlan
 from pipeline.moe import MoELayer
 
 Stage = Literal[1, 2]
+transformers_logging.disable_progress_bar()  # ours says more
 _GATED = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -49,7 +51,9 @@ def model_config(folder: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.path: {folder}: transformers can't read its config ({error})".splitlines()[0]) from error
+        raise UserError(
+            f"model.path: {folder}: transformers can't read its config ({error})".splitlines()[0]
+        ) from error
 
 
 def load_dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -109,7 +113,9 @@ def install_moe_layers(
     """
     layers = decoder_layers(model)
     if len(layers) != plan.num_layers:
-        raise UserError(f"expert plan: made for {plan.num_layers} layers, but the model has {len(layers)}; allocate again")
+        raise UserError(
+            f"expert plan: made for {plan.num_layers} layers, but the model has {len(layers)}; allocate again"
+        )
     installed: dict[int, MoELayer] = {}
     for index, placement in plan.placement(ep_size).items():
         name = find_mlp(layers[index])
@@ -131,7 +137,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
 
 
 def train_only(model: nn.Module, stage: Stage) -> None:
-    """Stage 1 trains new experts and routers; stage 2 routers and classifiers; all else is frozen (MoE-LPR section 3)."""
+    """Stage 1 trains new experts and routers, stage 2 routers and classifiers only (MoE-LPR section 3)."""
     model.requires_grad_(False)
     for layer in moe_layers(model):
         layer.router.requires_grad_(True)

@@ -47,7 +47,7 @@ class _Lines:
 
 
 def progress(total: int, description: str, unit: str, *, show: bool = True) -> Any:
-    """A tqdm bar where stderr is a terminal, else an object of its manner that prints lines; silent if not ``show``."""
+    """A tqdm bar where stderr is a terminal, else an object like it that prints lines; silent if not ``show``."""
     if not show or sys.stderr.isatty():
         return tqdm(total=total, desc=description, unit=unit, unit_scale=True, dynamic_ncols=True, disable=not show)
     return _Lines(total, description, unit)

@@ -77,7 +77,9 @@ class RunFolder:
         self, step: str, inputs: dict[str, Any], *, outputs: dict[str, Any], figures: dict[str, Any] | None = None
     ) -> None:
         """Record that a step is done; the last thing it writes."""
-        versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()}
+        versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {
+            "python": platform.python_version()
+        }
         manifest = {"step": step, "inputs": inputs, "outputs": outputs, "figures": figures or {}, "versions": versions}
         write_json(self.manifest_path(step), manifest)
 

@@ -13,7 +13,9 @@ from pipeline.distributed import Ranks
 from pipeline.losses import routing_statistics
 from pipeline.model import moe_layers
 
-TOKENS_PER_BATCH = {"cpu": 2048, "cuda": 16384}
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
+
+LENGTH_MULTIPLE = 64  # padded up to: kernels are made once for each length
 
 
 @dataclass(frozen=True)
@@ -119,12 +121,11 @@ def _mask(batch: list[Window]) -> torch.Tensor:
     if not batch:
         return torch.zeros(1, 1, dtype=torch.bool)
     longest = max(len(w.ids) - 1 for w in batch)
+    longest += -longest % LENGTH_MULTIPLE
     return torch.arange(longest).unsqueeze(0) < torch.tensor([[len(w.ids) - 1] for w in batch])
 
 
-def _score_batch(
-    model: nn.Module, batch: list[Window], filler: int, device: torch.device, bits: torch.Tensor
-) -> None:
+def _score_batch(model: nn.Module, batch: list[Window], filler: int, device: torch.device, bits: torch.Tensor) -> None:
     """One forward pass; adds each window's bits to its document's."""
     mask_BL = _mask(batch)
     rows = torch.full((mask_BL.shape[0], mask_BL.shape[1] + 1), filler)

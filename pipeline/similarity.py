@@ -95,7 +95,9 @@ class MeanUnitVectors:
 
 
 @torch.inference_mode()
-def mean_unit_vectors(model: nn.Module, batches: Iterable[np.ndarray], tokens: int, description: str) -> MeanUnitVectors:
+def mean_unit_vectors(
+    model: nn.Module, batches: Iterable[np.ndarray], tokens: int, description: str
+) -> MeanUnitVectors:
     """Stream token ids [B, L] through the model until ``tokens`` of them are counted."""
     device = next(model.parameters()).device
     with MeanUnitVectors(model) as vectors, progress(tokens, description, "token") as bar:
@@ -121,7 +123,9 @@ def similarity_of(means: dict[str, np.ndarray], tokens: dict[str, int], old: lis
     keys = [*combinations(languages, 2), *((language, language) for language in languages)]
     pairs = {f"{a}&{b}": (means[a] * means[b]).sum(-1).tolist() for a, b in keys}
     new_new = [f"{a}&{b}" for a, b in combinations(new, 2)] or [f"{new[0]}&{new[0]}"]
-    return Similarity(old, new, tokens, pairs, layer_similarity(pairs, new_new, [f"{a}&{b}" for a in old for b in new]))
+    return Similarity(
+        old, new, tokens, pairs, layer_similarity(pairs, new_new, [f"{a}&{b}" for a in old for b in new])
+    )
 
 
 def layer_similarity(pairs: dict[str, list[float]], new_new: list[str], old_new: list[str]) -> list[float]:

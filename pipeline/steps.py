@@ -12,7 +12,7 @@ from data_prep.prepare import prepare_run, tokens_folder
 from data_prep.store import TokenStore
 from pipeline.allocation import allocate, clamp_similarity, most_similar_layers
 from pipeline.config import RunConfig
-from pipeline.distributed import Ranks, environment_world_size
+from pipeline.distributed import Ranks
 from pipeline.ds_config import micro_batch_size, read_ds_config, training_dtype
 from pipeline.errors import UserError
 from pipeline.expert_plan import FILE_NAME as PLAN_FILE
@@ -90,18 +90,15 @@ class Steps:
             return
         store = prepare_run(self.run)
         sets = {name: entry.model_dump(mode="json", exclude={"sources"}) for name, entry in store.sets.items()}
-        self.folder.finish("tokenize", inputs, outputs={"tokens": store.key}, figures=_seconds(started) | {"sets": sets})
+        self.folder.finish(
+            "tokenize", inputs, outputs={"tokens": store.key}, figures=_seconds(started) | {"sets": sets}
+        )
 
     def similarity(self) -> None:
         """Tokens and dense model to similarity.json: one pass, nothing stored but means."""
-        settings = self.run.similarity.model_dump(mode="json", exclude={"not_positive"})
-        inputs = {"model": self.model_hash, "tokens": self.store.key, **settings}
-        if not self.run.data.old:
-            print("similarity: no old set to compare with, skipped", flush=True)
+        if self.similarity_is_done():
             return
-        if self._done("similarity", inputs):
-            return
-        started = time.monotonic()
+        inputs, started = self._similarity_inputs(), time.monotonic()
         cached = self.run.cache_dir / "similarity" / content_key(inputs) / SIMILARITY_FILE
         if cached.is_file():
             print(f"similarity: {cached} is there already, skipped", flush=True)
@@ -110,6 +107,17 @@ class Steps:
         write_json(self.folder.path / SIMILARITY_FILE, read_json(cached))
         outputs = {"similarity": sha256_file(cached)[:16]}
         self.folder.finish("similarity", inputs, outputs=outputs, figures=_seconds(started))
+
+    def similarity_is_done(self) -> bool:
+        """Whether there is nothing to measure, or it has been."""
+        if not self.run.data.old:
+            print("similarity: no old set to compare with, skipped", flush=True)
+            return True
+        return self._done("similarity", self._similarity_inputs())
+
+    def _similarity_inputs(self) -> dict[str, Any]:
+        settings = self.run.similarity.model_dump(mode="json", exclude={"not_positive"})
+        return {"model": self.model_hash, "tokens": self.store.key, **settings}
 
     def _measure_similarity(self, target: Path) -> None:
         import torch
@@ -155,7 +163,9 @@ class Steps:
         if measured is not None and self.run.similarity.not_positive == "clamp":
             similarity, changed = clamp_similarity(measured)
             if changed:
-                print(f"allocate: warning: similarity of layers {changed} raised to a small positive value", flush=True)
+                print(
+                    f"allocate: warning: similarity of layers {changed} raised to a small positive value", flush=True
+                )
         allocation = allocate(experts, num_layers, similarity)
         plan = ExpertPlan.first_expansion(
             allocation.counts,
@@ -182,11 +192,9 @@ class Steps:
 
     def upcycle(self) -> None:
         """Dense model and plan to a native DeepSpeed-MoE checkpoint in the cache."""
-        inputs = {"model": self.model_hash, "plan": self.plan.experts_key, "seed": self.run.seed}
-        started = time.monotonic()
-        target = self.run.cache_dir / "upcycled" / content_key(inputs)
-        if self._done("upcycle", inputs) and target.is_dir():
+        if self.upcycle_is_done():
             return
+        inputs, target, started = self._upcycle_inputs(), self._upcycle_target(), time.monotonic()
         if target.is_dir():
             print(f"upcycle: {target} is there already, skipped", flush=True)
         else:
@@ -204,6 +212,16 @@ class Steps:
         )
         figures = _seconds(started) | {key: manifest[key] for key in ("parity", "dense_parameters", "mlp_parameters")}
         self.folder.finish("upcycle", inputs, outputs={"upcycled": target.name}, figures=figures)
+
+    def upcycle_is_done(self) -> bool:
+        """Whether the upcycled checkpoint is there."""
+        return self._done("upcycle", self._upcycle_inputs()) and self._upcycle_target().is_dir()
+
+    def _upcycle_inputs(self) -> dict[str, Any]:
+        return {"model": self.model_hash, "plan": self.plan.experts_key, "seed": self.run.seed}
+
+    def _upcycle_target(self) -> Path:
+        return self.run.cache_dir / "upcycled" / content_key(self._upcycle_inputs())
 
     def _parity_samples(self) -> Any:
         """The first tokens of each set's held-out text, [B, L]."""
@@ -237,11 +255,12 @@ class Steps:
         data = self.run.data
         stage = self.run.stage1 if number == 1 else self.run.stage2
         assert stage is not None
+        sets = data.new if number == 1 else {**data.old, **data.new}
         inputs = {
             "upcycled": self.folder.manifest("upcycle")["outputs"]["upcycled"],
             "tokens": self.store.key,
             "plan": self.plan.experts_key if number == 1 else self.plan.key,
-            "weights": {name: entry.weight for name, entry in {**data.old, **data.new}.items()},
+            "weights": {name: entry.weight for name, entry in sets.items()},
             "seed": self.run.seed,
             "deepspeed": read_json(self.run.deepspeed),
             "settings": stage.model_dump(mode="json", exclude={"activation_checkpointing"}),
@@ -304,7 +323,7 @@ class Steps:
         started = time.monotonic()
         inputs = self.evaluate_inputs() if tag is None else {}
         stages = {f"stage{number}": self.stage_folder(number) for number in (1, 2)}
-        wanted = [tag] if tag else [label for label in inputs["stages"]]
+        wanted = [tag] if tag else list(inputs["stages"])
         checkpoints: dict[str, list[Path]] = {}
         for label in wanted:
             if label != BASE:
@@ -340,7 +359,9 @@ class Steps:
         evaluation = self.folder.path / EVALUATION_FILE
         if evaluation.is_file():
             print("\n" + self.summary(read_json(evaluation)), flush=True)
-        print(f"report: {path}       next: copy launch/runs/quickstart.yaml, put in your model and languages", flush=True)
+        print(
+            f"report: {path}       next: copy launch/runs/quickstart.yaml, put in your model and languages", flush=True
+        )
         return path
 
     def summary(self, evaluation: dict[str, Any]) -> str:
@@ -362,10 +383,3 @@ class Steps:
 
 def _seconds(started: float) -> dict[str, Any]:
     return {"seconds": round(time.monotonic() - started, 1)}
-
-
-def rank_count(run: RunConfig) -> int:
-    """How many ranks a training step has: the launcher's, or those that the run asks for."""
-    from pipeline.distributed import under_launcher
-
-    return environment_world_size() if under_launcher() else run.parallel.ranks

@@ -1,8 +1,10 @@
 """One training stage, on every rank: load, train, validate, save. Reads top to bottom."""
 
+import io
 import json
 import math
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +102,13 @@ class Trainer:
         model.train()
         if stage.activation_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with redirect_stdout(io.StringIO()):  # it prints memory figures, not through its logger
+            engine = self._initialize(model, ds_config)
+        engine.checkpoint_engine = checkpoint.AtomicCheckpointEngine(engine._config, engine.module)
+        return engine
+
+    def _initialize(self, model: Any, ds_config: dict[str, Any]) -> Any:
+        inputs, stage = self.inputs, self.stage
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model),
@@ -109,12 +118,11 @@ class Trainer:
                 inputs.run,
                 stage,
                 stage_number=inputs.number,
-                world_size=ranks.world_size,
+                world_size=self.ranks.world_size,
                 micro_batch=self.micro_batch,
             ),
             dist_init_required=False,
         )
-        engine.checkpoint_engine = checkpoint.AtomicCheckpointEngine(engine._config, engine.module)
         return engine
 
     def train_step(self) -> dict[str, Any]:
@@ -132,7 +140,11 @@ class Trainer:
         self.engine.step()
         self.step += 1
         batch_tokens = self.stage.global_batch_size * self.stage.sequence_length
-        row = {"step": self.step, "samples": self.step * self.stage.global_batch_size, "tokens": self.step * batch_tokens}
+        row = {
+            "step": self.step,
+            "samples": self.step * self.stage.global_batch_size,
+            "tokens": self.step * batch_tokens,
+        }
         row |= sums.read(self.ranks.sum(sums.pack()), self.set_names)
         seconds = time.monotonic() - started
         grad_norm = self.engine.get_global_grad_norm() if grad_norm is None else grad_norm
@@ -206,7 +218,11 @@ class Trainer:
         mean = sum(taught) / len(taught)
         is_best, self.best_value = mean < self.best_value, min(mean, self.best_value)
         batch = self.stage.global_batch_size
-        row = {"step": self.step, "samples": self.step * batch, "tokens": self.step * batch * self.stage.sequence_length}
+        row = {
+            "step": self.step,
+            "samples": self.step * batch,
+            "tokens": self.step * batch * self.stage.sequence_length,
+        }
         return row | {"sets": sets, "mean": mean, "best": is_best}
 
     @property
@@ -223,7 +239,9 @@ class Trainer:
             **self.inputs.identity, **state, "best_value": self.best_value,
             "ranks": self.ranks.world_size, "ep_size": self.inputs.run.parallel.ep_size,
         }  # fmt: skip
-        checkpoint.save_checkpoint(self.engine, self.inputs.folder, self.tag, manifest, self.inputs.run.checkpoint.keep)
+        checkpoint.save_checkpoint(
+            self.engine, self.inputs.folder, self.tag, manifest, self.inputs.run.checkpoint.keep
+        )
 
     def resume(self) -> None:
         """Go on from the newest sound checkpoint, if there is one.
@@ -263,18 +281,24 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
     trainer = Trainer(inputs, ranks)
     if run.checkpoint.resume == "auto":
         trainer.resume()
-    log = MetricsLog.open(inputs.folder, trainer.engine.monitor, list(inputs.plan.moe_layers), trainer.step) if ranks.is_first else None
+    log = (
+        MetricsLog.open(inputs.folder, trainer.engine.monitor, list(inputs.plan.moe_layers), trainer.step)
+        if ranks.is_first
+        else None
+    )
     _say_start(trainer)
     batch_tokens = stage.global_batch_size * stage.sequence_length
     started = last_save = time.monotonic()
     validate_every = None if run.validate_.every_tokens is None else max(1, run.validate_.every_tokens // batch_tokens)
-    first_step = trainer.step
-    with StopRequest() as stop, progress(
-        stage.num_steps * batch_tokens, f"stage {inputs.number}", "token", show=ranks.is_first
-    ) as bar:
+    training_seconds, first_step = 0.0, trainer.step
+    with (
+        StopRequest() as stop,
+        progress(stage.num_steps * batch_tokens, f"stage {inputs.number}", "token", show=ranks.is_first) as bar,
+    ):
         bar.update(trainer.step * batch_tokens)
         while trainer.step < stage.num_steps:
             row = trainer.train_step()
+            training_seconds += row["seconds"]
             last = trainer.step == stage.num_steps
             if log:
                 log.step(row)
@@ -294,7 +318,9 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
                 trainer.save()
                 last_save = time.monotonic()
             if stopping and not last:
-                ranks.say(f"stage {inputs.number}: stopped by a signal after {trainer.step} steps; saved, run again to go on")
+                ranks.say(
+                    f"stage {inputs.number}: stopped by a signal after {trainer.step} steps; saved, run again to go on"
+                )
                 return None
     seconds = time.monotonic() - started
     memory = torch.tensor([float(peak_memory_bytes(ranks.device))], device=ranks.device)
@@ -303,7 +329,8 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
         "steps": trainer.step,
         "tokens": trainer.step * batch_tokens,
         "seconds": seconds,
-        "tokens_per_second": (trainer.step - first_step) * batch_tokens / seconds,
+        "training_seconds": training_seconds,
+        "tokens_per_second": (trainer.step - first_step) * batch_tokens / max(training_seconds, 1e-9),
         "peak_memory_gb": float(ranks.sum(memory)) / 1e9,
         "ranks": ranks.world_size,
         "ep_size": run.parallel.ep_size,
@@ -332,8 +359,8 @@ def _say_start(trainer: Trainer) -> None:
     experts = int(ranks.sum(trained.clone())[1]) // max(1, ranks.world_size // inputs.run.parallel.ep_size)
     epochs = ", ".join(f"{name} {value:.2f}" for name, value in trainer.order.epochs().items())
     ranks.say(
-        f"stage {inputs.number}: {stage.num_steps} steps of {stage.global_batch_size} x {stage.sequence_length} tokens on "
-        f"{ranks.world_size} ranks (ep_size {inputs.run.parallel.ep_size}, micro-batch {trainer.micro_batch} x "
+        f"stage {inputs.number}: {stage.num_steps} steps of {stage.global_batch_size} x {stage.sequence_length} tokens"
+        f" on {ranks.world_size} ranks (ep_size {inputs.run.parallel.ep_size}, micro-batch {trainer.micro_batch} x "
         f"{trainer.accumulation}); {(int(trained[0]) + experts) / 1e6:.1f} M parameters train; epochs: {epochs}"
     )
 

@@ -151,7 +151,9 @@ def load_upcycled(
     missing = read_weights(model, folder / TAG)
     missing = {name for name in missing if not name.endswith(".gate.classifier.weight")}
     if missing:
-        raise UserError(f"{folder}: lacks {sorted(missing)[0]} and {len(missing) - 1} more; upcycle again with --force")
+        raise UserError(
+            f"{folder}: lacks {sorted(missing)[0]} and {len(missing) - 1} more; upcycle again with --force"
+        )
     return model
 
 
@@ -165,6 +167,8 @@ def measure_parity(dense: Path, folder: Path, plan: ExpertPlan, samples: np.ndar
     upcycled = load_upcycled(folder, plan, torch.float32)
     difference = largest = 0.0
     for row, logits in zip(ids_BL, expected, strict=True):
-        difference = max(difference, float((upcycled(input_ids=row.unsqueeze(0), use_cache=False).logits - logits).abs().max()))
+        difference = max(
+            difference, float((upcycled(input_ids=row.unsqueeze(0), use_cache=False).logits - logits).abs().max())
+        )
         largest = max(largest, float(logits.abs().max()))
     return Parity(difference, largest, TOLERANCE * max(largest, 1.0), ids_BL.numel())

@@ -144,6 +144,8 @@ def prepared_run(folder: Path, *, distinct_experts: bool = True, **changes: Any)
         generator = torch.Generator().manual_seed(3)
         for file in sorted((steps.upcycled / "upcycled").glob("layer_*_expert_*.pt")):
             state = checkpoint.load_tensors(file)
-            noisy = {k: v.clone() + 0.2 * torch.randn(v.shape, generator=generator).to(v.dtype) for k, v in state.items()}
+            noisy = {
+                k: v.clone() + 0.2 * torch.randn(v.shape, generator=generator).to(v.dtype) for k, v in state.items()
+            }
             checkpoint.save_tensors(noisy, file)
     return run

@@ -55,8 +55,10 @@ class Input:
     instead: str
 
 
-def fetch_inputs(into: Path, languages: list[str]) -> None:
+def fetch_inputs(into: Path, languages: list[str], only: set[str] | None = None) -> None:
     """Make every input for `languages` that is not yet in `into`, or is damaged there; print a line for each.
+
+    `only` leaves out inputs whose name ("help/el.jsonl") it does not hold.
 
     `into/manifest.json` records each input's source and the sha256 of its files.
 
@@ -64,7 +66,7 @@ def fetch_inputs(into: Path, languages: list[str]) -> None:
         UserError: an unknown language, or an input that can't be had, with the way round it.
     """
     unknown = [language for language in languages if language not in LANGUAGES]
-    if unknown or not languages:
+    if unknown:
         raise UserError(
             f"--languages {','.join(unknown)}: there are demo texts in {','.join(LANGUAGES)}; choose of these"
         )
@@ -77,6 +79,8 @@ def fetch_inputs(into: Path, languages: list[str]) -> None:
         manifest_path = into / "manifest.json"
         manifest: dict[str, Any] = read_json(manifest_path) if manifest_path.exists() else {}
         for item in _inputs(languages, downloads):
+            if only is not None and item.name not in only:
+                continue
             if _is_whole(into, item.name, manifest.get(item.name)):
                 print(f"{into / item.name}: there already, skipped", flush=True)
                 continue

@@ -74,6 +74,4 @@ class Exchange:
 
     def combine(self, rows: Tensor) -> Tensor:
         """The way back: results in the order in which the rows were dispatched."""
-        return _AllToAll.apply(
-            rows.index_select(0, self.by_rank), self.anchor, self.received, self.sent, self.group
-        )
+        return _AllToAll.apply(rows.index_select(0, self.by_rank), self.anchor, self.received, self.sent, self.group)

@@ -1,8 +1,24 @@
 """The new experts that lie on this rank."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+ROWS_MULTIPLE = 64
+
+
+def in_whole_blocks(function: Callable[[Tensor], Tensor], x_AD: Tensor) -> Tensor:
+    """``function(x)`` for a function of rows, with rows of zeros added up to a multiple of 64 where that is faster.
+
+    In bf16 a CPU's kernels are generated anew for each number of rows they meet, which costs more than the
+    product itself; and each stays in memory. Expert batches have another size every time.
+    """
+    missing = -len(x_AD) % ROWS_MULTIPLE
+    if not missing or x_AD.dtype != torch.bfloat16 or x_AD.device.type != "cpu":
+        return function(x_AD)
+    return function(F.pad(x_AD, (0, 0, 0, missing)))[: len(x_AD)]
 
 
 class Expert(nn.Module):
@@ -25,6 +41,9 @@ class Expert(nn.Module):
 
     def forward(self, x_AD: Tensor) -> Tensor:
         """Shape [A, D] to [A, D]; A may be 0, and the weights then get zero gradients."""
+        return in_whole_blocks(self._forward, x_AD)
+
+    def _forward(self, x_AD: Tensor) -> Tensor:
         gate_AF, up_AF = F.linear(x_AD, self.gate_up_proj, self.gate_up_bias).chunk(2, dim=-1)
         return F.linear(self.act_fn(gate_AF) * up_AF, self.down_proj, self.down_bias)
 
@@ -65,7 +84,7 @@ class LocalExperts(nn.Module):
         return [expert for expert in self.deepspeed_experts if isinstance(expert, Expert)]
 
     def forward(self, x_AD: Tensor, counts: list[int]) -> Tensor:
-        """Rows sorted by slot, ``counts[slot]`` of each. Every expert is called, with no rows too, so its hooks fire."""
+        """Rows sorted by slot, ``counts[slot]`` each. All experts are called, without rows too: their hooks fire."""
         pieces = x_AD.split(counts[: self.num_local]) if self.num_local else ()
         outputs = [expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)]
         return torch.cat(outputs) if outputs else x_AD

@@ -8,7 +8,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from pipeline.moe.dispatch import Exchange
-from pipeline.moe.experts import LocalExperts
+from pipeline.moe.experts import LocalExperts, in_whole_blocks
 from pipeline.moe.router import Router, Routing
 
 
@@ -95,7 +95,7 @@ class MoELayer(MoE):
         num_base = int(counts_E[0])
         sizes = [num_base, len(token_A) - num_base]
         base_AD, new_AD = x_TD.index_select(0, token_A).split(sizes)
-        outputs = self.base_mlp(base_AD), self._new_experts(new_AD, counts_E[1:])
+        outputs = in_whole_blocks(self.base_mlp, base_AD), self._new_experts(new_AD, counts_E[1:])
         # At most K = 2 rows add to one token, onto zero: exact in any order, so repeatable on a GPU too.
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for output_AD, tokens, weights in zip(outputs, token_A.split(sizes), weight_A.split(sizes), strict=True):

@@ -37,7 +37,13 @@ def canonical(model: torch.nn.Module, tensor_of: Any) -> dict[str, torch.Tensor]
 
 
 def train_steps(
-    ranks: Ranks, tree: dict[str, Any], number: int, folder: Path, steps: int, save_at: int | None = None, resume: bool = False
+    ranks: Ranks,
+    tree: dict[str, Any],
+    number: int,
+    folder: Path,
+    steps: int,
+    save_at: int | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Take optimizer steps; returns rows of metrics, the first step's gradients, weights, and what was frozen."""
     trainer = Trainer(stage_inputs(tree, number, folder), ranks)
@@ -118,5 +124,3 @@ def count_experts(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[int]
 def with_parallel(tree: dict[str, Any], **parallel: Any) -> dict[str, Any]:
     """The same run, otherwise spread."""
     return {**tree, "parallel": parallel}
-
-

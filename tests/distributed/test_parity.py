@@ -28,7 +28,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["stage1", "stage2"])
-def results(request: pytest.FixtureRequest, pools: Pools, tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def results(
+    request: pytest.FixtureRequest, pools: Pools, tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     number = request.param
     everything = {}
     for ranks, ep_size, micro in TOPOLOGIES:
@@ -78,7 +80,9 @@ def test_only_what_the_stage_trains_has_changed(results: Any) -> None:
     for ranks in everything.values():
         for part in ranks:
             assert part["frozen_unchanged"]
-            kinds = {name.split()[0] if name.startswith("expert") else name.rsplit(".", 2)[-2] for name in part["trained"]}
+            kinds = {
+                name.split()[0] if name.startswith("expert") else name.rsplit(".", 2)[-2] for name in part["trained"]
+            }
             assert kinds == ({"expert", "wg"} if number == 1 else {"wg", "classifier"})
     trained = merged(everything[2, 2], "weights")
     assert sum(name.startswith("expert") for name in trained) == (6 * 2 if number == 1 else 0)
@@ -101,5 +105,3 @@ def test_logits_agree_between_topologies(pools: Pools, tree: dict[str, Any], tmp
         spread = with_parallel(tree, ranks=2, ep_size=ep_size, micro_batch_size=2)
         for logits in pools[2].run(first_logits, spread, 1, tmp_path):
             torch.testing.assert_close(logits, expected, **CLOSE)
-
-

@@ -56,7 +56,9 @@ def test_a_checkpoint_holds_what_trains_and_nothing_else(pools: Pools, tree: dic
             assert all(f"deepspeed_experts.{number}." in key for key in checkpoint.load_tensors(file))
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path
+) -> None:
     tree = {**tree, "checkpoint": {"every_minutes": None, "keep": 3}}
     pools[2].run(train_steps, tree, 1, tmp_path, 2, 2)
     pools[2].run(train_steps, tree, 1, tmp_path, 3, 3, True)

@@ -25,7 +25,9 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 def golden(name: str) -> SimpleNamespace:
     data = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
-    return SimpleNamespace(**{key: torch.from_numpy(data[key]) if data[key].dtype.kind in "fib" else data[key] for key in data})
+    return SimpleNamespace(
+        **{key: torch.from_numpy(data[key]) if data[key].dtype.kind in "fib" else data[key] for key in data}
+    )
 
 
 class GatedMLP(nn.Module):
@@ -57,7 +59,9 @@ def layer_from(g: SimpleNamespace, top_k: int) -> MoELayer:
 def routing_of(logits: Tensor, top_k: int) -> Routing:
     scores = logits.softmax(-1)
     weights, ids = scores.topk(top_k, -1)
-    return Routing(logits, scores, ids, weights / weights.sum(-1, keepdim=True), torch.ones_like(ids, dtype=torch.bool), None)
+    return Routing(
+        logits, scores, ids, weights / weights.sum(-1, keepdim=True), torch.ones_like(ids, dtype=torch.bool), None
+    )
 
 
 @pytest.mark.parametrize("name", ["route_E2_K2_H16_float32", "route_E4_K2_H32_float32"])
@@ -112,7 +116,9 @@ def test_balance_loss_in_reference_scale_and_its_gradient(name: str, masked: boo
     logits = g.logits.clone().requires_grad_()
     routings = [routing_of(layer, 2) for layer in logits]
     for layer, expected in enumerate(getattr(g, f"per_layer_{suffix}")):
-        torch.testing.assert_close(load_balancing_loss([routings[layer]], mask_T=mask, scale="reference"), expected, **CLOSE)
+        torch.testing.assert_close(
+            load_balancing_loss([routings[layer]], mask_T=mask, scale="reference"), expected, **CLOSE
+        )
     loss = load_balancing_loss(routings, mask_T=mask, scale="reference")
     torch.testing.assert_close(loss, getattr(g, f"loss_{suffix}"), **CLOSE)
     loss.backward()
@@ -137,8 +143,10 @@ def test_lpr_loss_and_its_gradient(form: Any, loss_name: str, gradient_name: str
 def test_stage_1_step_of_a_two_layer_model_equals_the_reference() -> None:
     data = np.load(GOLDEN / "e2e_stage1.npz", allow_pickle=False)
     settings = json.loads(str(data["config"]))
-    known = ("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers",
-             "num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "tie_word_embeddings")  # fmt: skip
+    known = (
+        *("vocab_size", "max_position_embeddings", "hidden_size", "intermediate_size", "num_hidden_layers"),
+        *("num_attention_heads", "num_key_value_heads", "hidden_act", "rms_norm_eps", "tie_word_embeddings"),
+    )
     config = Qwen2Config(**{key: settings[key] for key in known}, rope_theta=settings["rope_theta"])
     config._attn_implementation = "eager"
     model = Qwen2ForCausalLM(config).float().eval()
@@ -178,7 +186,15 @@ def reference_names(plan: ExpertPlan) -> dict[str, list[str]]:
     names = {name: [root + name] for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")}
     for layer in range(plan.num_layers):
         ours = f"model.layers.{layer}."
-        for part in ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias", "o_proj.weight"):
+        for part in (
+            "q_proj.weight",
+            "q_proj.bias",
+            "k_proj.weight",
+            "k_proj.bias",
+            "v_proj.weight",
+            "v_proj.bias",
+            "o_proj.weight",
+        ):
             names[f"{ours}self_attn.{part}"] = [f"{root}{ours}self_attn.{part}"]
         for part in ("input_layernorm.weight", "post_attention_layernorm.weight"):
             names[ours + part] = [root + ours + part]

@@ -62,7 +62,9 @@ def test_another_model_with_gated_mlps_works_too(tmp_path: Path) -> None:
     )
     OlmoForCausalLM(config).save_pretrained(tmp_path / "olmo")
     save_tokenizer(tmp_path / "olmo")
-    assert upcycle(tmp_path / "olmo", plan_of([2, 3]), SAMPLES, tmp_path / "out", seed=1, model_hash="x")["parity"]["holds"]
+    assert upcycle(tmp_path / "olmo", plan_of([2, 3]), SAMPLES, tmp_path / "out", seed=1, model_hash="x")["parity"][
+        "holds"
+    ]
 
 
 @pytest.mark.parametrize(("config", "model"), [
@@ -99,7 +101,9 @@ def test_the_checkpoint_is_native_and_its_manifest_says_where_it_is_from(tmp_pat
     assert main["num_experts"] == [2, 1, 3]
     assert "lm_head.weight" in main["module"]
     assert not [name for name in main["module"] if "deepspeed_experts" in name]
-    experts = {f"layer_{layer}_expert_{n}_mp_rank_00_model_states.pt" for layer, c in enumerate((2, 1, 3)) for n in range(c)}
+    experts = {
+        f"layer_{layer}_expert_{n}_mp_rank_00_model_states.pt" for layer, c in enumerate((2, 1, 3)) for n in range(c)
+    }
     assert {p.name for p in folder.glob("layer_*")} == experts
     manifest = read_json(tmp_path / "out" / "manifest.json")
     assert manifest["model"] == "abc"

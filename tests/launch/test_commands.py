@@ -1,0 +1,108 @@
+"""The commands that users type, as they type them. Run: pytest tests/launch"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.tiny import run_tree
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+
+
+def command(*words: str, code: int = 0, **environment: str) -> str:
+    """Run a command in the repository; its output."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    clean = {key: value for key, value in os.environ.items() if key not in names}
+    path = f"{BIN}{os.pathsep}{clean.get('PATH', '')}"
+    done = subprocess.run(
+        words, cwd=ROOT, env={**clean, "PATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+def write_run(folder: Path, **changes: Any) -> Path:
+    """A tiny run's YAML, with all steps still to do."""
+    tree = run_tree(folder, **changes)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def test_train_sh_is_valid_bash_and_python() -> None:
+    command("bash", "-n", "launch/train.sh")
+    compile((ROOT / "launch" / "train.sh").read_text(), "launch/train.sh", "exec")
+
+
+def test_run_does_everything_on_two_ranks_and_a_second_run_skips_it(tmp_path: Path) -> None:
+    path = write_run(
+        tmp_path,
+        parallel={"ranks": 2, "ep_size": 2},
+        validate={"every_tokens": 768, "max_tokens_per_set": 200},
+        log={"tensorboard": True, "csv": True},
+        deepspeed="ds_configs/bf16_zero1.json",
+    )
+    first = command(sys.executable, "-m", "pipeline", "run", str(path), "--until", "stage1")
+    folder = tmp_path / "runs" / "tiny"
+    assert (folder / "manifests" / "stage1.json").is_file()
+    assert not (folder / "stage2").exists()
+    first = command(sys.executable, "-m", "pipeline", "run", str(path))
+    assert "stage1: done, skipped" in first
+    for heading in ("bits/char, lower is better", "NEW   el", "OLD   en", "base   stage1   stage2", "report: "):
+        assert heading in first
+    assert (folder / "report.html").stat().st_size > 100_000
+    rows = [json.loads(line) for line in (folder / "stage2" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert {"lpr", "classifier", "next_token"} <= {name for name, value in rows[0]["loss"].items() if value > 0}
+    assert list((folder / "tensorboard").rglob("events.out.tfevents.*"))
+    assert list((folder / "csv").rglob("*next_token*.csv"))
+    best = json.loads((folder / "stage1" / "best.json").read_text())
+    assert (folder / "stage1" / best["tag"] / "manifest.json").is_file()
+
+    second = command(sys.executable, "-m", "pipeline", "run", str(path))
+    for step in ("tokenize", "similarity", "allocate", "upcycle", "stage1", "stage2", "evaluate"):
+        assert f"{step}: done, skipped" in second
+
+    # Another learning rate, another name: tokens, similarities and upcycled weights are those of before.
+    other = command(
+        sys.executable, "-m", "pipeline", "run", str(path),
+        "--set", "name=other", "--set", "stage1.lr=1e-3", "--until", "upcycle",
+    )  # fmt: skip
+    assert other.count("is there already, skipped") == 3
+
+    scored = command(sys.executable, "-m", "pipeline", "evaluate", str(path), "--checkpoint", "stage1/best")
+    assert f"{folder}/evaluations/stage1-best.json" in scored
+
+
+@pytest.mark.parametrize("launcher", [["deepspeed"], ["bash"]], ids=["deepspeed", "bash"])
+def test_train_sh_trains_stage_1(launcher: list[str], tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    command(sys.executable, "-m", "pipeline", "run", str(path), "--until", "upcycle")
+    words = [str(BIN / "deepspeed"), "--master_port", "29611"] if launcher == ["deepspeed"] else launcher
+    output = command(*words, "launch/train.sh", str(path), "--stage", "1", DS_ACCELERATOR="cpu")
+    assert "6 steps of 8 x 32 tokens on 1 ranks" in output
+    assert (tmp_path / "runs" / "tiny" / "manifests" / "stage1.json").is_file()
+
+
+def test_a_users_mistake_is_one_line_and_exit_code_2_under_the_launcher_too(tmp_path: Path) -> None:
+    path = write_run(tmp_path, parallel={"ranks": 3, "ep_size": 2})
+    output = command(sys.executable, "-m", "pipeline", "run", str(path), code=2)
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == [
+        "error: parallel.ep_size: 2 does not divide the number of ranks, 3; "
+        "start a multiple of 2 ranks, or use --set parallel.ep_size=1"
+    ]
+
+
+def test_help_says_what_each_verb_reads_and_writes() -> None:
+    for verb in ("run", "tokenize", "similarity", "allocate", "upcycle", "train", "evaluate", "report"):
+        text = command(sys.executable, "-m", "pipeline", verb, "--help")
+        assert "Reads " in text
+        assert "writes " in text

@@ -1,0 +1,213 @@
+"""A user's mistakes: one line that says what and how to mend, exit code 2, nothing half-written.
+
+Run: pytest tests/pipeline/test_bad_input.py
+"""
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.__main__ import main
+from pipeline.errors import UserError
+from pipeline.expert_plan import ExpertPlan
+from pipeline.files import write_json
+from pipeline.steps import Steps
+from tests.tiny import prepared_run, run_tree, save_model
+
+Tree = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny run that is done up to upcycling."""
+    folder = tmp_path_factory.mktemp("bad_input")
+    prepared_run(folder)
+    return folder
+
+
+def text_file(content: bytes, suffix: str = ".jsonl") -> Callable[[Path, Tree], None]:
+    """Make the Greek set's file hold these bytes."""
+
+    def change(folder: Path, tree: Tree) -> None:
+        path = folder / f"el{suffix}"
+        path.write_bytes(content)
+        tree["data"]["new"]["el"]["path"] = str(path)
+
+    return change
+
+
+def setting(key: str, value: Any) -> Callable[[Path, Tree], None]:
+    """Set a dotted key."""
+
+    def change(_folder: Path, tree: Tree) -> None:
+        *parents, last = key.split(".")
+        for part in parents:
+            tree = tree.setdefault(part, {})
+        tree[last] = value
+
+    return change
+
+
+def without(key: str) -> Callable[[Path, Tree], None]:
+    """Remove a dotted key."""
+
+    def change(_folder: Path, tree: Tree) -> None:
+        *parents, last = key.split(".")
+        for part in parents:
+            tree = tree[part]
+        del tree[last]
+
+    return change
+
+
+def both(*changes: Callable[[Path, Tree], None]) -> Callable[[Path, Tree], None]:
+    """Several changes."""
+
+    def change(folder: Path, tree: Tree) -> None:
+        for each in changes:
+            each(folder, tree)
+
+    return change
+
+
+def small_vocabulary(folder: Path, tree: Tree) -> None:
+    """A model whose vocabulary ends before its tokenizer's."""
+    save_model(folder / "small")
+    config = json.loads((folder / "small" / "config.json").read_text())
+    (folder / "small" / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
+    tree["model"]["path"] = str(folder / "small")
+
+
+def large_vocabulary(folder: Path, tree: Tree) -> None:
+    """A model whose vocabulary does not fit 16 bits."""
+    save_model(folder / "large")
+    config = json.loads((folder / "large" / "config.json").read_text())
+    (folder / "large" / "config.json").write_text(json.dumps({**config, "vocab_size": 70_000}))
+    tree["model"]["path"] = str(folder / "large")
+    tree["data"]["token_dtype"] = "uint16"
+
+
+def negative_similarity(_folder: Path, tree: Tree) -> None:
+    """What was measured of the run's model says that a layer's languages are opposite."""
+    tree["experts"] = {"allocation": "layerwise", "num_new": 6}
+    tree["name"] = "negative"
+    from pipeline.config import parse_run
+    from pipeline.run_folder import RunFolder
+
+    run = parse_run(tree, "x")
+    folder = RunFolder.create(run)
+    steps = Steps(run)
+    steps.tokenize()
+    steps.similarity()
+    measured = json.loads((folder.path / "similarity.json").read_text())
+    write_json(folder.path / "similarity.json", {**measured, "by_layer": [0.2, -0.01, 0.3, 0.4]})
+
+
+ROW = json.dumps({"text": "a page", "page": "p"}).encode() + b"\n"
+COUNTS = {"allocation": "explicit", "counts": [3, 2, 1, 4]}
+
+# (what is wrong, the change, the verb that meets it, what the one line must say)
+TABLE: list[tuple[str, Callable[[Path, Tree], None], list[str], list[str]]] = [
+    ("unknown key", setting("stage1.learning_rate", 1), ["tokenize"], ["stage1.learning_rate", "unknown key"]),
+    ("unknown key with a near one", setting("stage1.token", 1), ["tokenize"], ["stage1.token", "did you mean tokens"]),
+    ("wrong type", setting("stage1.tokens", "many"), ["tokenize"], ["stage1.tokens", "'many'", "integer"]),
+    ("missing key", without("stage1.tokens"), ["tokenize"], ["stage1.tokens", "missing"]),
+    ("old and new", setting("data.new.english", {"path": "x", "language": "en"}), ["tokenize"], ["'en'", "both old and new"]),
+    ("no old set in stage 2", without("data.old"), ["tokenize"], ["data.old", "stage2"]),
+    ("no stage 2", without("stage2"), ["train", "--stage", "2"], ["stage2", "no such section"]),
+    ("a path that does not exist", setting("data.new.el.path", "none/el.jsonl"), ["tokenize"], ["data.new.el.path", "none/el.jsonl"]),
+    ("an empty file", text_file(b""), ["tokenize"], ["el.jsonl", "empty"]),
+    ("not gzip", text_file(ROW, ".jsonl.gz"), ["tokenize"], ["el.jsonl.gz"]),
+    ("truncated gzip", text_file(gzip.compress(ROW * 500)[:-20], ".jsonl.gz"), ["tokenize"], ["el.jsonl.gz"]),
+    ("not UTF-8", text_file(ROW + b'{"text": "\xff\xfe", "page": "q"}\n'), ["tokenize"], ["el.jsonl", "row 2", "UTF-8"]),
+    ("a row that is not JSON", text_file(ROW + b"oops\n"), ["tokenize"], ["el.jsonl", "row 2", "JSON"]),
+    ("a row without the text field", text_file(ROW + b'{"page": "q"}\n'), ["tokenize"], ["el.jsonl", "row 2", "text"]),
+    ("a row without the page", text_file(ROW + b'{"text": "b"}\n'), ["tokenize"], ["el.jsonl", "row 2", "page"]),
+    ("a tokenizer that does not fit", small_vocabulary, ["tokenize"], ["vocabulary", "99"]),
+    ("a vocabulary beyond the shard's type", large_vocabulary, ["tokenize"], ["uint16", "70000"]),
+    ("a separator that is not there", setting("data.separator", "<eod>"), ["tokenize"], ["<eod>"]),
+    ("a budget below one expert", setting("experts", {"num_new": 0}), ["tokenize"], ["num_new", "0", "at least 1"]),
+    ("two budgets", setting("experts", {"num_new": 3, "delta": 8.0}), ["tokenize"], ["num_new or delta"]),
+    ("a plan of the wrong length", setting("experts", {**COUNTS, "counts": [2, 2]}), ["allocate"], ["experts.counts", "2 numbers", "4 layers"]),
+    ("a count below 1", setting("experts", {**COUNTS, "counts": [2, 0, 2, 2]}), ["allocate"], ["counts[1]", "below 1"]),
+    ("top_k above what a layer has", setting("experts", {**COUNTS, "top_k": 3}), ["allocate"], ["top_k", "3", "layer 1"]),
+    ("a classifier on a dense layer", setting("experts", {**COUNTS, "classifier_layers": [2]}), ["allocate"], ["layer 2", "dense"]),
+    ("a classifier beyond the model", setting("experts", {**COUNTS, "classifier_layers": [9]}), ["allocate"], ["9", "not a layer"]),
+    ("more classifiers than routers", setting("experts", {**COUNTS, "classifier_layers": 4}), ["allocate"], ["4 layers", "only 3"]),
+    ("similarity not positive", negative_similarity, ["allocate"], ["layer 1", "-0.01", "not positive"]),
+    ("an ep_size that does not divide the ranks", setting("parallel", {"ranks": 3, "ep_size": 2}), ["train"], ["ep_size", "2", "3"]),
+    ("ep_size above the experts", setting("parallel", {"ranks": 8, "ep_size": 8}), ["allocate"], ["ep_size", "8 ranks", "6 new experts"]),
+    ("a batch that the ranks do not divide", setting("parallel", {"ranks": 3}), ["train"], ["global_batch_size", "8", "3 ranks"]),
+    ("a micro-batch that does not divide", setting("parallel", {"micro_batch_size": 3}), ["train"], ["micro_batch_size", "3", "8"]),
+    ("too few tokens for one batch", setting("stage1.tokens", 100), ["tokenize"], ["stage1", "100", "less than one batch"]),
+    ("a set shorter than a sample", setting("stage1", {"tokens": 10**7, "sequence_length": 10**6, "global_batch_size": 1}), ["train", "--stage", "1"], ["set el", "less than one sample"]),
+    ("a model that is not there", setting("model.path", "./none"), ["tokenize"], ["model.path", "none"]),
+    ("a DeepSpeed config that is not there", setting("deepspeed", "ds_configs/none.json"), ["train"], ["deepspeed", "none.json"]),
+    ("a checkpoint that is not there", lambda folder, tree: None, ["evaluate", "--checkpoint", "stage1/best"], ["stage1", "not done"]),
+    ("a step before its turn", setting("name", "fresh"), ["upcycle"], ["allocate", "not done"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "verb", "says"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_one_line_and_exit_code_2(
+    change: Callable[[Path, Tree], None], verb: list[str], says: list[str], base: Path, tmp_path: Path,
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    tree = run_tree(base)
+    change(tmp_path, tree)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["pipeline", verb[0], str(path), *verb[1:], "--force"])
+    before = {p for p in base.rglob("*") if "tiny" in p.parts}
+    from pipeline.__main__ import command_line
+
+    capfd.readouterr()
+    assert command_line() == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ") or not line.strip()]
+    assert len(lines) == 1, lines
+    for words in says:
+        assert words in lines[0], lines[0]
+    assert before <= set(base.rglob("*"))
+    assert not [p.name for p in base.rglob("*.partial")]
+
+
+def test_no_is_norwegian_in_keys_and_values(tmp_path: Path, base: Path) -> None:
+    from pipeline.config import load_run
+
+    text = yaml.safe_dump(run_tree(base)).replace("    el:", "    no:\n      path: no.jsonl\n    el:")
+    (tmp_path / "run.yaml").write_text(text.replace("lr: 0.01", "lr: 1e-2"), encoding="utf-8")
+    run = load_run(tmp_path / "run.yaml")
+    assert run.data.new["no"].language == "no"
+    assert run.stage1.lr == 0.01
+
+
+@pytest.mark.parametrize("key", ["model", "plan", "tokenizer"])
+def test_a_checkpoint_of_another_run_is_refused(key: str) -> None:
+    from pipeline.checkpoint import check_same_run
+
+    ours = {"model": "m", "plan": "p", "tokenizer": "t"}
+    check_same_run(ours, ours, Path("stage1/step1"))
+    with pytest.raises(UserError, match=rf"stage1/step1: is a checkpoint of another .*{key}.* \(other"):
+        check_same_run({**ours, key: "other"}, ours, Path("stage1/step1"))
+
+
+def test_a_damaged_plan_names_layer_and_number(tmp_path: Path) -> None:
+    plan = ExpertPlan.first_expansion([3, 2], old=["en"], new=["el"], top_k=2, classifier_layers=[])
+    plan.save(tmp_path / "expert_plan.json")
+    tree = json.loads((tmp_path / "expert_plan.json").read_text())
+    write_json(tmp_path / "expert_plan.json", {**tree, "counts": [3, 5]})
+    with pytest.raises(UserError, match="layer 1 has 5 experts, but its rounds add up to 2"):
+        ExpertPlan.load(tmp_path / "expert_plan.json")
+
+
+def test_changed_settings_ask_for_force(base: Path, tmp_path: Path) -> None:
+    tree = run_tree(base)
+    tree["experts"]["counts"] = [2, 2, 2, 2]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree), encoding="utf-8")
+    with pytest.raises(UserError, match=r"allocate: done in .* with other inputs: experts.counts was .*--force"):
+        main(["allocate", str(tmp_path / "run.yaml")])
