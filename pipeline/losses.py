@@ -5,7 +5,7 @@ backward of a step, so that the mean over ranks and accumulation steps is the lo
 however unevenly tokens fall.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,19 @@ from torch import distributed as dist
 from pipeline.moe.router import NEW, OLD, Routing
 
 BYTES_AT_ONCE = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits held at a time: a cache's worth on a CPU
+
+
+def _row_pieces(logits_TV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of the logits, and of tensors beside them, a few at a time."""
+    num_rows = max(1, BYTES_AT_ONCE[logits_TV.device.type] // (4 * logits_TV.shape[1]))
+    yield from zip(*(tensor.split(num_rows) for tensor in (logits_TV, *others)), strict=True)
+
+
+@torch.no_grad()
+def token_losses(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """Cross-entropy of each token, [T] fp32, in nats; for scoring, without gradients."""
+    pieces = _row_pieces(logits_TV, labels_T)
+    return torch.cat([F.cross_entropy(logits.float(), labels, reduction="none") for logits, labels in pieces])
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -29,9 +42,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
         total = torch.zeros((), device=logits_TV.device)
         gradient_TV = torch.empty_like(logits_TV)
-        num_rows = max(1, BYTES_AT_ONCE[logits_TV.device.type] // (4 * logits_TV.shape[1]))
-        chunks = (tensor.split(num_rows) for tensor in (logits_TV, labels_T, weights_T, gradient_TV))
-        for logits_RV, labels_R, weights_R, gradient_RV in zip(*chunks, strict=True):
+        for logits_RV, labels_R, weights_R, gradient_RV in _row_pieces(logits_TV, labels_T, weights_T, gradient_TV):
             log_probabilities_RV = logits_RV.float().log_softmax(-1)
             index_R1 = labels_R.unsqueeze(-1)
             total -= (log_probabilities_RV.gather(-1, index_R1).squeeze(-1) * weights_R).sum()

@@ -5,12 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from data_prep.store import TokenStore
 from pipeline.distributed import Ranks
-from pipeline.losses import routing_statistics
+from pipeline.losses import routing_statistics, token_losses
 from pipeline.model import moe_layers
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
@@ -134,5 +133,5 @@ def _score_batch(model: nn.Module, batch: list[Window], filler: int, device: tor
     logits_BLV = model(input_ids=rows[:, :-1].to(device), use_cache=False).logits
     for window, logits_LV, labels_L in zip(batch, logits_BLV, rows[:, 1:].to(device), strict=False):
         length = len(window.ids) - 1
-        nats = F.cross_entropy(logits_LV[:length].float(), labels_L[:length], reduction="none").double().sum()
+        nats = token_losses(logits_LV[:length], labels_L[:length]).double().sum()
         bits[window.document] += float(nats) / math.log(2)

@@ -304,7 +304,7 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
                 log.step(row)
                 bar.set_postfix_str(_short(row), refresh=False)
             bar.update(batch_tokens)
-            if validate_every and (trainer.step % validate_every == 0 or last):
+            if validate_every and (last or _validation_due(trainer.step, stage.num_steps, validate_every)):
                 validation = trainer.validate()
                 if validation["best"]:
                     trainer.save()
@@ -343,6 +343,11 @@ def _save_due(run: RunConfig, step: int, minutes: float) -> bool:
     settings = run.checkpoint
     by_step = settings.every_steps is not None and step % settings.every_steps == 0
     return by_step or (settings.every_minutes is not None and minutes >= settings.every_minutes)
+
+
+def _validation_due(step: int, num_steps: int, every: int) -> bool:
+    """Every so many steps, but not just before the one at the end."""
+    return step % every == 0 and num_steps - step >= every / 2
 
 
 def _agree(ranks: Ranks, *flags: bool) -> list[bool]:
