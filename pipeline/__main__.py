@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pipeline.config import RunConfig, load_run
 from pipeline.distributed import device_type, environment_world_size, join, leave, under_launcher
 from pipeline.errors import EXIT_CODE, UserError
-from pipeline.launcher import run_alone, start_ranks
+from pipeline.launcher import run_verb, start_ranks
 from pipeline.run_folder import STEPS, RunFolder
 from pipeline.steps import Steps
 
@@ -70,11 +70,9 @@ def run_all(run: RunConfig, steps: Steps, until: str | None) -> int:
     steps.check_parallel(run.parallel.ranks, device_type())
     todo: dict[str, Callable[[], object]] = {
         "tokenize": steps.tokenize,
-        "similarity": lambda: (
-            steps.similarity_is_done() or run_alone("similarity", steps.folder.run_file, steps.force)
-        ),
+        "similarity": lambda: run_alone("similarity", steps) if not steps.similarity_is_done() else None,
         "allocate": steps.allocate,
-        "upcycle": lambda: steps.upcycle_is_done() or run_alone("upcycle", steps.folder.run_file, steps.force),
+        "upcycle": lambda: run_alone("upcycle", steps) if not steps.upcycle_is_done() else None,
         "stage1": lambda: train(run, steps, [1]),
         "stage2": lambda: train(run, steps, [2]) if run.stage2 else None,
         "evaluate": lambda: evaluate(run, steps, None),
@@ -93,15 +91,20 @@ def run_all(run: RunConfig, steps: Steps, until: str | None) -> int:
     return 0
 
 
+def run_alone(verb: str, steps: Steps) -> None:
+    """Do a step in a process of its own, so that the memory it took is given back when it is done."""
+    run_verb(verb, steps.folder.run_file, force=steps.force)
+
+
 def train(run: RunConfig, steps: Steps, stages: list[int]) -> int:
     """Train stages: as a rank under a launcher, or by starting the run's ranks."""
-    if 2 in stages and run.stage2 is None:
-        raise UserError("stage2: the run has no such section; add it, or train --stage 1")
     for number in stages:
+        run.stage(number)
         world_size = environment_world_size() if under_launcher() else run.parallel.ranks
         steps.check_parallel(world_size, device_type())
         if steps.stage_is_done(number, say=_is_first()):
             continue
+        steps.check_stage(number)
         if under_launcher():
             finished = steps.train(number, join())
             leave()
@@ -117,6 +120,7 @@ def evaluate(run: RunConfig, steps: Steps, tag: str | None) -> int:
     """Evaluate: as a rank under a launcher, or by starting the run's ranks."""
     if tag is None and steps.evaluate_is_done(say=_is_first()):
         return 0
+    steps.checkpoints_to_score(tag)  # names a mistake before any rank starts
     if under_launcher():
         ranks = join()
         steps.evaluate(ranks, tag)

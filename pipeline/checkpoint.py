@@ -237,7 +237,7 @@ def damaged_files(folder: Path, names: Iterable[str] | None = None) -> list[str]
 
 def newest_sound_tag(folder: Path) -> tuple[str | None, list[str]]:
     """The newest tag whose files are all sound, and a line for each newer one that is not."""
-    complaints = []
+    complaints: list[str] = []
     for tag in complete_tags(folder):
         bad = damaged_files(folder / tag)
         if not bad:

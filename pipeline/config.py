@@ -270,6 +270,17 @@ class RunConfig(Section):
             )
         return self
 
+    def stage(self, number: int) -> Stage1Config | Stage2Config:
+        """A stage's settings.
+
+        Raises:
+            UserError: the run has no such stage.
+        """
+        stage = self.stage1 if number == 1 else self.stage2
+        if stage is None:
+            raise UserError("stage2: the run has no such section; add it, or train --stage 1")
+        return stage
+
     @property
     def folder(self) -> Path:
         """Where this run's results lie."""

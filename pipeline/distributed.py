@@ -70,7 +70,7 @@ def join() -> Ranks:
     logger.setLevel("ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # of collectives' new names
     # Its JIT build takes a minute, and a killed build leaves a lock that hangs later runs.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # type: ignore[attr-defined]
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not under_launcher():
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())

@@ -14,7 +14,7 @@ from pipeline.config import RunConfig
 from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from pipeline.expert_plan import ExpertPlan
-from pipeline.model import load_dense, moe_layers
+from pipeline.model import load_dense, moe_layers, move
 from pipeline.scoring import SetScore, score_set
 from pipeline.upcycle import load_upcycled
 
@@ -54,7 +54,7 @@ def load_checkpoint(
     model = load_upcycled(upcycled, plan, dtype, ep_size=ep_size, ep_rank=ranks.rank % ep_size, classifiers=stage2)
     for tag in tags:
         checkpoint.read_weights(model, tag)
-    model.to(ranks.device)
+    move(model, ranks.device)
     if ep_size > 1:
         for layer in moe_layers(model):
             layer.set_deepspeed_parallelism()
@@ -89,7 +89,7 @@ def evaluate_models(
     Returns:
         What ``evaluation.json`` holds.
     """
-    model = load_dense(dense, dtype).to(ranks.device)
+    model: nn.Module = load_dense(dense, dtype, ranks.device)
     scores = {BASE: score_all(run, store, model, ranks, BASE)}
     del model
     for label, tags in checkpoints.items():

@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ENTRY = ROOT / "launch" / "train.sh"
 
 
-def run_alone(verb: str, run_file: Path, force: bool) -> None:
-    """Do a step in a process of its own, so that the memory it took is given back when it is done.
+def run_verb(verb: str, run_file: Path, *, force: bool) -> None:
+    """``python -m pipeline VERB RUN.yaml`` in a process of its own.
 
     Raises:
         UserError: it failed; it has said why.

@@ -56,7 +56,7 @@ def model_config(folder: Path) -> Any:
         ) from error
 
 
-def load_dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_dense(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load a dense causal language model and check that its MLPs can become experts."""
     model_config(folder)
     try:
@@ -65,7 +65,13 @@ def load_dense(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise UserError(f"model.path: {folder}: can't be loaded ({error})".splitlines()[0]) from error
     for layer in decoder_layers(model):
         find_mlp(layer)
-    return model.eval()
+    return move(model, device).eval()
+
+
+def move(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """``model.to(device)``; transformers' own signature confuses type checkers."""
+    nn.Module.to(model, device)
+    return model
 
 
 def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

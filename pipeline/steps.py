@@ -128,7 +128,7 @@ class Steps:
 
         settings, data = self.run.similarity, self.run.data
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = load_dense(self.dense, training_dtype(read_ds_config(self.run.deepspeed))).to(device)
+        model = load_dense(self.dense, training_dtype(read_ds_config(self.run.deepspeed)), device)
         sums: dict[str, Any] = {}
         tokens: dict[str, int] = {}
         for name, entry in {**data.old, **data.new}.items():
@@ -250,20 +250,28 @@ class Steps:
             if stage is not None:
                 micro_batch_size(self.run, stage, world_size, device)
 
+    def check_stage(self, number: int) -> None:
+        """What can be known of a stage's data before any rank starts.
+
+        Raises:
+            UserError: a set has less than a sample.
+        """
+        from pipeline.data import stage_order
+
+        stage_order(self.store, self.run.data, self.run.stage(number), self.run.seed)
+
     def stage_inputs(self, number: int) -> dict[str, Any]:
         """What a stage's result depends on; not how it is spread over ranks, nor when it validates or saves."""
         data = self.run.data
-        stage = self.run.stage1 if number == 1 else self.run.stage2
-        assert stage is not None
         sets = data.new if number == 1 else {**data.old, **data.new}
         inputs = {
             "upcycled": self.folder.manifest("upcycle")["outputs"]["upcycled"],
             "tokens": self.store.key,
-            "plan": self.plan.experts_key if number == 1 else self.plan.key,
+            "plan": self._identity(number)["plan"],
             "weights": {name: entry.weight for name, entry in sets.items()},
             "seed": self.run.seed,
             "deepspeed": read_json(self.run.deepspeed),
-            "settings": stage.model_dump(mode="json", exclude={"activation_checkpointing"}),
+            "settings": self.run.stage(number).model_dump(mode="json", exclude={"activation_checkpointing"}),
         }
         if number == 2:
             inputs["stage1"] = self.folder.hash_of("stage1")
@@ -283,7 +291,7 @@ class Steps:
         if ranks.is_first and self.force:  # what lies there is of other inputs, or is to be done again
             shutil.rmtree(target, ignore_errors=True)
             self.folder.forget(step)
-        identity = {"model": self.model_hash, "plan": inputs["plan"], "tokenizer": self.store.manifest.tokenizer_key}
+        identity = self._identity(number)
         stage1_tag = None
         if number == 2:
             stage1 = self.folder.manifest("stage1")
@@ -317,21 +325,12 @@ class Steps:
 
     def evaluate(self, ranks: Ranks, tag: str | None) -> None:
         """Score the base model and the stages' last checkpoints, or one that ``tag`` names."""
-        from pipeline.evaluate import BASE, checkpoint_folder, evaluate_models
+        from pipeline.evaluate import evaluate_models
         from pipeline.model import parameter_counts
 
         started = time.monotonic()
         inputs = self.evaluate_inputs() if tag is None else {}
-        stages = {f"stage{number}": self.stage_folder(number) for number in (1, 2)}
-        wanted = [tag] if tag else list(inputs["stages"])
-        checkpoints: dict[str, list[Path]] = {}
-        for label in wanted:
-            if label != BASE:
-                folder = checkpoint_folder(stages, label)
-                checkpoints[label] = [folder]
-                if label.startswith("stage2"):
-                    stage1 = read_json(folder / "manifest.json")["stage1"]["tag"]
-                    checkpoints[label] = [checkpoint_folder(stages, f"stage1/{stage1}"), folder]
+        checkpoints = self.checkpoints_to_score(tag)
         result = evaluate_models(
             self.run, self.plan, self.store, dense=self.dense, upcycled=self.upcycled, checkpoints=checkpoints,
             dtype=training_dtype(read_ds_config(self.run.deepspeed)), ranks=ranks,
@@ -348,6 +347,34 @@ class Steps:
         target = self.folder.path / "evaluations" / f"{tag.replace('/', '-')}.json"
         write_json(target, result)
         print(f"{result_table(result)}\nwritten: {target}", flush=True)
+
+    def checkpoints_to_score(self, tag: str | None) -> dict[str, list[Path]]:
+        """For each label, the checkpoints to lay over the upcycled model: the stages' last, or the one named.
+
+        Raises:
+            UserError: there is no such checkpoint, it is damaged, or it is of another model, plan or tokenizer.
+        """
+        from pipeline.checkpoint import check_same_run
+        from pipeline.evaluate import BASE, checkpoint_folder
+
+        stages = {f"stage{number}": self.stage_folder(number) for number in (1, 2)}
+        wanted = [tag] if tag else list(self.evaluate_inputs()["stages"])
+        checkpoints: dict[str, list[Path]] = {}
+        for label in wanted:
+            if label == BASE:
+                continue
+            folder = checkpoint_folder(stages, label)
+            manifest = read_json(folder / "manifest.json")
+            check_same_run(manifest, self._identity(manifest["stage"]), folder)
+            checkpoints[label] = [folder]
+            if manifest["stage"] == 2:
+                checkpoints[label] = [checkpoint_folder(stages, f"stage1/{manifest['stage1']['tag']}"), folder]
+        return checkpoints
+
+    def _identity(self, number: int) -> dict[str, Any]:
+        """What a stage's checkpoints are of."""
+        plan = self.plan.experts_key if number == 1 else self.plan.key
+        return {"model": self.model_hash, "plan": plan, "tokenizer": self.store.manifest.tokenizer_key}
 
     # --- what people look at ------------------------------------------------------------------------
 

@@ -48,11 +48,9 @@ class StageInputs:
     stage1_tag: Path | None = None
 
     @property
-    def stage(self) -> StageConfig:
+    def stage(self) -> Stage1Config | Stage2Config:
         """The stage's settings."""
-        stage = self.run.stage1 if self.number == 1 else self.run.stage2
-        assert stage is not None
-        return stage
+        return self.run.stage(self.number)
 
 
 def learning_rate_factor(step: int, stage: StageConfig) -> float:
@@ -161,7 +159,7 @@ class Trainer:
         batch = self.order.batch(first, self.micro_batch)
         device = self.ranks.device
         logits_BLV = self.engine(input_ids=torch.from_numpy(batch.ids).to(device), use_cache=False).logits
-        routings = [layer.routing for layer in self.layers]
+        routings = [layer.routing for layer in self.layers if layer.routing is not None]
         losses = self._losses(logits_BLV, torch.from_numpy(batch.labels).to(device), routings, batch.is_old)
         sums.add_losses(**{name: loss for name, (loss, _) in losses.items()})
         sources_T = torch.from_numpy(batch.sources).to(device).repeat_interleave(self.stage.sequence_length)

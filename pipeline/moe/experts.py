@@ -1,6 +1,7 @@
 """The new experts that lie on this rank."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,13 @@ def in_whole_blocks(function: Callable[[Tensor], Tensor], x_AD: Tensor) -> Tenso
     return function(F.pad(x_AD, (0, 0, 0, missing)))[: len(x_AD)]
 
 
+def projections(mlp: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """A gated MLP's gate, up and down projections."""
+    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    assert isinstance(gate, nn.Linear) and isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
+    return gate, up, down
+
+
 class Expert(nn.Module):
     """A gated MLP: down(act(gate(x)) * up(x)), gate and up fused into one weight.
 
@@ -30,14 +38,13 @@ class Expert(nn.Module):
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        gate, down = mlp.gate_proj, mlp.down_proj
-        assert isinstance(gate, nn.Linear) and isinstance(down, nn.Linear)
-        options = {"dtype": gate.weight.dtype, "device": gate.weight.device}
+        gate, _, down = projections(mlp)
+        options: Any = {"dtype": gate.weight.dtype, "device": gate.weight.device}
         self.gate_up_proj = nn.Parameter(torch.empty(2 * gate.out_features, gate.in_features, **options))
         self.down_proj = nn.Parameter(torch.empty(down.out_features, down.in_features, **options))
         self.gate_up_bias = None if gate.bias is None else nn.Parameter(torch.empty(2 * gate.out_features, **options))
         self.down_bias = None if down.bias is None else nn.Parameter(torch.empty(down.out_features, **options))
-        self.act_fn = mlp.act_fn
+        self.act_fn: Callable[[Tensor], Tensor] = mlp.act_fn  # type: ignore[assignment]
 
     def forward(self, x_AD: Tensor) -> Tensor:
         """Shape [A, D] to [A, D]; A may be 0, and the weights then get zero gradients."""
@@ -50,7 +57,7 @@ class Expert(nn.Module):
 
 def fused_weights(mlp: nn.Module) -> dict[str, Tensor]:
     """An MLP's weights under an :class:`Expert`'s parameter names."""
-    gate, up, down = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    gate, up, down = projections(mlp)
     weights = {"gate_up_proj": torch.cat([gate.weight, up.weight]), "down_proj": down.weight}
     if gate.bias is not None:
         weights["gate_up_bias"] = torch.cat([gate.bias, up.bias])

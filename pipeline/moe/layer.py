@@ -8,7 +8,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from pipeline.moe.dispatch import Exchange
-from pipeline.moe.experts import LocalExperts, in_whole_blocks
+from pipeline.moe.experts import LocalExperts, in_whole_blocks, projections
 from pipeline.moe.router import Router, Routing
 
 
@@ -61,8 +61,8 @@ class MoELayer(MoE):
         self.enable_expert_tensor_parallelism = False
         # DeepSpeed takes a weight for an expert's if its name holds "expert": this one's must not.
         self.base_mlp = mlp
-        device = mlp.down_proj.weight.device
-        router = Router(mlp.gate_proj.in_features, num_experts, top_k, has_classifier).to(device)
+        gate = projections(mlp)[0]
+        router = Router(gate.in_features, num_experts, top_k, has_classifier).to(gate.weight.device)
         experts = LocalExperts(mlp, len(placement[ep_rank]), self.num_local_experts, self.expert_group_name)
         self.deepspeed_moe = _RoutedExperts(router, experts)
         self.experts_train = False

@@ -13,14 +13,12 @@ from pipeline.config import ExpertsConfig
 from pipeline.errors import UserError
 from pipeline.expert_plan import ExpertPlan
 
-SIMILARITY = [0.1, 0.2, 0.4, 0.3, 0.15, 0.6]
+SIMILARITY = [0.1031, 0.2113, 0.4327, 0.3163, 0.1571, 0.6421]
 
 
 @pytest.mark.parametrize("rounding", ["ceil", "largest_remainder"])
 @pytest.mark.parametrize("num_new", [1, 5, 12, 60])
 def test_a_budget_is_met_and_less_alike_layers_get_no_fewer(rounding: str, num_new: int) -> None:
-    if rounding == "ceil" and num_new == 1:
-        pytest.xfail("rounding up gives each layer one at the least, and the least delta here two more")
     allocation = allocate(ExpertsConfig.model_validate({"num_new": num_new, "rounding": rounding}), 6, SIMILARITY)
     assert sum(allocation.counts) - 6 == num_new
     by_similarity = [count for _, count in sorted(zip(SIMILARITY, allocation.counts, strict=True))]

@@ -148,7 +148,7 @@ TABLE: list[tuple[str, Callable[[Path, Tree], None], list[str], list[str]]] = [
     ("a set shorter than a sample", setting("stage1", {"tokens": 10**7, "sequence_length": 10**6, "global_batch_size": 1}), ["train", "--stage", "1"], ["set el", "less than one sample"]),
     ("a model that is not there", setting("model.path", "./none"), ["tokenize"], ["model.path", "none"]),
     ("a DeepSpeed config that is not there", setting("deepspeed", "ds_configs/none.json"), ["train"], ["deepspeed", "none.json"]),
-    ("a checkpoint that is not there", lambda folder, tree: None, ["evaluate", "--checkpoint", "stage1/best"], ["stage1", "not done"]),
+    ("a checkpoint that is not there", lambda folder, tree: None, ["evaluate", "--checkpoint", "stage1/best"], ["stage1/best", "no complete checkpoint"]),
     ("a step before its turn", setting("name", "fresh"), ["upcycle"], ["allocate", "not done"]),
 ]  # fmt: skip
 
