@@ -6,8 +6,10 @@ ensure_python() {
   if [ -n "${PYTHON:-}" ]; then
     python=$PYTHON
   else
-    base=$(command -v python3.12 || command -v python3.11 || command -v python3 || true)
-    [ -n "$base" ] || { echo "error: no python3; install Python 3.11 or 3.12, or set PYTHON" >&2; exit 2; }
+    for base in python3 python3.12 python3.11; do
+      "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && break || base=
+    done
+    [ -n "$base" ] || { echo "error: no Python 3.11 or 3.12 here; install one, or set PYTHON" >&2; exit 2; }
     python=$root/.venv/bin/python
     if [ ! -x "$python" ] || ! "$python" -m pip --version >/dev/null 2>&1; then
       rm -rf "$root/.venv"
