@@ -4,8 +4,8 @@ import argparse
 import sys
 
 from data_prep.prepare import prepare_run
-from pipeline.config import load_run
 from pipeline.errors import exit_on_user_error
+from pipeline.run_file import load_run
 
 
 def main() -> int:

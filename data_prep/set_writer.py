@@ -7,19 +7,19 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.held_out import NearCopies, is_held_out
-from data_prep.progress import progress
 from data_prep.shards import ShardWriter
 from data_prep.sources import Document, Source, read_documents
 from data_prep.store import Counts, Dropped, HeldOutDocument
 from data_prep.tokenize import DocumentEncoder
 from pipeline.errors import UserError
 from pipeline.files import write_text
+from pipeline.progress import progress
 
 BATCH = 256  # documents encoded at a time: enough for the tokenizer's threads, little memory
 
@@ -130,7 +130,8 @@ def write_set(
         train = None if task.group == "watch" else shards.enter_context(ShardWriter(folder / "train", dtype))
         held_out = shards.enter_context(ShardWriter(folder / "held_out", dtype))
         writer = _SetWriter(task, encoder, near_copies, train, held_out)
-        writer.write(progress(read_documents(task.source), num_documents, f"tokenize {task.name}"))
+        with progress(num_documents, f"tokenize {task.name}", "document") as bar:
+            writer.write(_counted(read_documents(task.source), bar))
         _check_not_empty(writer)
     rows = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in writer.held_out_rows)
     write_text(folder / "held_out.jsonl", "".join(rows))
@@ -140,6 +141,12 @@ def write_set(
         for reason, tally in sorted(writer.dropped.items())
     }
     return None if train is None else Counts(**asdict(writer.train)), Counts(**asdict(writer.held_out)), dropped
+
+
+def _counted(documents: Iterable[Document], bar: Any) -> Iterator[Document]:
+    for document in documents:
+        yield document
+        bar.update(1)
 
 
 def _check_not_empty(writer: _SetWriter) -> None:

@@ -5,12 +5,13 @@ import os
 import sys
 from collections.abc import Callable
 
-from pipeline.config import RunConfig, load_run
+from pipeline.config import RunConfig
 from pipeline.distributed import device_type, environment_world_size, join, leave, under_launcher
 from pipeline.errors import EXIT_CODE, UserError
 from pipeline.launcher import run_verb, start_ranks
+from pipeline.rank_steps import RankSteps
+from pipeline.run_file import load_run
 from pipeline.run_folder import STEPS, RunFolder
-from pipeline.steps import Steps
 
 VERBS = {
     "run": "every step that is not done yet, in order.\nReads the run's YAML; writes output_dir/NAME/.",
@@ -51,9 +52,9 @@ def main(arguments: list[str]) -> int:
     """Do what the command line says."""
     options = parse(arguments)
     run = load_run(options.run, options.set)
-    if not under_launcher() or environment_world_size() == 1:
+    if _is_first():
         RunFolder.create(run)
-    steps = Steps(run, force=options.force, redo=options.verb != "run")
+    steps = RankSteps(run, force=options.force, redo=options.verb != "run")
     if options.verb == "run":
         return run_all(run, steps, options.until)
     if options.verb == "train":
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def run_all(run: RunConfig, steps: Steps, until: str | None) -> int:
+def run_all(run: RunConfig, steps: RankSteps, until: str | None) -> int:
     """Every step that is not done, up to ``until``."""
     steps.check_parallel(run.parallel.ranks, device_type())
     todo: dict[str, Callable[[], object]] = {
@@ -91,12 +92,12 @@ def run_all(run: RunConfig, steps: Steps, until: str | None) -> int:
     return 0
 
 
-def run_alone(verb: str, steps: Steps) -> None:
+def run_alone(verb: str, steps: RankSteps) -> None:
     """Do a step in a process of its own, so that the memory it took is given back when it is done."""
     run_verb(verb, steps.folder.run_file, force=steps.force)
 
 
-def train(run: RunConfig, steps: Steps, stages: list[int]) -> int:
+def train(run: RunConfig, steps: RankSteps, stages: list[int]) -> int:
     """Train stages: as a rank under a launcher, or by starting the run's ranks."""
     for number in stages:
         run.stage(number)
@@ -116,7 +117,7 @@ def train(run: RunConfig, steps: Steps, stages: list[int]) -> int:
     return 0
 
 
-def evaluate(run: RunConfig, steps: Steps, tag: str | None) -> int:
+def evaluate(run: RunConfig, steps: RankSteps, tag: str | None) -> int:
     """Evaluate: as a rank under a launcher, or by starting the run's ranks."""
     if tag is None and steps.evaluate_is_done(say=_is_first()):
         return 0

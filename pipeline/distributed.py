@@ -34,6 +34,11 @@ class Ranks:
         if self.is_first:
             print(text, flush=True)
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """All-reduce in place, and return."""
         if self.world_size > 1:

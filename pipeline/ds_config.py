@@ -1,5 +1,6 @@
 """The DeepSpeed config of a stage: the file that the run names, filled in from the run."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,13 @@ def fill_ds_config(
         for key in ("bf16", "data_types", "zero_optimization"):
             filled.pop(key, None)
     return filled | monitors(run.log, run.folder, f"stage{stage_number}")
+
+
+def check_monitors(log: LogConfig) -> None:
+    """Raises :class:`UserError` where a monitor is on whose package is not there."""
+    for name, wanted in (("tensorboard", log.tensorboard), ("wandb", log.wandb)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise UserError(f"log.{name}: the package {name} is not installed; pip install {name}, or set it to false")
 
 
 def monitors(log: LogConfig, folder: Path, job: str) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """What a training step measured: to DeepSpeed's monitors, to ``metrics.jsonl``, and to the progress bar."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipeline.distributed import Ranks
+from pipeline.files import write_text
 from pipeline.losses import routing_statistics
 from pipeline.moe import Routing
 
@@ -69,21 +71,27 @@ class StepSums:
 
 @dataclass
 class MetricsLog:
-    """Rank 0's records of a stage; each step appears once, also after a resume from an earlier one."""
+    """Rank 0's records of a stage; each step appears once, also after a resume from an earlier one.
+
+    On other ranks it does nothing.
+    """
 
     folder: Path
     monitor: Any
     layers: list[int]
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    writes: bool
 
     @classmethod
-    def open(cls, folder: Path, monitor: Any, layers: list[int], step: int) -> "MetricsLog":
+    def open(cls, folder: Path, monitor: Any, layers: list[int], step: int, ranks: Ranks) -> "MetricsLog":
         """Continue after ``step`` steps: later rows of an interrupted run are dropped."""
-        for name in (METRICS_FILE, VALIDATION_FILE):
-            path = folder / name
-            kept = [row for row in read_rows(path) if row["step"] <= step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        return cls(folder, monitor, layers)
+        for name in (METRICS_FILE, VALIDATION_FILE) if ranks.is_first else ():
+            kept = [row for row in read_rows(folder / name) if row["step"] <= step]
+            write_text(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
+        return cls(folder, monitor, layers, ranks.is_first)
+
+    def training_seconds(self) -> float:
+        """What all steps took, without validation and saving; 0 on other ranks."""
+        return sum(row["seconds"] for row in read_rows(self.folder / METRICS_FILE)) if self.writes else 0.0
 
     def step(self, row: dict[str, Any]) -> None:
         """Record one training step."""
@@ -103,11 +111,13 @@ class MetricsLog:
         self._send([(f"bits_per_character/{name}", value) for name, value in row["sets"].items()], row["samples"])
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
+        if not self.writes:
+            return
         with open(self.folder / name, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def _send(self, events: list[tuple[str, float]], samples: int) -> None:
-        if self.monitor.enabled:
+        if self.writes and self.monitor.enabled:
             self.monitor.write_events([(name, value, samples) for name, value in events])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_WORTH_A_LINE = 1.0  # what is done sooner needs no last line
 
 
 class _Lines:
@@ -32,7 +33,7 @@ class _Lines:
         self.postfix = f"  {text}"
 
     def close(self) -> None:
-        if self.done:
+        if time.monotonic() - self.start >= SECONDS_WORTH_A_LINE:
             self._say()
 
     def _say(self) -> None:

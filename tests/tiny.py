@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from pipeline import checkpoint
-from pipeline.config import RunConfig, parse_run
+from pipeline.config import RunConfig
+from pipeline.run_file import parse_run
 from pipeline.run_folder import RunFolder
 from pipeline.steps import Steps
 
@@ -76,7 +77,7 @@ def save_model(folder: Path, family: str = "llama", num_layers: int = 4, **optio
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
-        parameter.data.normal_(0, 0.3 if parameter.ndim > 1 else 0.1).add_(1.0 if parameter.ndim == 1 else 0.0)
+        parameter.data.normal_(0, 0.15 if parameter.ndim > 1 else 0.1).add_(1.0 if parameter.ndim == 1 else 0.0)
     model.save_pretrained(folder)
     save_tokenizer(folder)
     return folder

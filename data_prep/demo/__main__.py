@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 from data_prep.demo.inputs import LANGUAGES, fetch_inputs
-from pipeline.config import RunConfig, load_run
+from pipeline.config import RunConfig
 from pipeline.errors import exit_on_user_error
+from pipeline.run_file import load_run
 
 
 def main() -> int:

@@ -1,17 +1,22 @@
 """What the distributed tests run on each rank: stages of a tiny run through the product's own Trainer."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import safe_get_full_grad
 
 from pipeline import checkpoint
-from pipeline.config import RunConfig, parse_run
+from pipeline.config import RunConfig
 from pipeline.distributed import Ranks
 from pipeline.model import moe_layers
+from pipeline.run_file import parse_run
 from pipeline.steps import Steps
-from pipeline.train import StageInputs, Trainer
+from pipeline.train import train_stage
+from pipeline.trainer import StageInputs, Trainer
 
 
 def stage_inputs(tree: dict[str, Any], number: int, folder: Path) -> StageInputs:
@@ -102,6 +107,24 @@ def _moments(trainer: Trainer) -> list[torch.Tensor]:
     return tensors
 
 
+def train_to_the_end(
+    ranks: Ranks, tree: dict[str, Any], number: int, folder: Path, term_at: int | None = None
+) -> dict[str, Any] | None:
+    """The product's whole loop; where asked to, rank 1 gets a SIGTERM during a step."""
+    real_step = Trainer.train_step
+
+    def step_with_signal(self: Trainer) -> dict[str, Any]:
+        if self.step + 1 == term_at and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(self)
+
+    Trainer.train_step = step_with_signal  # type: ignore[method-assign]
+    try:
+        return train_stage(stage_inputs(tree, number, folder), ranks)
+    finally:
+        Trainer.train_step = real_step  # type: ignore[method-assign]
+
+
 def first_logits(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> torch.Tensor:
     """The untrained model's logits on samples that are the same on all ranks, gathered from rank 0."""
     trainer = Trainer(stage_inputs(tree, number, folder), ranks)
@@ -111,6 +134,22 @@ def first_logits(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) 
         logits = trainer.engine.module(input_ids=ids, use_cache=False).logits
     trainer.engine.destroy()
     return logits.clone()
+
+
+def load_with_deepspeeds_own_engine(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[str]:
+    """Zero all weights, load the upcycled checkpoint as DeepSpeed alone would; names that differ from ours."""
+    trainer = Trainer(stage_inputs(tree, 1, folder), ranks)
+    expected = {name: p.detach().clone() for name, p in trainer.engine.module.named_parameters()}
+    with torch.no_grad():
+        for parameter in trainer.engine.module.parameters():
+            parameter.zero_()
+    trainer.engine.checkpoint_engine = TorchCheckpointEngine(trainer.engine._config)
+    path, _ = trainer.engine.load_checkpoint(str(trainer.inputs.upcycled), load_module_only=True)
+    assert path is not None
+    parameters = trainer.engine.module.named_parameters()
+    different = [name for name, parameter in parameters if not torch.equal(parameter, expected[name])]
+    trainer.engine.destroy()
+    return different
 
 
 def count_experts(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[int]:

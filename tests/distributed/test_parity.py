@@ -11,7 +11,13 @@ import pytest
 import torch
 
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import first_logits, train_steps, with_parallel
+from tests.distributed.stages import (
+    count_experts,
+    first_logits,
+    load_with_deepspeeds_own_engine,
+    train_steps,
+    with_parallel,
+)
 from tests.tiny import prepared_run, run_tree
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
@@ -97,6 +103,17 @@ def test_old_tokens_fall_unevenly_on_ranks_and_accumulation_steps(tree: dict[str
     counts = {order.old_tokens(first, 2) for first in range(0, 8 * STEPS, 2)}
     assert len(counts) > 1
     assert 0 in counts
+
+
+def test_deepspeed_alone_loads_the_upcycled_checkpoint(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
+    spread = with_parallel(tree, micro_batch_size=4)
+    assert pools[1].run(load_with_deepspeeds_own_engine, spread, tmp_path) == [[]]
+
+
+def test_experts_are_spread_evenly_over_the_model(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
+    counts = pools[2].run(count_experts, with_parallel(tree, ranks=2, ep_size=2, micro_batch_size=2), tmp_path)
+    assert [sum(layer) for layer in zip(*counts, strict=True)] == [2, 1, 3]
+    assert sum(counts[0]) == sum(counts[1]) == 3
 
 
 def test_logits_agree_between_topologies(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:

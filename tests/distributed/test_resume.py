@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from pipeline import checkpoint
+from pipeline.metrics import read_rows
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import train_steps, with_parallel
+from tests.distributed.stages import train_steps, train_to_the_end, with_parallel
 from tests.tiny import prepared_run, run_tree
 
 
@@ -36,6 +37,41 @@ def test_6_steps_equal_3_steps_then_resume_then_3_steps(
             assert torch.equal(ours["weights"][name], tensor), name
         for mine, theirs in zip(ours["optimizer"], expected["optimizer"], strict=True):
             assert torch.equal(mine, theirs)
+
+
+def test_a_signal_to_one_rank_stops_all_after_a_save_and_the_next_run_ends_the_same(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    tree = {**tree, "validate": {"every_tokens": 512, "max_tokens_per_set": 100}}
+    done = pools[2].run(train_to_the_end, tree, 1, tmp_path / "straight")
+    assert pools[2].run(train_to_the_end, tree, 1, tmp_path / "stopped", 4) == [None, None]
+    assert checkpoint.complete_tags(tmp_path / "stopped")[0] == "step000004"
+    again = pools[2].run(train_to_the_end, tree, 1, tmp_path / "stopped")
+    assert [figures["tag"] for figures in (*done, *again)] == ["step000006"] * 4
+    timing = ("seconds", "tokens_per_second", "memory_gb")
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        ours, expected = (
+            [{k: v for k, v in row.items() if k not in timing} for row in read_rows(tmp_path / folder / name)]
+            for folder in ("stopped", "straight")
+        )
+        assert ours == expected
+    assert checkpoint.best(tmp_path / "stopped") == checkpoint.best(tmp_path / "straight")
+
+
+def test_activation_checkpointing_changes_no_result(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
+    plain = pools[2].run(train_steps, tree, 1, tmp_path / "plain", 2)
+    with_setting = {**tree, "stage1": {**tree["stage1"], "activation_checkpointing": True}}
+    checkpointed = pools[2].run(train_steps, with_setting, 1, tmp_path / "checkpointed", 2)
+    for ours, expected in zip(checkpointed, plain, strict=True):
+        assert ours["rows"][-1]["loss"] == pytest.approx(expected["rows"][-1]["loss"], rel=1e-5)
+        for name, tensor in expected["weights"].items():
+            torch.testing.assert_close(ours["weights"][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_resuming_on_other_ranks_is_refused(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
+    pools[2].run(train_steps, tree, 1, tmp_path, 1, 1)
+    with pytest.raises(AssertionError, match="UserError.*was saved with {'ranks': 2, 'ep_size': 2}"):
+        pools[1].run(train_steps, with_parallel(tree), 1, tmp_path, 2, None, True)
 
 
 def test_a_checkpoint_holds_what_trains_and_nothing_else(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import parse_run
 from pipeline.distributed import Ranks
 from pipeline.evaluate import load_checkpoint, paired_change
 from pipeline.model import load_dense
+from pipeline.run_file import parse_run
 from pipeline.scoring import document_windows, score_set
 from pipeline.steps import Steps
 from tests.distributed.conftest import Pools

@@ -121,7 +121,7 @@ def test_balance_loss_is_1_when_uniform_and_padding_does_not_count(model: Any) -
     layer(torch.randn(64, 32))
     routing = layer.routing
     # all scores are equal: P is uniform, so N * sum f_i / N = 1 whatever the choices
-    assert float(load_balancing_loss([routing])) == pytest.approx(1.0)
+    assert load_balancing_loss([routing]).item() == pytest.approx(1.0)
     mask = torch.arange(64) < 32
     layer.router.wg.weight.data.normal_()
     x = torch.randn(64, 32)
