@@ -156,7 +156,12 @@ class RankSteps(Steps):
             check_same_run(manifest, self._identity(manifest["stage"]), folder)
             checkpoints[label] = [folder]
             if manifest["stage"] == 2:
-                checkpoints[label] = [checkpoint_folder(stages, f"stage1/{manifest['stage1']['tag']}"), folder]
+                experts = checkpoint_folder(stages, f"stage1/{manifest['stage1']['tag']}")
+                if sha256_file(experts / "manifest.json") != manifest["stage1"]["manifest"]:
+                    raise UserError(
+                        f"{folder}: was trained on another {experts} than lies there now; train stage 2 again"
+                    )
+                checkpoints[label] = [experts, folder]
         return checkpoints
 
     def _identity(self, number: int) -> dict[str, Any]:

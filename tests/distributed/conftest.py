@@ -1,4 +1,4 @@
-"""Pools of 1 and 2 ranks, shared by all distributed tests: starting one takes seconds."""
+"""Pools of 1, 2 and 4 ranks, shared by all distributed tests: starting one takes seconds."""
 
 from collections.abc import Iterator
 

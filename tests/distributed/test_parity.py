@@ -22,8 +22,10 @@ from tests.tiny import prepared_run, run_tree
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 # (ranks, ep_size, micro-batch): two accumulation steps each, four samples a micro-step over all ranks
-TOPOLOGIES = [(1, 1, 4), (2, 1, 2), (2, 2, 2)]
+TOPOLOGIES = [(1, 1, 4), (2, 1, 2), (2, 2, 2), (4, 2, 1), (4, 4, 1)]
 STEPS = 5
+SPREAD = [(ranks, ep_size) for ranks, ep_size, _ in TOPOLOGIES[1:]]
+NAMES = [f"{ranks} ranks EP {ep_size}" for ranks, ep_size in SPREAD]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +59,7 @@ def merged(ranks: list[dict[str, Any]], key: str) -> dict[str, torch.Tensor]:
     return together
 
 
-@pytest.mark.parametrize("topology", [(2, 1), (2, 2)], ids=["2 ranks EP 1", "2 ranks EP 2"])
+@pytest.mark.parametrize("topology", SPREAD, ids=NAMES)
 def test_losses_and_gradient_norm_agree_with_one_rank(results: Any, topology: tuple[int, int]) -> None:
     number, everything = results
     names = ("next_token", "balance") if number == 1 else ("next_token", "lpr", "classifier")
@@ -70,7 +72,7 @@ def test_losses_and_gradient_norm_agree_with_one_rank(results: Any, topology: tu
         assert ours["expert_0_share"] == pytest.approx(expected["expert_0_share"])
 
 
-@pytest.mark.parametrize("topology", [(2, 1), (2, 2)], ids=["2 ranks EP 1", "2 ranks EP 2"])
+@pytest.mark.parametrize("topology", SPREAD, ids=NAMES)
 @pytest.mark.parametrize("what", ["gradients", "weights"])
 def test_gradients_and_weights_agree_with_one_rank(results: Any, topology: tuple[int, int], what: str) -> None:
     _, everything = results

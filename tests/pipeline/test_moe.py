@@ -128,7 +128,7 @@ def test_balance_loss_is_1_when_uniform_and_padding_does_not_count(model: Any) -
     layer(x)
     masked = load_balancing_loss([layer.routing], mask_T=mask)
     layer(x[:32])
-    assert float(masked) == pytest.approx(float(load_balancing_loss([layer.routing])), rel=1e-5)
+    assert masked.item() == pytest.approx(load_balancing_loss([layer.routing]).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
