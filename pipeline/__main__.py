@@ -105,7 +105,8 @@ def train(run: RunConfig, steps: RankSteps, stages: list[int]) -> int:
         steps.check_parallel(world_size, device_type())
         if steps.stage_is_done(number, say=_is_first()):
             continue
-        steps.check_stage(number)
+        if _is_first():
+            steps.check_stage(number)
         if under_launcher():
             finished = steps.train(number, join())
             leave()

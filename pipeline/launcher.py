@@ -1,9 +1,13 @@
 """Starting ranks on this machine through the real DeepSpeed launcher."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
+
+import psutil
 
 from pipeline.distributed import device_type, free_port
 from pipeline.errors import EXIT_CODE, UserError
@@ -40,8 +44,41 @@ def start_ranks(arguments: list[str], num_ranks: int) -> None:
 
 
 def _wait(command: list[str], environment: dict[str, str]) -> None:
-    process = subprocess.run(command, env=environment, check=False)
-    if process.returncode == EXIT_CODE:
+    """Run a command to its end.
+
+    A signal to stop, Ctrl-C too, goes to the ranks themselves, which save and end; DeepSpeed's launchers would
+    leave them running or cut them off. A second one ends everything at once.
+    """
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        ranks = _ranks_below(process.pid)
+        if len(received) == 1 and ranks:
+            for rank in ranks:
+                rank.terminate()
+        else:
+            os.killpg(process.pid, signal.SIGTERM)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received and not code:
+        print(f"stopped by {signal.Signals(received[0]).name}; the same command goes on from there", flush=True)
+        raise SystemExit(0)
+    if code == EXIT_CODE:
         raise SystemExit(EXIT_CODE)  # it has said its one line
-    if process.returncode:
-        raise UserError(f"{' '.join(command)}: ended with code {process.returncode}; see above for why")
+    if code:
+        raise UserError(f"{' '.join(command)}: ended with code {code}; see above for why")
+
+
+def _ranks_below(pid: int) -> list[psutil.Process]:
+    """The ranks that a launcher has started."""
+    try:
+        return [child for child in psutil.Process(pid).children(recursive=True) if "RANK" in child.environ()]
+    except psutil.Error:
+        return []

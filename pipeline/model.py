@@ -75,9 +75,12 @@ def move(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
 
 
 def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture that a folder's config describes, weights not set."""
+    """The architecture that a folder's config describes, weights not set, without dropout."""
+    config = model_config(folder)
+    if getattr(config, "attention_dropout", 0.0):
+        config.attention_dropout = 0.0  # nothing random happens in training: a resumed run is the same run
     with no_init_weights():
-        return AutoModelForCausalLM.from_config(model_config(folder), dtype=dtype).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

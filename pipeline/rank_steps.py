@@ -40,11 +40,22 @@ class RankSteps(Steps):
         """What can be known of a stage's data before any rank starts.
 
         Raises:
-            UserError: a set has less than a sample.
+            UserError: a set has less than a sample, or stage 2's experts of stage 1 are damaged.
         """
+        from pipeline.checkpoint import damaged_files
         from pipeline.data import stage_order
 
         stage_order(self.store, self.run.data, self.run.stage(number), self.run.seed)
+        if number == 2:
+            folder = self._stage1_checkpoint()
+            files = read_json(folder / "manifest.json")["files"]
+            bad = damaged_files(folder, [name for name in files if name.endswith("model_states.pt")])
+            if bad:
+                raise UserError(f"{folder}: {', '.join(bad)} damaged or missing; train stage 1 again with --force")
+
+    def _stage1_checkpoint(self) -> Path:
+        """The checkpoint that stage 1 ended with."""
+        return self.stage_folder(1) / self.folder.manifest("stage1")["outputs"]["checkpoint"]
 
     def stage_inputs(self, number: int) -> dict[str, Any]:
         """What a stage's result depends on; not how it is spread over ranks, nor when it validates or saves."""
@@ -82,8 +93,7 @@ class RankSteps(Steps):
         identity = self._identity(number) | {"settings": content_key(inputs)}
         stage1_tag = None
         if number == 2:
-            stage1 = self.folder.manifest("stage1")
-            stage1_tag = self.stage_folder(1) / stage1["outputs"]["checkpoint"]
+            stage1_tag = self._stage1_checkpoint()
             identity["stage1"] = {"tag": stage1_tag.name, "manifest": sha256_file(stage1_tag / "manifest.json")}
         figures = train_stage(
             StageInputs(

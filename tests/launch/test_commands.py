@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -80,6 +83,47 @@ def test_run_does_everything_on_two_ranks_and_a_second_run_skips_it(tmp_path: Pa
 
     scored = command(sys.executable, "-m", "pipeline", "evaluate", str(path), "--checkpoint", "stage1/best")
     assert f"{folder}/evaluations/stage1-best.json" in scored
+
+
+def test_stage_2_refuses_damaged_experts_of_stage_1_by_name(tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    command(sys.executable, "-m", "pipeline", "run", str(path), "--until", "stage1")
+    expert = tmp_path / "runs" / "tiny" / "stage1" / "step000006" / "layer_0_expert_1_mp_rank_00_model_states.pt"
+    expert.write_bytes(expert.read_bytes()[:-1])
+    output = command(sys.executable, "-m", "pipeline", "train", str(path), "--stage", "2", code=2)
+    assert f"{expert.parent}: {expert.name} damaged or missing" in output
+    assert not (tmp_path / "runs" / "tiny" / "stage2").exists()
+
+
+def test_a_signal_to_the_command_saves_stops_all_ranks_and_the_next_run_goes_on(tmp_path: Path) -> None:
+    path = write_run(
+        tmp_path,
+        parallel={"ranks": 2, "ep_size": 2},
+        stage1={"tokens": 8 * 32 * 150, "sequence_length": 32, "global_batch_size": 8},
+    )
+    command(sys.executable, "-m", "pipeline", "run", str(path), "--until", "upcycle")
+    words = [sys.executable, "-m", "pipeline", "run", str(path), "--until", "stage1"]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "runs" / "tiny" / "stage1" / "metrics.jsonl"
+    for _ in range(1200):
+        if metrics.is_file() and metrics.read_text().count("\n") >= 3:
+            break
+        time.sleep(0.1)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 4  # two launchers, two ranks
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "stopped by SIGINT" in output
+    gone, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    steps = metrics.read_text().count("\n")
+    assert 3 <= steps < 150
+    tags = sorted(tag.parent.name for tag in metrics.parent.glob("step*/manifest.json"))
+    assert tags == [f"step{steps:06d}"]
+    again = command(*words)
+    assert f"after {steps} steps" in again
+    assert metrics.read_text().count("\n") == 150
 
 
 @pytest.mark.parametrize("launcher", [["deepspeed"], ["bash"]], ids=["deepspeed", "bash"])
