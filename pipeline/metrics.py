@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed import Ranks
+from pipeline.errors import UserError
 from pipeline.files import write_text
 from pipeline.losses import routing_statistics
 from pipeline.moe import Routing
@@ -122,8 +123,17 @@ class MetricsLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a JSON-lines file; a last line that was cut off is left out."""
+    """The complete rows of a JSON-lines file; a last line that was cut off is left out.
+
+    Raises:
+        UserError: a line before it is damaged.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: damaged; delete the line and run again") from error
+    return rows
