@@ -1,6 +1,5 @@
 """What a run's folder holds, read and checked; a file that is not there yet is None or empty."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -241,11 +240,7 @@ def _read(path: Path, kind: type[R]) -> R | None:
 
 
 def _read_lines(path: Path, kind: type[R]) -> list[R]:
-    try:
-        rows = read_rows(path)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: a line is not JSON ({error}); delete that line") from error
-    return [_checked(row, kind, f"{path}, row {number}") for number, row in enumerate(rows, start=1)]
+    return [_checked(row, kind, f"{path}, row {number}") for number, row in enumerate(read_rows(path), start=1)]
 
 
 def _read_stage(folder: Path) -> Stage:
