@@ -112,7 +112,7 @@ class Steps:
 
     def _similarity_inputs(self) -> dict[str, Any]:
         settings = self.run.similarity.model_dump(mode="json", exclude={"not_positive"})
-        return {"model": self.model_hash, "tokens": self.store.key, **settings}
+        return {"model": self.model_hash, "tokens": self.store.key, "settings": settings}
 
     def _measure_similarity(self, target: Path) -> None:
         import torch
