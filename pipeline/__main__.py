@@ -75,18 +75,17 @@ def run_all(run: RunConfig, steps: RankSteps, until: str | None) -> int:
         "allocate": steps.allocate,
         "upcycle": lambda: run_alone("upcycle", steps) if not steps.upcycle_is_done() else None,
         "stage1": lambda: train(run, steps, [1]),
-        "stage2": lambda: train(run, steps, [2]) if run.stage2 else None,
+        "stage2": lambda: train(run, steps, [2]),
         "evaluate": lambda: evaluate(run, steps, None),
         "report": steps.report,
     }
+    if run.stage2 is None:
+        del todo["stage2"]
     for step, do in todo.items():
         do()
-        if (
-            step.startswith("stage")
-            and not steps.folder.manifest_path(step).is_file()
-            and not (step == "stage2" and not run.stage2)
-        ):
-            return 0  # stopped by a signal; it is saved
+        if step.startswith("stage") and not steps.folder.manifest_path(step).is_file():
+            print(f"{step}: stopped before its end; the same command goes on from its last checkpoint", flush=True)
+            return 0
         if step == until:
             break
     return 0
@@ -122,15 +121,15 @@ def evaluate(run: RunConfig, steps: RankSteps, tag: str | None) -> int:
     """Evaluate: as a rank under a launcher, or by starting the run's ranks."""
     if tag is None and steps.evaluate_is_done(say=_is_first()):
         return 0
-    steps.checkpoints_to_score(tag)  # names a mistake before any rank starts
+    checkpoints = steps.checkpoints_to_score(tag)  # names a mistake before any rank starts
     if under_launcher():
         ranks = join()
-        steps.evaluate(ranks, tag)
+        steps.evaluate(ranks, tag, checkpoints)
         leave()
     else:
         force = ["--force"] if steps.force else []
-        checkpoint = ["--checkpoint", tag] if tag else []
-        start_ranks(["evaluate", str(steps.folder.run_file), *checkpoint, *force], run.parallel.ranks)
+        named = ["--checkpoint", tag] if tag else []
+        start_ranks(["evaluate", str(steps.folder.run_file), *named, *force], run.parallel.ranks)
     return 0
 
 

@@ -227,12 +227,18 @@ def damaged_files(folder: Path, names: Iterable[str] | None = None) -> list[str]
     """Files of a tag that are missing, or do not have the size and hash that its manifest says."""
     files = read_json(folder / MANIFEST)["files"]
     bad = []
-    for name in names or files:
+    for name in files if names is None else names:
         path = folder / name
         entry = files[name]
         if not path.is_file() or path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
             bad.append(name)
     return bad
+
+
+def damaged_weights(folder: Path) -> list[str]:
+    """:func:`damaged_files`, of a tag's weights alone: all that scoring and a later stage read."""
+    files = read_json(folder / MANIFEST)["files"]
+    return damaged_files(folder, [name for name in files if name.endswith("model_states.pt")])
 
 
 def newest_sound_tag(folder: Path) -> tuple[str | None, list[str]]:

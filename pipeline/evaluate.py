@@ -39,7 +39,7 @@ def checkpoint_folder(stage_folders: dict[str, Path], tag: str) -> Path:
         which = tags[0] if tags else "any"
     if which not in tags:
         raise UserError(f"--checkpoint {tag}: {folder} holds no complete checkpoint {which}; it has {tags or 'none'}")
-    bad = checkpoint.damaged_files(folder / which)
+    bad = checkpoint.damaged_weights(folder / which)
     if bad:
         raise UserError(f"--checkpoint {tag}: {folder / which}: {', '.join(bad)} damaged or missing; choose of {tags}")
     return folder / which

@@ -42,14 +42,13 @@ class RankSteps(Steps):
         Raises:
             UserError: a set has less than a sample, or stage 2's experts of stage 1 are damaged.
         """
-        from pipeline.checkpoint import damaged_files
+        from pipeline.checkpoint import damaged_weights
         from pipeline.data import stage_order
 
         stage_order(self.store, self.run.data, self.run.stage(number), self.run.seed)
         if number == 2:
             folder = self._stage1_checkpoint()
-            files = read_json(folder / "manifest.json")["files"]
-            bad = damaged_files(folder, [name for name in files if name.endswith("model_states.pt")])
+            bad = damaged_weights(folder)
             if bad:
                 raise UserError(f"{folder}: {', '.join(bad)} damaged or missing; train stage 1 again with --force")
 
@@ -121,14 +120,13 @@ class RankSteps(Steps):
         """Whether the last checkpoints have been scored."""
         return self.done("evaluate", self.evaluate_inputs(), say)
 
-    def evaluate(self, ranks: Ranks, tag: str | None) -> None:
-        """Score the base model and the stages' last checkpoints, or one that ``tag`` names."""
+    def evaluate(self, ranks: Ranks, tag: str | None, checkpoints: dict[str, list[Path]]) -> None:
+        """Score the base model and the checkpoints that :meth:`checkpoints_to_score` found for ``tag``."""
         from pipeline.evaluate import evaluate_models
         from pipeline.model import parameter_counts
 
         started = time.monotonic()
         inputs = self.evaluate_inputs() if tag is None else {}
-        checkpoints = self.checkpoints_to_score(tag)
         result = evaluate_models(
             self.run, self.plan, self.store, dense=self.dense, upcycled=self.upcycled, checkpoints=checkpoints,
             dtype=training_dtype(read_ds_config(self.run.deepspeed)), ranks=ranks,
