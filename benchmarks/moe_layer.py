@@ -250,7 +250,8 @@ def main() -> int:
     from pipeline.distributed import join, leave
     from pipeline.files import write_json
 
-    device = join().device
+    ranks = join()
+    device = ranks.device
     sizes = Sizes(arguments.tokens, arguments.hidden, arguments.intermediate, arguments.experts, arguments.top_k)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print(f"{sizes}\n{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds")
@@ -263,7 +264,7 @@ def main() -> int:
     if arguments.json:
         report = {"sizes": asdict(sizes), "device": where, "threads": torch.get_num_threads()}
         write_json(arguments.json, {**report, "torch": torch.__version__, "results": [asdict(r) for r in results]})
-    leave()
+    leave(ranks)
     return 0
 
 

@@ -4,14 +4,18 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 
+from pipeline import checkpoint_verbs
 from pipeline.config import RunConfig
-from pipeline.distributed import device_type, environment_world_size, join, leave, under_launcher
-from pipeline.errors import EXIT_CODE, UserError
+from pipeline.distributed import device_type, environment_world_size, join, leave, lost_peer, under_launcher
+from pipeline.errors import EXIT_CODE, AgreedError, UserError
 from pipeline.launcher import run_verb, start_ranks
 from pipeline.rank_steps import RankSteps
 from pipeline.run_file import load_run
 from pipeline.run_folder import STEPS, RunFolder
+from pipeline.run_lock import RunLock
+from pipeline.watchdog import EXIT_STUCK
 
 VERBS = {
     "run": "every step that is not done yet, in order.\nReads the run's YAML; writes output_dir/NAME/.",
@@ -45,13 +49,22 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             sub.add_argument("--checkpoint", metavar="TAG", help="base, stage1, stage2/best, stage1/step000050 …")
         if verb in ("train", "evaluate"):
             sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher
+    checkpoint_verbs.add_parsers(verbs)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
     """Do what the command line says."""
     options = parse(arguments)
+    if options.verb in checkpoint_verbs.VERBS:
+        return checkpoint_verbs.run(options)
     run = load_run(options.run, options.set)
+    with RunLock(run.folder) if _is_first() else nullcontext():
+        return do(run, options)
+
+
+def do(run: RunConfig, options: argparse.Namespace) -> int:
+    """Do a verb of a run."""
     if _is_first():
         RunFolder.create(run)
     steps = RankSteps(run, force=options.force, redo=options.verb != "run")
@@ -107,8 +120,9 @@ def train(run: RunConfig, steps: RankSteps, stages: list[int]) -> int:
         if _is_first():
             steps.check_stage(number)
         if under_launcher():
-            finished = steps.train(number, join())
-            leave()
+            ranks = join(run.parallel.timeout_minutes)
+            finished = steps.train(number, ranks)
+            leave(ranks)
             if not finished:
                 return 0
         else:
@@ -123,9 +137,9 @@ def evaluate(run: RunConfig, steps: RankSteps, tag: str | None) -> int:
         return 0
     checkpoints = steps.checkpoints_to_score(tag)  # names a mistake before any rank starts
     if under_launcher():
-        ranks = join()
+        ranks = join(run.parallel.timeout_minutes)
         steps.evaluate(ranks, tag, checkpoints)
-        leave()
+        leave(ranks)
     else:
         force = ["--force"] if steps.force else []
         named = ["--checkpoint", tag] if tag else []
@@ -146,9 +160,15 @@ def command_line() -> int:
 
         joined = torch.distributed.is_initialized()
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or joined:
+        if rank == "0" or (joined and not isinstance(error, AgreedError)):
             print(f"error: {f'rank {rank}: ' if joined and rank != '0' else ''}{error}", file=sys.stderr, flush=True)
         return EXIT_CODE
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"error: rank {os.environ['RANK']}: lost the other ranks ({reason})", file=sys.stderr, flush=True)
+        os._exit(EXIT_STUCK)  # the process group can't be left in order
 
 
 if __name__ == "__main__":

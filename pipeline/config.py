@@ -214,20 +214,42 @@ class EvaluateConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """When a checkpoint is saved (always at the end of a stage) and how many are kept beside the best."""
+    """When a checkpoint is saved (always at the end of a stage) and how many are kept beside the best.
+
+    ``if_full`` says what a save that can't be written (a full disk) does to the training: ``stop`` it, or
+    ``continue`` until the next one. The last save of a stage must be written.
+    """
 
     every_steps: Positive | None = None
     every_minutes: float | None = Field(default=30.0, gt=0)
     keep: Positive = 2
     resume: Literal["auto", "never"] = "auto"
+    if_full: Literal["stop", "continue"] = "stop"
+
+
+class BadStepsConfig(Section):
+    """Which optimizer steps are skipped: a loss or gradient that is not finite, or a gradient norm far too large.
+
+    A step is skipped on all ranks alike if its gradient norm exceeds ``norm_factor`` times the median of the
+    last ``window`` steps' (no limit if null, and none before ``window`` / 4 of them). After ``stop_after``
+    skipped steps in a row the run saves a checkpoint and stops.
+    """
+
+    norm_factor: float | None = Field(default=20.0, gt=1)
+    window: Positive = 100
+    stop_after: Positive = 10
 
 
 class ParallelConfig(Section):
-    """``ranks`` to start when no launcher did; experts are spread over groups of ``ep_size`` ranks."""
+    """``ranks`` to start when no launcher did; experts are spread over groups of ``ep_size`` ranks.
+
+    A rank that makes no progress for ``timeout_minutes`` ends, and says where it was.
+    """
 
     ranks: Positive = 1
     ep_size: Positive = 1
     micro_batch_size: Positive | Literal["auto"] = "auto"
+    timeout_minutes: float = Field(default=30.0, gt=0)
 
 
 class LogConfig(Section):
@@ -255,6 +277,7 @@ class RunConfig(Section):
     validate_: ValidateConfig = Field(default=ValidateConfig(), alias="validate")
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    bad_steps: BadStepsConfig = BadStepsConfig()
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: Path = Path("ds_configs/bf16_zero1.json")
     log: LogConfig = LogConfig()

@@ -13,7 +13,10 @@ from types import FrameType
 import torch
 import torch.distributed
 
-TIMEOUT = datetime.timedelta(minutes=30)
+from pipeline.watchdog import Watchdog
+
+DEFAULT_TIMEOUT_MINUTES = 30.0
+LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset", "timed out", "Timed out")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,12 @@ class Ranks:
     rank: int
     world_size: int
     device: torch.device
+    watchdog: Watchdog | None = None
+
+    def at(self, where: str) -> None:
+        """Tell the watchdog how far this rank has come."""
+        if self.watchdog is not None:
+            self.watchdog.at(where)
 
     @property
     def is_first(self) -> bool:
@@ -63,10 +72,11 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join() -> Ranks:
+def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> Ranks:
     """Join the process group that the launcher's variables describe, or make one of a single rank.
 
-    Backend and device are chosen by what is there: nccl and GPUs, or gloo and the CPU.
+    Backend and device are chosen by what is there: nccl and GPUs, or gloo and the CPU. A rank that then
+    makes no progress for ``timeout_minutes``, or whose launcher dies, is ended by its watchdog.
     """
     use_gpu = device_type() == "cuda"
     import deepspeed
@@ -83,15 +93,23 @@ def join() -> Ranks:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if use_gpu else "gloo", timeout=TIMEOUT, verbose=False)
-    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+    watchdog = Watchdog(int(os.environ["RANK"]), timeout_minutes * 60).start()
+    timeout = datetime.timedelta(minutes=timeout_minutes, seconds=60)  # the watchdog, which says more, comes first
+    deepspeed.init_distributed("nccl" if use_gpu else "gloo", timeout=timeout, verbose=False)
+    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, watchdog)
 
 
-def leave() -> None:
+def leave(ranks: Ranks) -> None:
     """Wait for the others and leave the group."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    if ranks.watchdog is not None:
+        ranks.watchdog.stop()
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether an error is a collective's whose other end is gone."""
+    return torch.distributed.is_initialized() and any(word in str(error) for word in LOST_PEER)
 
 
 def free_port() -> int:

@@ -1,6 +1,7 @@
 """The DeepSpeed config of a stage: the file that the run names, filled in from the run."""
 
 import importlib.util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,32 +58,45 @@ def training_dtype(config: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
 
 
-def micro_batch_size(run: RunConfig, stage: StageConfig, world_size: int, device: str) -> int:
-    """Samples a rank computes at once: as the run says, or the largest that fits a token budget a device.
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch is spread: each of ``accumulation`` micro-steps takes ``micro_batch`` samples a rank.
+
+    Where that is more than the global batch, the last micro-steps hold samples that count for nothing.
+    """
+
+    micro_batch: int
+    accumulation: int
+
+
+def batch_shape(run: RunConfig, stage: StageConfig, world_size: int, device: str) -> BatchShape:
+    """The run's micro-batch; or the one within a token budget a device that adds the fewest empty samples.
 
     Raises:
-        UserError: ranks x micro-batch does not divide the global batch.
+        UserError: the micro-batch is more than a rank's share of the global batch.
     """
-    share, rest = divmod(stage.global_batch_size, world_size)
-    if rest:
-        raise UserError(
-            f"global_batch_size: {stage.global_batch_size} samples can't be divided among {world_size} ranks; "
-            f"use a multiple of {world_size}"
-        )
+    share = -(-stage.global_batch_size // world_size)
     wanted = run.parallel.micro_batch_size
-    if wanted == "auto":
-        most = max(1, TOKENS_PER_MICRO_BATCH[device] // stage.sequence_length)
-        return max(size for size in range(1, share + 1) if share % size == 0 and size <= max(most, 1))
-    if share % wanted:
-        raise UserError(
-            f"parallel.micro_batch_size: {wanted} does not divide the {share} samples a rank has of a global batch of "
-            f"{stage.global_batch_size}; use a divisor of {share}, or auto"
-        )
-    return wanted
+    if wanted != "auto":
+        if wanted > share:
+            raise UserError(
+                f"parallel.micro_batch_size: {wanted} is more than the {share} samples a rank has of a global batch "
+                f"of {stage.global_batch_size}; use at most {share}, or auto"
+            )
+        return BatchShape(wanted, -(-share // wanted))
+    most = min(share, max(1, TOKENS_PER_MICRO_BATCH[device] // stage.sequence_length))
+    shapes = [BatchShape(size, -(-share // size)) for size in range(most, 0, -1)]
+    return min(shapes, key=lambda shape: (shape.micro_batch * shape.accumulation, shape.accumulation))
 
 
 def fill_ds_config(
-    config: dict[str, Any], run: RunConfig, stage: StageConfig, *, stage_number: int, world_size: int, micro_batch: int
+    config: dict[str, Any],
+    run: RunConfig,
+    stage: StageConfig,
+    *,
+    stage_number: int,
+    world_size: int,
+    shape: BatchShape,
 ) -> dict[str, Any]:
     """The config that DeepSpeed gets.
 
@@ -90,9 +104,9 @@ def fill_ds_config(
     that trained experts exist), beside frozen weights in the run's precision.
     """
     filled = dict(config)
-    filled["train_batch_size"] = stage.global_batch_size
-    filled["train_micro_batch_size_per_gpu"] = micro_batch
-    filled["gradient_accumulation_steps"] = stage.global_batch_size // (world_size * micro_batch)
+    filled["train_batch_size"] = world_size * shape.micro_batch * shape.accumulation
+    filled["train_micro_batch_size_per_gpu"] = shape.micro_batch
+    filled["gradient_accumulation_steps"] = shape.accumulation
     filled["gradient_clipping"] = stage.gradient_clipping
     optimizer = filled.get("optimizer", {"type": "AdamW", "params": {}})
     parameters = {"lr": stage.lr, "betas": list(stage.betas), "eps": stage.eps, "weight_decay": stage.weight_decay}

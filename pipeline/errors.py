@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake of the user's or of the surroundings: one line that says what, where, and how to mend it."""
 
 
+class AgreedError(UserError):
+    """One that all ranks have agreed on and raise alike: the first one says it."""
+
+
 def exit_on_user_error(main: Callable[[], int]) -> int:
     """Run ``main``; a :class:`UserError` becomes one line on stderr and exit code 2."""
     try:

@@ -43,8 +43,8 @@ class StepSums:
 
     @torch.no_grad()
     def add_routing(self, routings: list[Routing], sources_T: Tensor) -> None:
-        """Add one micro-batch's routing. ``sources_T``: the set that each token is from."""
-        everything = torch.ones_like(sources_T)
+        """Add one micro-batch's routing. ``sources_T``: the set that each token is from; below 0 it does not count."""
+        everything = sources_T >= 0
         for choices, routing in zip(self.choices, routings, strict=True):
             choices.add_(routing_statistics(routing, everything)["choices"])
         for index in range(self.num_sets):

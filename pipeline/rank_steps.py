@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.distributed import Ranks
-from pipeline.ds_config import check_monitors, micro_batch_size, read_ds_config, training_dtype
+from pipeline.ds_config import batch_shape, check_monitors, read_ds_config, training_dtype
 from pipeline.errors import UserError
 from pipeline.files import content_key, read_json, sha256_file, write_json
 from pipeline.steps import Steps, seconds_since
@@ -34,7 +34,7 @@ class RankSteps(Steps):
             )
         for stage in (self.run.stage1, self.run.stage2):
             if stage is not None:
-                micro_batch_size(self.run, stage, world_size, device)
+                batch_shape(self.run, stage, world_size, device)
 
     def check_stage(self, number: int) -> None:
         """What can be known of a stage's data before any rank starts.

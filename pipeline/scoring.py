@@ -99,6 +99,7 @@ def score_set(
     bits = torch.zeros(num_documents, dtype=torch.float64)
     routing = torch.zeros(len(layers), 4, dtype=torch.float64)
     for start in range(0, len(batches), ranks.world_size):
+        ranks.at(f"scoring {name}, batch {start // ranks.world_size + 1}")
         mine = batches[start + ranks.rank] if start + ranks.rank < len(batches) else []
         _score_batch(model, mine, store.separator_id, ranks.device, bits)
         mask = _mask(mine).flatten().to(ranks.device)

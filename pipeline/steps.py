@@ -20,6 +20,7 @@ from pipeline.run_folder import RunFolder
 
 SIMILARITY_FILE = "similarity.json"
 EVALUATION_FILE = "evaluation.json"
+UPCYCLED_FORMAT = 2  # raised when what an upcycled folder holds changes
 PARITY_SAMPLE = 128  # tokens of each set for the upcycling receipt
 
 
@@ -218,7 +219,7 @@ class Steps:
         return {"model": self.model_hash, "plan": self.plan.experts_key, "seed": self.run.seed}
 
     def _upcycle_target(self) -> Path:
-        return self.run.cache_dir / "upcycled" / content_key(self._upcycle_inputs())
+        return self.run.cache_dir / "upcycled" / content_key(self._upcycle_inputs() | {"format": UPCYCLED_FORMAT})
 
     def _parity_samples(self) -> Any:
         """The first tokens of each set's held-out text, [B, L]."""

@@ -8,6 +8,7 @@ import torch
 from pipeline import checkpoint
 from pipeline.config import RunConfig
 from pipeline.distributed import Ranks, StopRequest, peak_memory_bytes
+from pipeline.errors import AgreedError
 from pipeline.metrics import MetricsLog
 from pipeline.progress import progress
 from pipeline.trainer import StageInputs, Trainer
@@ -18,47 +19,99 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
 
     Returns:
         The stage's figures when it is done; None when it was asked to stop (a checkpoint is saved).
+
+    Raises:
+        AgreedError: too many steps in a row were bad, or a checkpoint can't be written.
     """
     run, stage = inputs.run, inputs.stage
-    started = last_save = time.monotonic()
+    started = time.monotonic()
     trainer = Trainer(inputs, ranks)
     if run.checkpoint.resume == "auto":
         trainer.resume()
     _say_start(trainer)
     log = MetricsLog.open(inputs.folder, trainer.engine.monitor, list(inputs.plan.moe_layers), trainer.step, ranks)
+    saves = Saves(trainer)
     bar = progress(stage.num_steps * trainer.batch_tokens, f"stage {inputs.number}", "token", show=ranks.is_first)
     with StopRequest() as stop, bar:
         bar.update(trainer.step * trainer.batch_tokens)
         while trainer.step < stage.num_steps:
+            ranks.at(f"stage {inputs.number}, step {trainer.step + 1}")
             row = trainer.train_step()
             last = trainer.step == stage.num_steps
             log.step(row)
             bar.set_postfix_str(_short(row), refresh=False)
             bar.update(trainer.batch_tokens)
+            if row["skipped"]:
+                ranks.say(f"stage {inputs.number}: step {trainer.step} skipped: {row['skipped']}")
             if _validation_due(run, stage.num_steps, trainer.step, trainer.batch_tokens):
-                _validate(trainer, log)
-            minutes = (time.monotonic() - last_save) / 60
-            stopping, save_due = _agree(ranks, stop.requested, _save_due(run, trainer.step, minutes))
-            if save_due or stopping or last:
-                trainer.save()
-                last_save = time.monotonic()
+                _validate(trainer, log, saves)
+            stopping, save_due = _agree(ranks, stop.requested, saves.due())
+            gives_up = trainer.guard.gives_up
+            if save_due or stopping or last or gives_up:
+                saves.save(must_be_written=stopping or last or gives_up)
+            if gives_up:
+                raise AgreedError(_bad_steps_line(trainer, row))
             if stopping and not last:
                 ranks.say(f"stage {inputs.number}: stopped by a signal after {trainer.step} steps; run again to go on")
                 return None
-    return _figures(trainer, log, time.monotonic() - started)
+    return _figures(trainer, log, saves, time.monotonic() - started)
 
 
-def _validate(trainer: Trainer, log: MetricsLog) -> None:
+class Saves:
+    """When checkpoints are saved, and what they cost."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.seconds = 0.0
+        self.count = 0
+        self.last = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether the settings want a checkpoint now; ranks' clocks differ, so that they must agree."""
+        settings = self.trainer.inputs.run.checkpoint
+        by_step = settings.every_steps is not None and self.trainer.step % settings.every_steps == 0
+        minutes = (time.monotonic() - self.last) / 60
+        return by_step or (settings.every_minutes is not None and minutes >= settings.every_minutes)
+
+    def save(self, *, must_be_written: bool = False) -> bool:
+        """Save unless this step's checkpoint is there already; false if it can't be written and that is allowed."""
+        trainer, ranks = self.trainer, self.trainer.ranks
+        ranks.at(f"stage {trainer.inputs.number}, saving after step {trainer.step}")
+        self.last = time.monotonic()
+        try:
+            figures = trainer.save()
+        except AgreedError as error:
+            if must_be_written or trainer.inputs.run.checkpoint.if_full == "stop":
+                raise
+            ranks.say(f"stage {trainer.inputs.number}: warning: {error}; training goes on (checkpoint.if_full)")
+            return False
+        if figures is not None:
+            self.count += 1
+            self.seconds += figures["seconds"]
+            ranks.say(
+                f"stage {trainer.inputs.number}: saved {trainer.tag}, {figures['gigabytes']:.2f} GB in "
+                f"{figures['seconds']:.1f} s"
+            )
+        return True
+
+
+def _validate(trainer: Trainer, log: MetricsLog, saves: Saves) -> None:
     """Score, and keep the checkpoint if it is the best so far."""
     row = trainer.validate()
-    if row["best"]:
-        trainer.save()
-        if trainer.ranks.is_first:
-            checkpoint.mark_best(trainer.inputs.folder, trainer.tag, row["mean"])
     log.validation(row)
+    if row["best"] and saves.save() and trainer.ranks.is_first:
+        checkpoint.mark_best(trainer.inputs.folder, trainer.tag, row["mean"])
 
 
-def _figures(trainer: Trainer, log: MetricsLog, seconds: float) -> dict[str, Any]:
+def _bad_steps_line(trainer: Trainer, row: dict[str, Any]) -> str:
+    return (
+        f"stage {trainer.inputs.number}: {trainer.inputs.run.bad_steps.stop_after} steps in a row were skipped, "
+        f"the last because {row['skipped']}; stopped after step {trainer.step}, a checkpoint is saved. "
+        "Lower lr, look at the data of these steps, or change bad_steps"
+    )
+
+
+def _figures(trainer: Trainer, log: MetricsLog, saves: Saves, seconds: float) -> dict[str, Any]:
     """What the stage's manifest says it took; ``seconds`` is of this session, the speed is of the whole stage."""
     training_seconds = log.training_seconds()
     memory = torch.tensor([float(peak_memory_bytes(trainer.ranks.device))], device=trainer.ranks.device)
@@ -72,15 +125,12 @@ def _figures(trainer: Trainer, log: MetricsLog, seconds: float) -> dict[str, Any
         "peak_memory_gb": float(trainer.ranks.sum(memory)) / 1e9,
         "ranks": trainer.ranks.world_size,
         "ep_size": trainer.inputs.run.parallel.ep_size,
-        "micro_batch_size": trainer.micro_batch,
+        "micro_batch_size": trainer.shape.micro_batch,
         "epochs": trainer.order.epochs(),
+        "skipped_steps": trainer.guard.skipped,
+        "saves": saves.count,
+        "save_seconds": saves.seconds,
     }
-
-
-def _save_due(run: RunConfig, step: int, minutes: float) -> bool:
-    settings = run.checkpoint
-    by_step = settings.every_steps is not None and step % settings.every_steps == 0
-    return by_step or (settings.every_minutes is not None and minutes >= settings.every_minutes)
 
 
 def _validation_due(run: RunConfig, num_steps: int, step: int, batch_tokens: int) -> bool:
@@ -106,8 +156,9 @@ def _say_start(trainer: Trainer) -> None:
     epochs = ", ".join(f"{name} {value:.2f}" for name, value in trainer.order.epochs().items())
     ranks.say(
         f"stage {inputs.number}: {stage.num_steps} steps of {stage.global_batch_size} x {stage.sequence_length} tokens"
-        f" on {ranks.world_size} ranks (ep_size {inputs.run.parallel.ep_size}, micro-batch {trainer.micro_batch} x "
-        f"{trainer.accumulation}); {(int(trained[0]) + experts) / 1e6:.1f} M parameters train; epochs: {epochs}"
+        f" on {ranks.world_size} ranks (ep_size {inputs.run.parallel.ep_size}, micro-batch "
+        f"{trainer.shape.micro_batch} x {trainer.shape.accumulation}); {(int(trained[0]) + experts) / 1e6:.1f} M "
+        f"parameters train; epochs: {epochs}"
     )
 
 

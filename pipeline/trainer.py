@@ -1,9 +1,10 @@
 """A stage on one rank: its engine, its samples, one step, one validation, one checkpoint."""
 
+import hashlib
 import io
-import json
 import math
 import time
+import warnings
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from data_prep.store import TokenStore
 from pipeline import checkpoint
 from pipeline.config import RunConfig, Stage1Config, Stage2Config, StageConfig
-from pipeline.data import SampleOrder, stage_order
+from pipeline.data import Batch, SampleOrder, stage_order
 from pipeline.distributed import Ranks, peak_memory_bytes
-from pipeline.ds_config import fill_ds_config, micro_batch_size, read_ds_config, training_dtype
-from pipeline.errors import UserError
+from pipeline.ds_config import batch_shape, fill_ds_config, read_ds_config, training_dtype
+from pipeline.errors import AgreedError
 from pipeline.expert_plan import ExpertPlan
 from pipeline.losses import classifier_loss, load_balancing_loss, lpr_loss, next_token_loss
 from pipeline.metrics import StepSums
 from pipeline.model import Stage, moe_layers, parameter_groups, train_only
 from pipeline.scoring import score_set
+from pipeline.step_guard import StepGuard
 from pipeline.upcycle import load_upcycled
 
 
@@ -73,14 +75,25 @@ class Trainer:
         self.inputs, self.ranks, self.stage = inputs, ranks, inputs.stage
         self.order: SampleOrder = stage_order(inputs.store, inputs.run.data, self.stage, inputs.run.seed)
         self.set_names = [source.name for source in self.order.sources]
-        self.micro_batch = micro_batch_size(inputs.run, self.stage, ranks.world_size, ranks.device.type)
-        self.accumulation = self.stage.global_batch_size // (ranks.world_size * self.micro_batch)
+        self.shape = batch_shape(inputs.run, self.stage, ranks.world_size, ranks.device.type)
+        self.topology = checkpoint.Topology(ranks.world_size, inputs.run.parallel.ep_size)
+        self._check_weights()
         self.engine = self._build_engine()
+        self.guard = StepGuard(inputs.run.bad_steps)
+        self.guard.watch(self.engine)
         self.layers = moe_layers(self.engine.module)
         self.batch_tokens = self.stage.global_batch_size * self.stage.sequence_length
         self.step = 0
-        self.best_value = math.inf
+        self.best_value, self.best_tag = math.inf, ""
         inputs.folder.mkdir(parents=True, exist_ok=True)
+
+    def _check_weights(self) -> None:
+        """Verify what the stage starts from."""
+        inputs = self.inputs
+        checkpoint.check_sound(inputs.upcycled, self.ranks, "upcycle again with --force")
+        if inputs.stage1_tag is not None:
+            weights = checkpoint.weight_files(inputs.stage1_tag)
+            checkpoint.check_sound(inputs.stage1_tag, self.ranks, "train stage 1 again with --force", weights)
 
     def _build_engine(self) -> Any:
         inputs, ranks, stage = self.inputs, self.ranks, self.stage
@@ -102,7 +115,7 @@ class Trainer:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with redirect_stdout(io.StringIO()):  # it prints memory figures, not through its logger
             engine = self._initialize(model, ds_config)
-        engine.checkpoint_engine = checkpoint.AtomicCheckpointEngine(engine._config, engine.module)
+        engine.checkpoint_engine = checkpoint.AtomicCheckpointEngine(engine._config, engine.module, self.topology)
         return engine
 
     def _initialize(self, model: Any, ds_config: dict[str, Any]) -> Any:
@@ -117,7 +130,7 @@ class Trainer:
                 stage,
                 stage_number=inputs.number,
                 world_size=self.ranks.world_size,
-                micro_batch=self.micro_batch,
+                shape=self.shape,
             ),
             dist_init_required=False,
         )
@@ -126,67 +139,100 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One optimizer step over one global batch; returns its row of metrics."""
         started = time.monotonic()
-        first = self.step * self.stage.global_batch_size
+        self._seed()
         sums = StepSums(len(self.set_names), [layer.num_experts + 1 for layer in self.layers], self.ranks.device)
-        for micro_step in range(self.accumulation):
-            offset = (micro_step * self.ranks.world_size + self.ranks.rank) * self.micro_batch
-            self._micro_step(first + offset, sums)
-            if micro_step < self.accumulation - 1:
+        for micro_step in range(self.shape.accumulation):
+            self._micro_step(micro_step, sums)
+            if micro_step < self.shape.accumulation - 1:
                 self.engine.step()  # counts the micro-step; only the last one updates the weights
-        grad_norm = self._gradient_norm()
+        figures = sums.read(self.ranks.sum(sums.pack()), self.set_names)
         learning_rate = self.engine.get_lr()[0]
-        self.engine.step()
+        grad_norm, skipped = self._optimizer_step(sum(figures["loss"].values()))
         self.step += 1
-        row = {
+        seconds = time.monotonic() - started
+        return {
             "step": self.step,
             "samples": self.step * self.stage.global_batch_size,
             "tokens": self.step * self.batch_tokens,
-        }
-        row |= sums.read(self.ranks.sum(sums.pack()), self.set_names)
-        seconds = time.monotonic() - started
-        grad_norm = self.engine.get_global_grad_norm() if grad_norm is None else grad_norm
-        return row | {
+            **figures,
             "lr": learning_rate,
-            "grad_norm": float(grad_norm),
+            "grad_norm": grad_norm,
+            "skipped": skipped,
             "tokens_per_second": self.batch_tokens / seconds,
             "memory_gb": peak_memory_bytes(self.ranks.device) / 1e9,
             "seconds": seconds,
         }
 
-    def _micro_step(self, first: int, sums: StepSums) -> None:
-        """Forward and backward of one micro-batch; DeepSpeed's boundary is the last of the step."""
-        batch = self.order.batch(first, self.micro_batch)
-        device = self.ranks.device
+    def _seed(self) -> None:
+        """Random numbers of a step are a function of run, step and rank: a resumed run draws the same."""
+        name = f"{self.inputs.run.seed}/{self.inputs.number}/{self.step}/{self.ranks.rank}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "little"))
+
+    def _optimizer_step(self, loss: float) -> tuple[float, str | None]:
+        """Update the weights, unless the guard objects; returns the gradient norm and why it was skipped."""
+        norm = self._gradient_norm()
+        self.guard.expect(loss, norm)
+        self.engine.step()
+        if norm is None:
+            norm = float(self.engine.get_global_grad_norm())
+        if getattr(self.engine.optimizer, "overflow", False):
+            # DeepSpeed has left this step out and held the schedule back; the schedule follows the step's number.
+            with warnings.catch_warnings(action="ignore"):  # torch's, where the first step of all was left out
+                self.engine.lr_scheduler.step()
+        return norm, self.guard.record(norm)
+
+    def _micro_step(self, micro_step: int, sums: StepSums) -> None:
+        """Forward and backward of one micro-batch; DeepSpeed's boundary is the last of the step.
+
+        Samples beyond the global batch, where ranks do not divide it, repeat earlier ones and count for nothing.
+        """
+        size, device = self.shape.micro_batch, self.ranks.device
+        end = (self.step + 1) * self.stage.global_batch_size
+        wanted = self.step * self.stage.global_batch_size
+        wanted += (micro_step * self.ranks.world_size + self.ranks.rank) * size
+        first = min(wanted, end - size)
+        batch = self.order.batch(first, size)
+        counts_T = (torch.arange(first, end)[:size] >= wanted).to(device).repeat_interleave(self.stage.sequence_length)
         logits_BLV = self.engine(input_ids=torch.from_numpy(batch.ids).to(device), use_cache=False).logits
         routings = [layer.routing for layer in self.layers if layer.routing is not None]
-        losses = self._losses(logits_BLV, torch.from_numpy(batch.labels).to(device), routings, batch.is_old)
+        losses = self._losses(logits_BLV, batch, counts_T, routings, micro_step)
         sums.add_losses(**{name: loss for name, (loss, _) in losses.items()})
         sources_T = torch.from_numpy(batch.sources).to(device).repeat_interleave(self.stage.sequence_length)
-        sums.add_routing(routings, sources_T)
+        sums.add_routing(routings, torch.where(counts_T, sources_T, -1))
         total = sum(weight * loss for loss, weight in losses.values())
         # The engine averages over ranks and divides by the accumulation steps; our sums are divided already.
-        self.engine.backward(total * self.ranks.world_size * self.accumulation)
+        self.engine.backward(total * self.ranks.world_size * self.shape.accumulation)
         for layer in self.layers:
             layer.routing = None
 
     def _losses(
-        self, logits_BLV: torch.Tensor, labels_BL: torch.Tensor, routings: list[Any], is_old: Any
+        self, logits_BLV: torch.Tensor, batch: Batch, counts_T: torch.Tensor, routings: list[Any], micro_step: int
     ) -> dict[str, tuple[torch.Tensor, float]]:
         """Each loss of this micro-batch, as its part of the global batch's mean, and its weight."""
-        stage = self.stage
+        stage, device = self.stage, logits_BLV.device
         tokens = stage.global_batch_size * stage.sequence_length
-        losses = {"next_token": (next_token_loss(logits_BLV, labels_BL) / tokens, 1.0)}
+        labels_BL = torch.from_numpy(batch.labels).to(device)
+        losses = {"next_token": (next_token_loss(logits_BLV, labels_BL, counts_T.view_as(labels_BL)) / tokens, 1.0)}
         if isinstance(stage, Stage1Config):
             balance = load_balancing_loss(
-                routings, scale=stage.balance_scale, statistics=stage.balance_statistics
+                routings, mask_T=counts_T, scale=stage.balance_scale, statistics=stage.balance_statistics
             )  # a mean already: over this rank's tokens
-            losses["balance"] = (balance / (self.accumulation * self.ranks.world_size), stage.balance_weight)
+            share = self._balance_share(micro_step, counts_T)
+            losses["balance"] = (balance * share / self.ranks.world_size, stage.balance_weight)
         if isinstance(stage, Stage2Config):
-            old_T = torch.from_numpy(is_old).flatten().to(labels_BL.device)
+            old_T = torch.from_numpy(batch.is_old).flatten().to(device)
             old_tokens = self.order.old_tokens(self.step * stage.global_batch_size, stage.global_batch_size)
-            losses["lpr"] = (lpr_loss(routings, old_T, stage.lpr) / max(1, old_tokens), stage.lpr_weight)
-            losses["classifier"] = (classifier_loss(routings, old_T) / tokens, stage.classifier_weight)
+            lpr = lpr_loss(routings, old_T & counts_T, stage.lpr) / max(1, old_tokens)
+            losses["lpr"] = (lpr, stage.lpr_weight)
+            losses["classifier"] = (classifier_loss(routings, old_T, counts_T) / tokens, stage.classifier_weight)
         return losses
+
+    def _balance_share(self, micro_step: int, counts_T: torch.Tensor) -> float:
+        """What part of the global batch a micro-step's balance loss stands for: its samples on all ranks."""
+        batch, at_once = self.stage.global_batch_size, self.ranks.world_size * self.shape.micro_batch
+        if isinstance(self.stage, Stage1Config) and self.stage.balance_statistics == "local":
+            return float(counts_T.sum()) / self.stage.sequence_length * self.ranks.world_size / batch
+        return min(at_once, batch - micro_step * at_once) / batch
 
     def _gradient_norm(self) -> float | None:
         """Stage 2's norm before clipping; in stage 1 DeepSpeed knows it after its step."""
@@ -213,7 +259,9 @@ class Trainer:
         self.engine.module.train()
         taught = [sets[name] for name in (*data.new, *data.old)]
         mean = sum(taught) / len(taught)
-        is_best, self.best_value = mean < self.best_value, min(mean, self.best_value)
+        is_best = mean < self.best_value
+        if is_best:
+            self.best_value, self.best_tag = mean, self.tag
         batch = self.stage.global_batch_size
         row = {
             "step": self.step,
@@ -227,47 +275,65 @@ class Trainer:
         """The name of a checkpoint taken now."""
         return f"step{self.step:06d}"
 
-    def save(self) -> None:
-        """Save a checkpoint unless this step's is there already."""
-        if self.tag in checkpoint.complete_tags(self.inputs.folder):
-            return
-        state = {"stage": self.inputs.number, "step": self.step, "samples": self.step * self.stage.global_batch_size}
+    def save(self) -> dict[str, float] | None:
+        """Save a checkpoint unless this step's is there already; how long it took and how large it is.
+
+        Raises:
+            AgreedError: it can't be written.
+        """
+        there: list[Any] = [self.ranks.is_first and self.tag in checkpoint.complete_tags(self.inputs.folder)]
+        if self.ranks.world_size > 1:
+            torch.distributed.broadcast_object_list(there, src=0)
+        if there[0]:
+            return None
         manifest = {
-            **self.inputs.identity, **state, "best_value": self.best_value,
-            "ranks": self.ranks.world_size, "ep_size": self.inputs.run.parallel.ep_size,
-        }  # fmt: skip
-        checkpoint.save_checkpoint(
+            **self.inputs.identity,
+            "stage": self.inputs.number,
+            "step": self.step,
+            "samples": self.step * self.stage.global_batch_size,
+            "best_value": self.best_value if self.best_tag else None,
+            "best_tag": self.best_tag,
+            "bad_steps": self.guard.state(),
+            "ranks": self.topology.ranks,
+            "ep_size": self.topology.ep_size,
+            "expert_plan": self.inputs.plan.model_dump(mode="json"),
+        }
+        return checkpoint.save_checkpoint(
             self.engine, self.inputs.folder, self.tag, manifest, self.inputs.run.checkpoint.keep
         )
 
     def resume(self) -> None:
-        """Go on from the newest sound checkpoint, if there is one.
+        """Go on from the newest sound checkpoint, if there is one, whatever number of ranks saved it.
 
         Raises:
-            UserError: it is of another model, plan or tokenizer, or of another number of ranks.
+            AgreedError: it is of another model, plan or tokenizer, or of other settings.
         """
-        found: list[Any] = [None]
-        if self.ranks.is_first:
-            found = [checkpoint.newest_sound_tag(self.inputs.folder)]
-        if self.ranks.world_size > 1:
-            torch.distributed.broadcast_object_list(found)
-        tag, complaints = found[0]
+        tag, complaints = checkpoint.newest_sound_tag(self.inputs.folder, self.ranks)
         for complaint in complaints:
             self.ranks.say(complaint)
         if tag is None:
             return
         folder = self.inputs.folder / tag
-        manifest = json.loads((folder / checkpoint.MANIFEST).read_text())
+        manifest = checkpoint.read_manifest(folder)
         checkpoint.check_same_run(manifest, self.inputs.identity, folder)
         if manifest.get("settings") != self.inputs.identity.get("settings"):
-            raise UserError(
+            raise AgreedError(
                 f"{folder}: was saved with other settings of this stage; add --force to begin the stage anew, "
                 "or give the run another name"
             )
-        here = {"ranks": self.ranks.world_size, "ep_size": self.inputs.run.parallel.ep_size}
-        there = {key: manifest[key] for key in here}
-        if here != there:
-            raise UserError(f"{folder}: was saved with {there}, this run has {here}; resume with the same")
-        self.engine.load_checkpoint(str(self.inputs.folder), tag=tag, load_module_strict=False)
-        self.step, self.best_value = manifest["step"], manifest["best_value"]
-        self.ranks.say(f"stage {self.inputs.number}: resumed from {folder} after {self.step} steps")
+        saved_by = checkpoint.Topology(manifest["ranks"], manifest["ep_size"])
+        if saved_by != self.topology:
+            self.engine.checkpoint_engine.saved_by_others = checkpoint.SavedOptimizer(
+                folder, self.inputs.plan, saved_by
+            )
+        with redirect_stdout(io.StringIO()):
+            self.engine.load_checkpoint(str(self.inputs.folder), tag=tag, load_module_strict=False)
+        self.engine.checkpoint_engine.saved_by_others = None
+        self.step = manifest["step"]
+        if manifest["best_tag"]:
+            self.best_value, self.best_tag = manifest["best_value"], manifest["best_tag"]
+            if self.ranks.is_first and self.best_tag in checkpoint.complete_tags(self.inputs.folder):
+                checkpoint.mark_best(self.inputs.folder, self.best_tag, self.best_value)
+        self.guard.load(manifest["bad_steps"])
+        others = "" if saved_by == self.topology else f" (saved by {saved_by.ranks} ranks, ep_size {saved_by.ep_size})"
+        self.ranks.say(f"stage {self.inputs.number}: resumed from {folder}{others} after {self.step} steps")

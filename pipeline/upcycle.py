@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.checkpoint import MANIFEST, expert_file, main_file, read_weights, save_tensors
+from pipeline.checkpoint import expert_file, main_file, read_weights, save_tensors, write_manifest
 from pipeline.errors import UserError
 from pipeline.expert_plan import ExpertPlan
-from pipeline.files import new_folder, sha256_file, write_json, write_text
+from pipeline.files import new_folder, sha256_file, write_text
 from pipeline.model import decoder_layers, empty_model, find_mlp, install_moe_layers, load_dense, moe_layers
 from pipeline.moe.experts import fused_weights
 from pipeline.progress import progress
@@ -75,9 +75,12 @@ def upcycle(
                 "the model computes something that its decoder layers' MLPs do not show"
             )
         figures = {"parity": {**asdict(parity), "holds": parity.holds}, **shape}
-        files = {path.name: sha256_file(path) for path in sorted((folder / TAG).iterdir())}
-        write_json(
-            folder / MANIFEST,
+        files = {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted((folder / TAG).iterdir())
+        }
+        write_manifest(
+            folder,
             {"model": model_hash, "plan": plan.model_dump(mode="json"), "seed": seed, **figures, "files": files},
         )
     return figures

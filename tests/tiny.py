@@ -143,10 +143,13 @@ def prepared_run(folder: Path, *, distinct_experts: bool = True, **changes: Any)
     steps.upcycle()
     if distinct_experts:
         generator = torch.Generator().manual_seed(3)
+        manifest = checkpoint.read_manifest(steps.upcycled)
         for file in sorted((steps.upcycled / "upcycled").glob("layer_*_expert_*.pt")):
             state = checkpoint.load_tensors(file)
             noisy = {
                 k: v.clone() + 0.2 * torch.randn(v.shape, generator=generator).to(v.dtype) for k, v in state.items()
             }
-            checkpoint.save_tensors(noisy, file)
+            entry = checkpoint.save_tensors(noisy, file)
+            manifest["files"][f"upcycled/{file.name}"] = entry
+        checkpoint.write_manifest(steps.upcycled, manifest)
     return run

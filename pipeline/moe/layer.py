@@ -12,6 +12,11 @@ from pipeline.moe.experts import LocalExperts, in_whole_blocks, projections
 from pipeline.moe.router import Router, Routing
 
 
+def expert_group_name(ep_size: int) -> str:
+    """How DeepSpeed finds the process groups of experts that are spread over so many ranks."""
+    return f"ep_size_{ep_size}"
+
+
 class _RoutedExperts(nn.Module):
     """Router and local experts, under the names that DeepSpeed's engine and native checkpoints use."""
 
@@ -54,7 +59,7 @@ class MoELayer(MoE):
         self.num_experts = num_experts - 1
         self.ep_size = len(placement)
         self.num_local_experts = max(len(numbers) for numbers in placement)
-        self.expert_group_name = f"ep_size_{self.ep_size}"
+        self.expert_group_name = expert_group_name(self.ep_size)
         self.placement = placement
         self.local_numbers = placement[ep_rank]
         self.use_residual = False

@@ -12,6 +12,7 @@ from deepspeed.utils import safe_get_full_grad
 from pipeline import checkpoint
 from pipeline.config import RunConfig
 from pipeline.distributed import Ranks
+from pipeline.errors import UserError
 from pipeline.model import moe_layers
 from pipeline.run_file import parse_run
 from pipeline.steps import Steps
@@ -87,7 +88,7 @@ def _record_gradients(trainer: Trainer, into: dict[str, torch.Tensor]) -> None:
 
     def recording_step(*arguments: Any, **options: Any) -> Any:
         calls.append(None)
-        if len(calls) == trainer.accumulation:
+        if len(calls) == trainer.shape.accumulation:
             get = safe_get_full_grad if trainer.inputs.number == 1 else (lambda p: p.grad)
             into.update(canonical(trainer.engine.module, lambda p: get(p) if p.requires_grad else None))
         return step(*arguments, **options)
@@ -102,8 +103,8 @@ def _moments(trainer: Trainer) -> list[torch.Tensor]:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             tensors.append(parameter.detach().float().clone())
-            state = optimizer.state[parameter]
-            tensors += [state[key].clone() for key in ("exp_avg", "exp_avg_sq")]
+            state = optimizer.state.get(parameter, {})  # there is none before the first step
+            tensors += [state[key].clone() for key in ("exp_avg", "exp_avg_sq") if key in state]
     return tensors
 
 
@@ -163,3 +164,48 @@ def count_experts(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[int]
 def with_parallel(tree: dict[str, Any], **parallel: Any) -> dict[str, Any]:
     """The same run, otherwise spread."""
     return {**tree, "parallel": parallel}
+
+
+def move_and_train(
+    ranks: Ranks, tree: dict[str, Any], number: int, source: Path, target: Path, steps: int
+) -> list[dict[str, Any]]:
+    """Resume from the checkpoint in ``source`` on these ranks, save at once in ``target``, then train on."""
+    trainer = Trainer(stage_inputs(tree, number, source), ranks)
+    trainer.resume()
+    topology = {"ranks": ranks.world_size, "ep_size": trainer.topology.ep_size}
+    checkpoint.save_checkpoint(trainer.engine, target, trainer.tag, topology, keep=1)
+    rows = [trainer.train_step() for _ in range(trainer.step, steps)]
+    trainer.engine.destroy()
+    return rows
+
+
+def train_with_bad_steps(
+    ranks: Ranks, tree: dict[str, Any], number: int, folder: Path, factors: dict[int, float]
+) -> dict[str, Any] | str:
+    """The product's loop, with rank 1's loss multiplied at some steps; weights before and after each step.
+
+    Returned is the error's text where the run gives up.
+    """
+    real_losses, real_step = Trainer._losses, Trainer.train_step
+    weights: list[dict[str, torch.Tensor]] = []
+    moments: list[list[torch.Tensor]] = []
+
+    def losses(self: Trainer, *arguments: Any) -> Any:
+        result = real_losses(self, *arguments)
+        factor = factors.get(self.step + 1, 1.0) if ranks.rank == 1 else 1.0
+        return {name: (loss * factor, weight) for name, (loss, weight) in result.items()}
+
+    def step(self: Trainer) -> dict[str, Any]:
+        row = real_step(self)
+        weights.append(canonical(self.engine.module, lambda p: p if p.requires_grad else None))
+        moments.append(_moments(self))
+        return row
+
+    Trainer._losses, Trainer.train_step = losses, step  # type: ignore[method-assign]
+    try:
+        figures = train_stage(stage_inputs(tree, number, folder), ranks)
+    except UserError as error:
+        return str(error)
+    finally:
+        Trainer._losses, Trainer.train_step = real_losses, real_step  # type: ignore[method-assign]
+    return {"figures": figures, "weights": weights, "moments": moments}

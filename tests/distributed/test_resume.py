@@ -68,12 +68,6 @@ def test_activation_checkpointing_changes_no_result(pools: Pools, tree: dict[str
             torch.testing.assert_close(ours["weights"][name], tensor, rtol=1e-5, atol=1e-6)
 
 
-def test_resuming_on_other_ranks_is_refused(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
-    pools[2].run(train_steps, tree, 1, tmp_path, 1, 1)
-    with pytest.raises(AssertionError, match="UserError.*was saved with {'ranks': 2, 'ep_size': 2}"):
-        pools[1].run(train_steps, with_parallel(tree), 1, tmp_path, 2, None, True)
-
-
 def test_a_checkpoint_holds_what_trains_and_nothing_else(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
     for number in (1, 2):
         pools[2].run(train_steps, tree, number, tmp_path / f"stage{number}", 1, 1)
@@ -102,9 +96,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     content = bytearray(bad.read_bytes())
     content[len(content) // 2] ^= 1
     bad.write_bytes(content)
-    tag, complaints = checkpoint.newest_sound_tag(tmp_path)
-    assert tag == "step000002"
-    assert bad.name in complaints[0]
     rows = pools[2].run(train_steps, tree, 1, tmp_path, 4, None, True)[0]["rows"]
     assert [row["step"] for row in rows] == [3, 4]
 

@@ -1,0 +1,280 @@
+"""The ZeRO optimizer's state, found by parameter and global expert number, whatever ranks have saved it.
+
+DeepSpeed flattens a parameter group, pads it, and cuts it into equal partitions: routers over all ranks,
+experts over the ranks that hold the same experts. Where each element lies follows from the expert plan
+and the number of ranks alone, so state moves from one topology to another slice by slice, unchanged.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, cached_property, lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file, optimizer_file
+from pipeline.errors import UserError
+from pipeline.expert_plan import ExpertPlan
+from pipeline.moe.layer import expert_group_name
+
+ROUTERS, EXPERTS = 0, 1  # the parameter groups, in pipeline.model.parameter_groups' order
+FP32 = "fp32"  # the master weights; other fields are the optimizer's own, such as exp_avg
+ALIGNMENT = 2  # elements a partition: DeepSpeed's nccl_start_alignment_factor
+
+
+@dataclass(frozen=True)
+class Topology:
+    """So many ranks, in expert-parallel groups of ``ep_size``."""
+
+    ranks: int
+    ep_size: int
+
+    @classmethod
+    def checked(cls, ranks: int, ep_size: int) -> "Topology":
+        """A topology that a user asks for.
+
+        Raises:
+            UserError: the ranks can't be divided into such groups.
+        """
+        if ranks < 1 or ep_size < 1 or ranks % ep_size:
+            raise UserError(
+                f"ranks {ranks}, ep_size {ep_size}: the ranks must be a multiple of ep_size, and both at least 1"
+            )
+        return cls(ranks, ep_size)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One parameter in a flat group: its name in every topology, its name on its rank, and where it begins."""
+
+    key: str
+    local_name: str
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class FlatGroup:
+    """A parameter group as one rank flattens it, and its partitions."""
+
+    entries: tuple[Entry, ...]
+    num_partitions: int
+
+    @property
+    def numel(self) -> int:
+        """Elements without padding."""
+        return sum(entry.numel for entry in self.entries)
+
+    @property
+    def partition_size(self) -> int:
+        """Elements a partition, padding included."""
+        alignment = ALIGNMENT * self.num_partitions
+        return -(-self.numel // alignment) * alignment // self.num_partitions
+
+    def padding(self, partition: int) -> int:
+        """Elements of padding that DeepSpeed counts for a partition: all of it for the last, none before."""
+        last = partition == self.num_partitions - 1
+        return self.partition_size * self.num_partitions - self.numel if last else 0
+
+    def overlaps(self, partition: int) -> Iterator[tuple[Entry, int, int, int]]:
+        """(entry, first element, last + 1, place in the partition) of what a partition holds."""
+        begin, end = partition * self.partition_size, (partition + 1) * self.partition_size
+        for entry in self.entries:
+            first, last = max(entry.start, begin), min(entry.start + entry.numel, end)
+            if first < last:
+                yield entry, first - entry.start, last - entry.start, first - begin
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the layout depends on beside the plan: the routers' names and sizes, an expert's weights'."""
+
+    routers: tuple[tuple[str, int], ...]
+    expert: tuple[tuple[str, int], ...]
+    expert_prefixes: tuple[str, ...]  # of each MoE layer, up to the expert's number
+
+
+class Layout:
+    """Where each parameter lies in the flat groups of each rank."""
+
+    def __init__(self, plan: ExpertPlan, shapes: Shapes, topology: Topology) -> None:
+        self.plan, self.shapes, self.topology = plan, shapes, topology
+        self.placement = list(plan.placement(topology.ep_size).values())
+
+    @cache  # noqa: B019 - as long-lived as the layout
+    def group(self, group: int, ep_rank: int) -> FlatGroup:
+        """A parameter group as the ranks of this place in their expert-parallel groups flatten it."""
+        if group == ROUTERS:
+            return _flat([(name, name, numel) for name, numel in self.shapes.routers], self.topology.ranks)
+        parameters = [
+            (f"{prefix}{number - 1}.{name}", f"{prefix}{slot}.{name}", numel)
+            for prefix, ranks in zip(self.shapes.expert_prefixes, self.placement, strict=True)
+            for slot, number in enumerate(ranks[ep_rank])
+            for name, numel in self.shapes.expert
+        ]
+        return _flat(parameters, self.topology.ranks // self.topology.ep_size)
+
+    def place(self, group: int, rank: int) -> tuple[int, int]:
+        """(place in the expert-parallel group, partition) of a rank."""
+        ep_rank = rank % self.topology.ep_size
+        return ep_rank, rank if group == ROUTERS else rank // self.topology.ep_size
+
+    def rank(self, group: int, ep_rank: int, partition: int) -> int:
+        """The rank that holds a partition."""
+        return partition if group == ROUTERS else partition * self.topology.ep_size + ep_rank
+
+    @cached_property
+    def index(self) -> dict[str, tuple[int, int, int]]:
+        """For each parameter: its group, the place in the expert-parallel group that holds it, and where it begins."""
+        result = {entry.key: (ROUTERS, 0, entry.start) for entry in self.group(ROUTERS, 0).entries}
+        for ep_rank in range(self.topology.ep_size):
+            for entry in self.group(EXPERTS, ep_rank).entries:
+                result[entry.key] = EXPERTS, ep_rank, entry.start
+        return result
+
+
+def _flat(parameters: list[tuple[str, str, int]], num_partitions: int) -> FlatGroup:
+    entries, start = [], 0
+    for key, local_name, numel in parameters:
+        entries.append(Entry(key, local_name, start, numel))
+        start += numel
+    return FlatGroup(tuple(entries), num_partitions)
+
+
+class SavedOptimizer:
+    """The ZeRO optimizer files of one checkpoint, mapped, not read.
+
+    Args:
+        folder: the checkpoint's tag folder.
+        plan: its expert plan.
+        topology: the ranks that saved it.
+    """
+
+    def __init__(self, folder: Path, plan: ExpertPlan, topology: Topology) -> None:
+        self.folder, self.plan, self.topology = folder, plan, topology
+        self.bf16 = (folder / optimizer_file(0, bf16=True)).is_file()
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """Sizes of the parameters, from the checkpoint's own files."""
+        shapes = load_tensors(self.folder / main_file())["param_shapes"]
+        routers = tuple((name, prod(shape)) for name, shape in shapes[ROUTERS].items())
+        prefixes: list[str] = []
+        expert: tuple[tuple[str, int], ...] = ()
+        for moe_layer in range(len(self.plan.moe_layers)):
+            state = load_tensors(self.folder / expert_file(moe_layer, 0))
+            prefixes.append(next(iter(state)).rpartition(".")[0].removesuffix("0"))
+            expert = tuple((name.rpartition(".")[2], tensor.numel()) for name, tensor in state.items())
+        return Shapes(routers, expert, tuple(prefixes))
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where everything lies in the files."""
+        return Layout(self.plan, self.shapes, self.topology)
+
+    @lru_cache(maxsize=16)  # noqa: B019 - a mapped file costs address space and a handle, not memory
+    def _file(self, rank: int) -> dict[str, Any]:
+        return dict(load_tensors(self.folder / optimizer_file(rank, bf16=self.bf16)))
+
+    def _field(self, rank: int, group: int, field: str) -> Tensor:
+        state = self._file(rank)["optimizer_state_dict"]
+        if field == FP32:
+            return state["single_partition_of_fp32_groups"][group].detach()
+        return state["base_optimizer_state"]["state"][group][field]
+
+    def copy(self, key: str, field: str, first: int, target: Tensor) -> None:
+        """Fill ``target`` with a parameter's elements from ``first`` on."""
+        group, ep_rank, start = self.layout.index[key]
+        size = self.layout.group(group, ep_rank).partition_size
+        done = 0
+        while done < target.numel():
+            partition, offset = divmod(start + first + done, size)
+            length = min(target.numel() - done, size - offset)
+            source = self._field(self.layout.rank(group, ep_rank, partition), group, field)
+            target[done : done + length].copy_(source[offset : offset + length])
+            done += length
+
+    def full(self, key: str, field: str) -> Tensor:
+        """All of a parameter's elements, flat: the canonical form."""
+        group, ep_rank, _ = self.layout.index[key]
+        entry = next(e for e in self.layout.group(group, ep_rank).entries if e.key == key)
+        target = torch.empty(entry.numel)
+        self.copy(key, field, 0, target)
+        return target
+
+    def file_for(self, rank: int, topology: Topology, new_tensor: Callable[[int], Tensor]) -> dict[str, Any]:
+        """The optimizer file of a rank in another topology, its tensors made by ``new_tensor``, not filled."""
+        return {**self._file(0), "optimizer_state_dict": self._skeleton(rank, topology, new_tensor)}
+
+    def _skeleton(self, rank: int, topology: Topology, new_tensor: Callable[[int], Tensor]) -> dict[str, Any]:
+        layout, old = Layout(self.plan, self.shapes, topology), self._file(0)["optimizer_state_dict"]
+        groups = range(len(old["single_partition_of_fp32_groups"]))
+        places = [layout.place(group, rank) for group in groups]
+        flats = [layout.group(group, ep_rank) for group, (ep_rank, _) in zip(groups, places, strict=True)]
+        paddings = [flat.padding(place[1]) for flat, place in zip(flats, places, strict=True)]
+        # DeepSpeed's bf16 optimizer stores the fp32 weights with their padding, its fp32 one without.
+        lean = [0 if self.bf16 else padding for padding in paddings]
+        base = old["base_optimizer_state"]
+        states = {
+            group: {
+                field: new_tensor(flats[group].partition_size) if value.ndim else value.clone()
+                for field, value in state.items()
+            }
+            for group, state in base["state"].items()
+        }
+        alignment = "param_alignment_paddings"  # within a group; none is asked for
+        return {
+            **old,
+            **({alignment: [[0] * len(flat.entries) for flat in flats]} if alignment in old else {}),
+            "base_optimizer_state": {"state": states, "param_groups": _renamed(base["param_groups"], topology)},
+            "single_partition_of_fp32_groups": [
+                new_tensor(flat.partition_size - less) for flat, less in zip(flats, lean, strict=True)
+            ],
+            "group_paddings": paddings,
+            "partition_count": [flat.num_partitions for flat in flats],
+            "param_slice_mappings": [_slices(flat, place[1]) for flat, place in zip(flats, places, strict=True)],
+        }
+
+    def fill(self, state: dict[str, Any], rank: int, topology: Topology) -> None:
+        """Copy into the tensors of :meth:`file_for`'s optimizer state, one parameter at a time."""
+        layout = Layout(self.plan, self.shapes, topology)
+        for group, weights in enumerate(state["single_partition_of_fp32_groups"]):
+            moments = state["base_optimizer_state"]["state"].get(group, {})
+            fields = {FP32: weights} | {name: tensor for name, tensor in moments.items() if tensor.ndim}
+            for name, tensor in moments.items():
+                if not tensor.ndim:  # such as the number of steps
+                    tensor.copy_(self._field(0, group, name))
+            ep_rank, partition = layout.place(group, rank)
+            flat = layout.group(group, ep_rank)
+            for name, tensor in fields.items():
+                end = 0
+                for entry, first, last, place in flat.overlaps(partition):
+                    end = place + last - first
+                    self.copy(entry.key, name, first, tensor[place:end])
+                tensor[end:] = 0.0
+
+    def state_for(self, rank: int, topology: Topology) -> dict[str, Any]:
+        """What the optimizer file of a rank in another topology holds."""
+        file = self.file_for(rank, topology, torch.empty)
+        self.fill(file["optimizer_state_dict"], rank, topology)
+        return file
+
+
+def _renamed(param_groups: list[dict[str, Any]], topology: Topology) -> list[dict[str, Any]]:
+    """DeepSpeed finds the experts' process group by the parameter group's name."""
+    name = expert_group_name(topology.ep_size)
+    return [{**group, "name": name} if group.get("moe") else group for group in param_groups]
+
+
+def _slices(flat: FlatGroup, partition: int) -> "OrderedDict[str, Any]":
+    """DeepSpeed's record of which part of which parameter a partition holds."""
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return OrderedDict(
+        (entry.local_name, fragment_address(numel=last - first, start=place))
+        for entry, first, last, place in flat.overlaps(partition)
+    )

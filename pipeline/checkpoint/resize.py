@@ -1,0 +1,100 @@
+"""A checkpoint for another number of ranks: the same weights and moments, cut otherwise."""
+
+import mmap
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint.optimizer_state import SavedOptimizer, Topology
+from pipeline.checkpoint.store import MANIFEST, complete_tags, read_manifest, write_manifest
+from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file, optimizer_file, save_tensors
+from pipeline.checkpoint.verify import damaged_files
+from pipeline.errors import UserError
+from pipeline.expert_plan import ExpertPlan
+from pipeline.files import fsync_path, new_folder, sha256_file, write_text
+from pipeline.progress import progress
+
+_ROUTER_OPTIMIZER = "expp_rank_{}_mp_rank_00_optim_states.pt"
+
+
+def resize(folder: Path, topology: Topology) -> Path:
+    """Write a checkpoint again, for other ranks, beside it: stepNNNNNN-ranksN-epM; ``latest`` then names it.
+
+    Optimizer files are laid out on the disk and filled one parameter at a time, so that memory does not
+    grow with the model. Expert files are the same files (hard links).
+
+    Raises:
+        UserError: the checkpoint is damaged, or some rank would hold no expert.
+    """
+    manifest = _manifest(folder)
+    plan = ExpertPlan.model_validate(manifest["expert_plan"])
+    plan.placement(topology.ep_size)
+    bad = damaged_files(folder)
+    if bad:
+        raise UserError(f"{folder}: {', '.join(bad)} damaged or missing; resize an earlier checkpoint")
+    target = folder.with_name(f"{folder.name.partition('-')[0]}-ranks{topology.ranks}-ep{topology.ep_size}")
+    if (target / MANIFEST).is_file():
+        raise UserError(f"{target}: is there already; delete it to write it again")
+    with new_folder(target) as temporary:
+        _link_experts(folder, temporary, plan)
+        main = load_tensors(folder / main_file())
+        save_tensors({**main, "dp_world_size": topology.ranks}, temporary / main_file())
+        _write_optimizer(folder, temporary, manifest, plan, topology)
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted(temporary.iterdir())
+        }
+        fsync_path(temporary)
+        changed = {"ranks": topology.ranks, "ep_size": topology.ep_size, "resized_from": folder.name}
+        write_manifest(temporary, {**manifest, **changed, "files": files})
+    if complete_tags(folder.parent)[0] == target.name:
+        write_text(folder.parent / "latest", target.name)
+    return target
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    if "expert_plan" not in manifest or "ranks" not in manifest:
+        raise UserError(f"{folder}: is no training checkpoint; name one such as runs/NAME/stage1/step000050")
+    return manifest
+
+
+def _link_experts(folder: Path, target: Path, plan: ExpertPlan) -> None:
+    for moe_layer, layer in enumerate(plan.moe_layers):
+        for number in range(plan.num_new[layer]):
+            name = expert_file(moe_layer, number)
+            if (folder / name).is_file():
+                try:
+                    os.link(folder / name, target / name)
+                except OSError:  # another file system, or one without links
+                    shutil.copyfile(folder / name, target / name)
+
+
+def _write_optimizer(
+    folder: Path, target: Path, manifest: dict[str, Any], plan: ExpertPlan, topology: Topology
+) -> None:
+    if (folder / _ROUTER_OPTIMIZER.format(0)).is_file():  # stage 2: every rank holds all of it
+        for ep_rank in range(topology.ep_size):
+            shutil.copyfile(folder / _ROUTER_OPTIMIZER.format(0), target / _ROUTER_OPTIMIZER.format(ep_rank))
+        return
+    saved = SavedOptimizer(folder, plan, Topology(manifest["ranks"], manifest["ep_size"]))
+    with progress(topology.ranks, "resize", "rank") as bar:
+        for rank in range(topology.ranks):
+            _write_rank(saved, target / optimizer_file(rank, bf16=saved.bf16), rank, topology)
+            bar.update(1)
+
+
+def _write_rank(saved: SavedOptimizer, path: Path, rank: int, topology: Topology) -> None:
+    """Lay out one rank's file without its data, then fill it through a shared mapping."""
+    file = saved.file_for(rank, topology, torch.empty)  # takes no memory until it is written to
+    with torch.serialization.skip_data():
+        torch.save(file, path)
+    del file
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        state = load_tensors(path)
+    saved.fill(state["optimizer_state_dict"], rank, topology)
+    del state
+    fsync_path(path)

@@ -1,0 +1,165 @@
+"""A folder of checkpoints: saving one, naming the best, keeping the newest."""
+
+import errno
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from deepspeed import comm as dist
+
+from pipeline.errors import AgreedError, UserError
+from pipeline.files import content_key, fsync_path, read_json, write_json, write_text
+
+MANIFEST = "manifest.json"
+_CHECKSUM = "checksum"
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a folder's manifest, with a checksum of itself."""
+    write_json(folder / MANIFEST, {**manifest, _CHECKSUM: content_key(manifest)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read a folder's manifest.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise UserError(f"{path}: does not exist; {folder} is not a complete checkpoint")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        sound = manifest.pop(_CHECKSUM) == content_key(manifest)
+    except (OSError, ValueError, AttributeError, KeyError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path}: damaged; the checkpoint can't be trusted")
+    return dict(manifest)
+
+
+def save_checkpoint(engine: Any, folder: Path, tag: str, manifest: dict[str, Any], keep: int) -> dict[str, float]:
+    """Save on all ranks: files, then the manifest, then ``latest``; then drop what is no longer kept.
+
+    Args:
+        manifest: what the checkpoint is of; the files' sizes and hashes are added.
+        keep: how many of the newest to keep, beside the best.
+
+    Returns:
+        ``seconds`` and ``gigabytes``.
+
+    Raises:
+        AgreedError: some rank could not write; the unfinished checkpoint is gone, all earlier ones are as they were.
+    """
+    started = time.monotonic()
+    files = engine.checkpoint_engine
+    files.files.clear()
+    files.error = None
+    if dist.get_rank() == 0:
+        _remove_incomplete(folder)
+        shutil.rmtree(folder / tag, ignore_errors=True)
+    dist.barrier()
+    engine.save_checkpoint(
+        str(folder), tag=tag, client_state={"run": manifest}, save_latest=False, exclude_frozen_parameters=True
+    )
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (files.files, _line(files.error)))
+    complete = {name: entry for part, _ in gathered for name, entry in part.items()}
+    problem = [next((line for _, line in gathered if line), None)]
+    if dist.get_rank() == 0 and problem[0] is None:
+        try:
+            fsync_path(folder / tag)
+            write_manifest(folder / tag, {**manifest, "files": dict(sorted(complete.items()))})
+            write_text(folder / "latest", tag)
+            prune(folder, keep)
+        except OSError as error:
+            problem = [_line(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder / tag, ignore_errors=True)
+        dist.barrier()
+        raise AgreedError(f"{folder / tag}: can't be written ({problem[0]}); checkpoints before it are as they were")
+    size = sum(entry["bytes"] for entry in complete.values())
+    return {"seconds": time.monotonic() - started, "gigabytes": size / 1e9}
+
+
+def _line(error: OSError | None) -> str | None:
+    if error is None:
+        return None
+    return "the disk is full" if error.errno == errno.ENOSPC else str(error)
+
+
+def mark_best(folder: Path, tag: str, value: float) -> None:
+    """Name the best checkpoint so far."""
+    write_json(folder / "best.json", {"tag": tag, "bits_per_character": value})
+
+
+def best(folder: Path) -> dict[str, Any] | None:
+    """The best checkpoint's tag and value, if one was marked."""
+    path = folder / "best.json"
+    try:
+        return dict(read_json(path)) if path.is_file() else None
+    except (UserError, TypeError, ValueError):
+        return None  # damaged: as if none had been marked
+
+
+def tags(folder: Path) -> list[str]:
+    """All tags, newest (highest step) first, complete or not."""
+    if not folder.is_dir():
+        return []
+    return sorted((path.name for path in folder.glob("step*") if path.is_dir()), reverse=True)
+
+
+def complete_tags(folder: Path) -> list[str]:
+    """Tags with a manifest, newest first."""
+    return [tag for tag in tags(folder) if (folder / tag / MANIFEST).is_file()]
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Delete all but the newest ``keep`` complete checkpoints, the best, and those that another stage refers to."""
+    protected = {*complete_tags(folder)[:keep], *_referred_to(folder)}
+    marked = best(folder)
+    if marked:
+        protected.add(marked["tag"])
+    for tag in complete_tags(folder):
+        if tag not in protected:
+            (folder / tag / MANIFEST).unlink()
+            shutil.rmtree(folder / tag)
+
+
+def _referred_to(folder: Path) -> set[str]:
+    """Tags of stage 1 that hold the experts of a checkpoint of stage 2."""
+    if folder.name != "stage1":
+        return set()
+    stage2 = folder.with_name("stage2")
+    found = set()
+    for tag in complete_tags(stage2):
+        try:
+            found.add(read_manifest(stage2 / tag)["stage1"]["tag"])
+        except (UserError, KeyError):
+            continue
+    return found
+
+
+def _remove_incomplete(folder: Path) -> None:
+    """Drop what an interrupted save left behind."""
+    for tag in tags(folder):
+        if not (folder / tag / MANIFEST).is_file():
+            shutil.rmtree(folder / tag, ignore_errors=True)
+
+
+def check_same_run(found: dict[str, Any], expected: dict[str, Any], where: Path) -> None:
+    """Refuse a checkpoint of another model, plan or tokenizer.
+
+    Raises:
+        AgreedError: names what differs.
+    """
+    for key, what in (("model", "model"), ("plan", "expert plan"), ("tokenizer", "tokenizer")):
+        if found.get(key) != expected[key]:
+            raise AgreedError(
+                f"{where}: is a checkpoint of another {what} ({found.get(key)}, this run has {expected[key]}); "
+                "give the run another name, or delete its stage folders"
+            )

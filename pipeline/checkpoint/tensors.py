@@ -1,0 +1,118 @@
+"""Files of tensors: their names, and how they are written and read."""
+
+import hashlib
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import UserError
+
+WRITE_AT_ONCE = 8 << 20  # bytes
+
+
+def main_file() -> str:
+    """The file of everything that is not an expert."""
+    return "mp_rank_00_model_states.pt"
+
+
+def expert_file(moe_layer: int, number: int) -> str:
+    """The file of one new expert; ``moe_layer`` counts layers with a router, ``number`` new experts from 0."""
+    return f"layer_{moe_layer}_expert_{number}_mp_rank_00_model_states.pt"
+
+
+def optimizer_file(rank: int, *, bf16: bool) -> str:
+    """The file of one rank's share of the ZeRO optimizer."""
+    return f"{'bf16_' if bf16 else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
+class _HashingWriter:
+    """A file for torch.save that hashes what it writes, on another core.
+
+    An error is kept, not raised: it would pass through torch's C++ writer, whose destructor writes again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "wb", buffering=0)  # noqa: SIM115 - closed by close()
+        self.hash = hashlib.sha256()
+        self.bytes = 0
+        self.error: OSError | None = None
+        self.hasher = ThreadPoolExecutor(1)
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if self.error is None:
+            hashed = self.hasher.submit(self.hash.update, view)
+            try:
+                for start in range(0, len(view), WRITE_AT_ONCE):
+                    self._write_all(view[start : start + WRITE_AT_ONCE])
+            except OSError as error:
+                self.error = error
+            hashed.result()
+            self.bytes += len(view)
+        return len(view)
+
+    def _write_all(self, view: memoryview) -> None:
+        while view:
+            view = view[self.file.write(view) :]
+
+    def flush(self) -> None:
+        """Nothing is buffered here."""
+
+    def close(self) -> None:
+        """Sync and close.
+
+        Raises:
+            OSError: this or an earlier write failed.
+        """
+        try:
+            self.hasher.shutdown()
+            if self.error is None:
+                os.fsync(self.file.fileno())
+        finally:
+            self.file.close()
+        if self.error is not None:
+            raise self.error
+
+
+def save_tensors(value: Any, path: Path) -> dict[str, Any]:
+    """torch.save under a temporary name, synced, renamed.
+
+    Returns:
+        The file's ``bytes`` and ``sha256``, hashed while they were written.
+
+    Raises:
+        OSError: the disk is full, or can't be written; nothing is left of the file.
+    """
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
+    try:
+        writer = _HashingWriter(temporary)
+        try:
+            torch.save(value, writer)  # type: ignore[arg-type]
+        finally:
+            writer.close()
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return {"bytes": writer.bytes, "sha256": writer.hash.hexdigest()}
+
+
+def load_tensors(path: Path) -> Any:
+    """Read what :func:`save_tensors` wrote, mapped rather than copied; runs no code from the file.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise UserError(f"{path}: can't be read as a checkpoint file ({str(error).splitlines()[0]})") from error

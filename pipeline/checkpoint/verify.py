@@ -1,0 +1,117 @@
+"""Whether the files of a checkpoint are what its manifest says."""
+
+import socket
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from pipeline.checkpoint.store import MANIFEST, complete_tags, read_manifest, tags
+from pipeline.distributed import Ranks
+from pipeline.errors import AgreedError, UserError
+from pipeline.files import sha256_file
+
+
+def damaged_files(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+    """Files of a folder that are missing, or do not have the size and hash that its manifest says.
+
+    Args:
+        names: which to look at; all without it.
+    """
+    try:
+        files = read_manifest(folder)["files"]
+    except UserError:
+        return [MANIFEST]
+    return [name for name in (files if names is None else names) if not _sound(folder / name, files[name])]
+
+
+def damaged_weights(folder: Path) -> list[str]:
+    """:func:`damaged_files`, of a tag's weights alone: all that scoring and a later stage read."""
+    return damaged_files(folder, weight_files(folder))
+
+
+def weight_files(folder: Path) -> list[str] | None:
+    """Files of a folder that hold weights; None where its manifest can't be read."""
+    try:
+        return [name for name in read_manifest(folder)["files"] if name.endswith("model_states.pt")]
+    except UserError:
+        return None
+
+
+def _sound(path: Path, entry: dict[str, Any]) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
+    except OSError:
+        return False
+
+
+def damaged_on_any_node(folder: Path, ranks: Ranks, names: Sequence[str] | None = None) -> list[str]:
+    """:func:`damaged_files` by all ranks together: each node reads each file once, shared among its ranks."""
+    if ranks.world_size == 1:
+        return damaged_files(folder, names)
+    hosts: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(hosts, socket.gethostname())
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
+    try:
+        wanted = sorted(read_manifest(folder)["files"] if names is None else names)
+    except UserError:
+        wanted = []
+    mine = damaged_files(folder, wanted[here.index(ranks.rank) :: len(here)])
+    bad: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(bad, mine)
+    return sorted({name for part in bad for name in part})
+
+
+def check_sound(folder: Path, ranks: Ranks, mend: str, names: Sequence[str] | None = None) -> None:
+    """Verify a folder on all ranks.
+
+    Args:
+        mend: what to do about a damaged file.
+
+    Raises:
+        AgreedError: names the damaged files.
+    """
+    bad = damaged_on_any_node(folder, ranks, names)
+    if bad:
+        raise AgreedError(f"{folder}: {', '.join(bad)} damaged or missing; {mend}")
+
+
+def newest_sound_tag(folder: Path, ranks: Ranks) -> tuple[str | None, list[str]]:
+    """The newest tag whose files are all sound, and a line for everything that is not as it should be.
+
+    A save that was cut off before ``latest`` was replaced is used if it is complete.
+    """
+    found: list[Any] = [_candidates(folder) if ranks.is_first else None]
+    if ranks.world_size > 1:
+        torch.distributed.broadcast_object_list(found, src=0)
+    candidates, complaints = found[0]
+    for tag in candidates:
+        bad = damaged_on_any_node(folder / tag, ranks)
+        if not bad:
+            return tag, complaints
+        complaints.append(
+            f"{folder / tag}: {', '.join(bad)} damaged or missing; falling back to an earlier checkpoint"
+        )
+    return None, complaints
+
+
+def _candidates(folder: Path) -> tuple[list[str], list[str]]:
+    """Complete tags, newest first, and what is wrong with the others and with ``latest``."""
+    complete = complete_tags(folder)
+    complaints = [
+        f"{folder / tag / MANIFEST}: missing; this checkpoint was not finished, it is left out"
+        for tag in tags(folder)
+        if tag not in complete
+    ]
+    if complete:
+        latest = folder / "latest"
+        try:
+            named = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else None
+        except OSError:
+            named = None
+        if named is None:
+            complaints.append(f"{latest}: missing; taking the newest complete checkpoint")
+        elif named not in complete:
+            complaints.append(f"{latest}: names {named!r}, no complete checkpoint; taking the newest one")
+    return complete, complaints

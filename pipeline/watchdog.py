@@ -1,0 +1,88 @@
+"""A rank that can't go on ends by itself: its launcher is gone, or it has waited too long for the others."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+
+import psutil
+
+EXIT_ORPHANED, EXIT_STUCK = 75, 76
+SECONDS_BETWEEN_LOOKS = 1.0
+_LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "pipeline", "mpirun", "mpiexec", "prterun", "torchrun")
+
+
+class Watchdog:
+    """Watches one rank from a thread of its own.
+
+    Args:
+        rank: this rank's number.
+        timeout: seconds without :meth:`at` after which the rank prints where it is and ends.
+    """
+
+    def __init__(self, rank: int, timeout: float) -> None:
+        self.rank, self.timeout = rank, timeout
+        self._where, self._since = "the start", time.monotonic()
+        self._launchers = launchers()
+        self._done = threading.Event()
+
+    def start(self) -> "Watchdog":
+        """Begin to watch."""
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def stop(self) -> None:
+        """The rank has ended by itself."""
+        self._done.set()
+
+    def at(self, where: str) -> None:
+        """The rank has come this far."""
+        self._where, self._since = where, time.monotonic()
+
+    @property
+    def where(self) -> str:
+        """How far the rank had come."""
+        return self._where
+
+    def _watch(self) -> None:
+        while not self._done.wait(SECONDS_BETWEEN_LOOKS):
+            gone = next((name for process, name in self._launchers if not _alive(process)), None)
+            if gone is not None:
+                self._end(EXIT_ORPHANED, f"its launcher ({gone}) is gone; ending at {self._where}")
+            waited = time.monotonic() - self._since
+            if waited > self.timeout:
+                faulthandler.dump_traceback(all_threads=False)
+                self._end(
+                    EXIT_STUCK,
+                    f"no progress for {waited:.0f} s at {self._where}: a peer is gone or stuck, or "
+                    "parallel.timeout_minutes is too short; the run goes on from its last checkpoint",
+                )
+
+    def _end(self, code: int, why: str) -> None:
+        print(f"error: rank {self.rank}: {why}", file=sys.stderr, flush=True)
+        os._exit(code)  # a thread in a collective can't be interrupted
+
+
+def launchers() -> list[tuple[psutil.Process, str]]:
+    """The process that started this one, and those above it that are launchers too; nearest first."""
+    if "RANK" not in os.environ:
+        return []
+    found: list[tuple[psutil.Process, str]] = []
+    for process in psutil.Process().parents():
+        try:
+            words = process.cmdline()
+        except psutil.Error:
+            break
+        name = next((os.path.basename(word) for word in words[:4] if os.path.basename(word) in _LAUNCHERS), None)
+        if found and name is None:
+            break
+        found.append((process, f"{name or process.name()}, pid {process.pid}"))
+    return found
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

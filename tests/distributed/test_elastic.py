@@ -1,0 +1,206 @@
+"""A run goes on with another number of ranks as if nothing had happened."""
+
+import shutil
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import checkpoint
+from pipeline.checkpoint import SavedOptimizer, Topology
+from pipeline.checkpoint.resize import resize
+from pipeline.expert_plan import ExpertPlan
+from tests.distributed.conftest import Pools
+from tests.distributed.stages import move_and_train, train_steps, with_parallel
+from tests.tiny import prepared_run, run_tree
+
+TOPOLOGIES = [Topology(1, 1), Topology(2, 1), Topology(2, 2), Topology(4, 1), Topology(4, 2), Topology(4, 4)]
+PAIRS = list(permutations(TOPOLOGIES, 2))
+FEW = [
+    (Topology(1, 1), Topology(2, 2)),
+    (Topology(2, 2), Topology(1, 1)),
+    (Topology(2, 1), Topology(4, 4)),
+    (Topology(4, 4), Topology(2, 1)),
+    (Topology(2, 2), Topology(4, 2)),
+    (Topology(4, 2), Topology(2, 2)),
+]
+SAVED_AT, STEPS = 3, 5
+
+
+def name(topology: Topology) -> str:
+    return f"{topology.ranks} ranks EP {topology.ep_size}"
+
+
+def spread(tree: dict[str, Any], topology: Topology) -> dict[str, Any]:
+    """Four samples a micro-step over all ranks, whatever their number."""
+    return with_parallel(tree, ranks=topology.ranks, ep_size=topology.ep_size, micro_batch_size=4 // topology.ranks)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("elastic")
+    prepared_run(folder)
+    return run_tree(folder)
+
+
+class Trained:
+    """Runs of STEPS steps that saved after SAVED_AT, made when first asked for."""
+
+    def __init__(self, pools: Pools, tree: dict[str, Any], folder: Path) -> None:
+        self.pools, self.tree, self.folder = pools, tree, folder
+        self.rows: dict[tuple[Topology, int, str], list[dict[str, Any]]] = {}
+
+    def __call__(self, topology: Topology, number: int, precision: str) -> tuple[Path, list[dict[str, Any]]]:
+        folder = self.folder / f"{topology.ranks}-{topology.ep_size}-{number}-{precision}"
+        key = topology, number, precision
+        if key not in self.rows:
+            tree = spread(self.tree | {"deepspeed": f"ds_configs/{precision}_zero1.json"}, topology)
+            pool = self.pools[topology.ranks]
+            self.rows[key] = pool.run(train_steps, tree, number, folder, STEPS, SAVED_AT)[0]["rows"][SAVED_AT:]
+        return folder, self.rows[key]
+
+
+@pytest.fixture(scope="module")
+def trained(pools: Pools, tree: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return Trained(pools, tree, tmp_path_factory.mktemp("trained"))
+
+
+def saved_optimizer(folder: Path) -> SavedOptimizer:
+    manifest = checkpoint.read_manifest(folder)
+    plan = ExpertPlan.model_validate(manifest["expert_plan"]) if "expert_plan" in manifest else PLAN[0]
+    return SavedOptimizer(folder, plan, Topology(manifest["ranks"], manifest["ep_size"]))
+
+
+PLAN: list[ExpertPlan] = []  # of the run, for checkpoints that the test saves itself
+
+
+def same_optimizer(ours: Path, theirs: Path) -> None:
+    """Weights, masters and both moments are equal, bit by bit, for each parameter under its global number."""
+    a, b = saved_optimizer(ours), saved_optimizer(theirs)
+    assert set(a.layout.index) == set(b.layout.index)
+    for key in b.layout.index:
+        for field in ("fp32", "exp_avg", "exp_avg_sq"):
+            expected = b.full(key, field)
+            assert torch.equal(a.full(key, field), expected), (key, field)
+            assert expected.abs().sum() > 0, (key, field)
+    same_model_files(ours, theirs)
+
+
+def same_model_files(ours: Path, theirs: Path) -> None:
+    names = {path.name for path in theirs.glob("*model_states.pt")}
+    assert {path.name for path in ours.glob("*model_states.pt")} == names
+    for file in names:
+        mine, other = checkpoint.load_tensors(ours / file), checkpoint.load_tensors(theirs / file)
+        mine, other = mine.get("module", mine), other.get("module", other)
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[key], other[key]) for key in other)
+
+
+def move(
+    pools: Pools, trained: Trained, pair: tuple[Topology, Topology], number: int, precision: str, target: Path
+) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]:
+    source, destination = pair
+    folder, expected = trained(source, number, precision)
+    if not PLAN:
+        manifest = checkpoint.read_manifest(folder / f"step{SAVED_AT:06d}")
+        PLAN.append(ExpertPlan.model_validate(manifest["expert_plan"]))
+    tree = spread(trained.tree | {"deepspeed": f"ds_configs/{precision}_zero1.json"}, destination)
+    rows = pools[destination.ranks].run(move_and_train, tree, number, folder, target, STEPS)[0]
+    return folder / f"step{SAVED_AT:06d}", rows, expected
+
+
+def check_pair(
+    pools: Pools, trained: Trained, pair: tuple[Topology, Topology], number: int, precision: str, target: Path
+) -> None:
+    source, rows, expected = move(pools, trained, pair, number, precision, target)
+    if number == 1:
+        same_optimizer(target / source.name, source)
+    else:
+        same_model_files(target / source.name, source)
+        mine, theirs = (
+            checkpoint.load_tensors(folder / "expp_rank_0_mp_rank_00_optim_states.pt")["optimizer"]["state"]
+            for folder in (target / source.name, source)
+        )
+        assert len(theirs) == 5  # three routers, two classifiers
+        for index, state in theirs.items():
+            assert all(torch.equal(mine[index][field], value) for field, value in state.items())
+    assert [row["step"] for row in rows] == [SAVED_AT + 1, STEPS]
+    tolerance = {"rel": 1e-5, "abs": 1e-6} if precision == "fp32" else {"rel": 2e-2, "abs": 1e-3}
+    for row, other in zip(rows, expected, strict=True):
+        assert (row["lr"], row["samples"]) == (other["lr"], other["samples"])
+        for loss, value in other["loss"].items():
+            assert row["loss"][loss] == pytest.approx(value, **tolerance), loss
+
+
+@pytest.mark.parametrize("pair", FEW, ids=lambda pair: f"{name(pair[0])} to {name(pair[1])}")
+@pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
+def test_resumed_on_other_ranks_the_optimizer_is_exact_and_losses_follow(
+    pools: Pools, trained: Trained, pair: tuple[Topology, Topology], number: int, tmp_path: Path
+) -> None:
+    check_pair(pools, trained, pair, number, "fp32", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{name(pair[0])} to {name(pair[1])}")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
+def test_every_topology_resumes_on_every_other(
+    pools: Pools,
+    trained: Trained,
+    pair: tuple[Topology, Topology],
+    number: int,
+    precision: str,
+    tmp_path: Path,
+) -> None:
+    check_pair(pools, trained, pair, number, precision, tmp_path)
+
+
+def test_bf16_masters_and_moments_are_exact_on_other_ranks(pools: Pools, trained: Trained, tmp_path: Path) -> None:
+    check_pair(pools, trained, (Topology(2, 2), Topology(4, 2)), 1, "bf16", tmp_path / "up")
+    check_pair(pools, trained, (Topology(4, 2), Topology(1, 1)), 1, "bf16", tmp_path / "down")
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
+def test_resize_writes_what_those_ranks_would_have_saved_and_they_resume_from_it(
+    pools: Pools, trained: Trained, number: int, tmp_path: Path
+) -> None:
+    source, _ = trained(Topology(2, 2), number, "fp32")
+    folder, tag = tmp_path / "stage", f"step{SAVED_AT:06d}"
+    shutil.copytree(source, folder)
+    target = resize(folder / tag, Topology(4, 2))
+    assert target.name == f"{tag}-ranks4-ep2"
+    assert (folder / "latest").read_text() == target.name
+    assert checkpoint.damaged_files(target) == []
+    # What four ranks save that have loaded the checkpoint themselves: shapes, paddings, mappings, all.
+    _, rows, _ = move(pools, trained, (Topology(2, 2), Topology(4, 2)), number, "fp32", tmp_path / "native")
+    native = tmp_path / "native" / tag
+    names = {path.name for path in native.glob("*.pt")}
+    assert {path.name for path in target.glob("*.pt")} == names
+    key = "optimizer_state_dict" if number == 1 else "optimizer"
+    for file in sorted(name for name in names if "optim_states" in name):
+        ours, theirs = (checkpoint.load_tensors(path / file)[key] for path in (target, native))
+        assert_equal(ours, theirs, file)
+    assert checkpoint.load_tensors(target / checkpoint.main_file())["dp_world_size"] == 4
+    same_model_files(target, native)
+    tree = spread(trained.tree, Topology(4, 2))
+    resumed = pools[4].run(move_and_train, tree, number, folder, tmp_path / "again", STEPS)[0]
+    assert [row["loss"] for row in resumed] == [row["loss"] for row in rows]
+
+
+def assert_equal(ours: Any, theirs: Any, where: str) -> None:
+    """Nested dicts, lists and tensors are equal, bit by bit."""
+    assert type(ours) is type(theirs), where
+    if isinstance(theirs, torch.Tensor):
+        assert torch.equal(ours, theirs), where
+    elif isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key, value in theirs.items():
+            assert_equal(ours[key], value, f"{where}.{key}")
+    elif isinstance(theirs, list | tuple):
+        assert len(ours) == len(theirs), where
+        for index, value in enumerate(theirs):
+            assert_equal(ours[index], value, f"{where}[{index}]")
+    elif not hasattr(theirs, "cur_scale"):  # a loss scaler has no equality
+        assert ours == theirs, where
