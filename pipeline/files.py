@@ -42,9 +42,14 @@ def write_text(path: Path, text: str) -> None:
     fsync_path(path.parent)
 
 
+def json_text(value: Any) -> str:
+    """JSON as this product's files hold it: indented for people."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file as :func:`write_text` does, indented for people."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Write a JSON file as :func:`write_text` does."""
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path) -> Any:

@@ -60,20 +60,20 @@ def save_tokenizer(folder: Path) -> None:
 
 def save_model(folder: Path, family: str = "llama", num_layers: int = 4, **options: Any) -> Path:
     """A random model of a family, with its tokenizer."""
-    config = FAMILIES[family](
-        vocab_size=VOCAB_SIZE,
-        hidden_size=HIDDEN,
-        intermediate_size=FFN,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=2048,
-        pad_token_id=None,
-        bos_token_id=0,
-        eos_token_id=0,
-        **options,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN,
+        "intermediate_size": FFN,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "pad_token_id": None,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    config = FAMILIES[family](**sizes | options)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():

@@ -10,7 +10,7 @@ from typing import Any
 from deepspeed import comm as dist
 
 from pipeline.errors import AgreedError, UserError
-from pipeline.files import content_key, fsync_path, read_json, write_json, write_text
+from pipeline.files import content_key, fsync_path, json_text, read_json, write_json, write_text
 
 MANIFEST = "manifest.json"
 _CHECKSUM = "checksum"
@@ -31,8 +31,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: does not exist; {folder} is not a complete checkpoint")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        sound = manifest.pop(_CHECKSUM) == content_key(manifest)
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        sound = text == json_text(manifest)  # not one byte less, or otherwise
+        sound = manifest.pop(_CHECKSUM) == content_key(manifest) and sound
     except (OSError, ValueError, AttributeError, KeyError):
         sound = False
     if not sound:

@@ -1,0 +1,161 @@
+"""What goes wrong around a run: two launches, dead launchers, stuck ranks, full disks. Run: pytest tests/faults"""
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline import checkpoint
+from pipeline.checkpoint import damaged_files
+from pipeline.metrics import read_rows
+from tests.faults.processes import Launch
+from tests.tiny import run_tree, save_model
+
+STEPS = 400
+
+
+def write_run(folder: Path, **changes: Any) -> Path:
+    """A tiny run of two ranks and many steps."""
+    tree = run_tree(
+        folder,
+        parallel={"ranks": 2, "ep_size": 2, "micro_batch_size": 2},
+        stage1={"tokens": 8 * 32 * STEPS},
+        deepspeed="ds_configs/bf16_zero1.json",
+    )
+    for key, value in changes.items():
+        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    return path
+
+
+def train(path: Path) -> Launch:
+    return Launch(["run", str(path), "--until", "stage1"], path.parent / "log")
+
+
+def wait_for(what: Callable[[], Any], launch: Launch, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline and launch.process.poll() is None, launch.log.read_text()[-3000:]
+        time.sleep(0.02)
+
+
+def steps_done(path: Path) -> int:
+    return len(read_rows(path.parent / "runs" / "tiny" / "stage1" / "metrics.jsonl"))
+
+
+@pytest.fixture
+def launches() -> Iterator[list[Launch]]:
+    """Whatever is started is ended, whatever fails."""
+    started: list[Launch] = []
+    yield started
+    for launch in started:
+        launch.kill()
+
+
+def test_a_second_launch_on_the_same_run_refuses_and_the_first_goes_on(tmp_path: Path, launches: list[Launch]) -> None:
+    path = write_run(tmp_path)
+    launches.append(train(path))
+    wait_for(lambda: steps_done(path) >= 2, launches[0])
+    second = Launch(["run", str(path)], tmp_path / "second.log")
+    launches.append(second)
+    assert second.wait(60) == 2
+    lines = [line for line in second.log.read_text().splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert f"error: {tmp_path}/runs/tiny: is in use by process {launches[0].ranks()[0].pid} on " in lines[0]
+    before = steps_done(path)
+    wait_for(lambda: steps_done(path) > before, launches[0])
+    launches[0].process.send_signal(signal.SIGTERM)
+    assert launches[0].wait(60) == 0
+    assert not (tmp_path / "runs" / "tiny" / ".lock").exists()
+
+
+@pytest.mark.parametrize("launcher", ["launch", "deepspeed"])
+def test_ranks_whose_launcher_died_end_within_30_seconds_and_the_lock_is_free(
+    launcher: str, tmp_path: Path, launches: list[Launch]
+) -> None:
+    path = write_run(tmp_path)
+    launches.append(train(path))
+    wait_for(lambda: steps_done(path) >= 2, launches[0])
+    victim = launches[0].launcher(launcher)
+    assert victim is not None
+    assert sorted(launches[0].ranks()) == [0, 1]
+    victim.kill()
+    assert launches[0].wait_until_gone(30) < 30
+    assert "its launcher (" in launches[0].log.read_text()
+    launches.append(train(path))  # nothing holds the run any more
+    done = steps_done(path)
+    wait_for(lambda: steps_done(path) > done, launches[1])
+
+
+def test_a_stuck_rank_ends_the_run_and_the_one_that_waits_says_where(tmp_path: Path, launches: list[Launch]) -> None:
+    path = write_run(tmp_path, parallel={"timeout_minutes": 0.1})
+    launches.append(train(path))
+    wait_for(lambda: steps_done(path) >= 2, launches[0])
+    launches[0].ranks()[1].send_signal(signal.SIGSTOP)
+    assert launches[0].wait_until_gone(90) < 90
+    assert launches[0].process.returncode not in (0, 2)
+    log = launches[0].log.read_text()
+    assert "error: rank 0: no progress for 6 s at stage 1, step " in log, log[-3000:]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """A file system of a few megabytes, and how to make it larger."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=52m", "tmpfs", str(folder)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if mounted.returncode:
+        pytest.skip(f"a tmpfs can't be mounted here: {mounted.stderr.strip()}")
+
+    def resize(megabytes: int) -> None:
+        subprocess.run(["mount", "-o", f"remount,size={megabytes}m", str(folder)], check=True)
+
+    yield folder, resize
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("if_full", ["stop", "continue"])
+def test_a_full_disk_leaves_the_earlier_checkpoint_intact(
+    if_full: str, tmp_path: Path, small_disk: tuple[Path, Callable[[int], None]], launches: list[Launch]
+) -> None:
+    disk, resize = small_disk
+    save_model(tmp_path / "model", hidden_size=128, intermediate_size=1024)  # checkpoints of 34 MB
+    path = write_run(
+        tmp_path,
+        output_dir=str(disk),
+        stage1={"tokens": 8 * 32 * 12},
+        checkpoint={"every_steps": 4, "every_minutes": None, "keep": 2, "if_full": if_full},
+    )
+    launches.append(train(path))
+    assert launches[0].wait(200) == 2  # at the latest the last checkpoint must be written
+    log = launches[0].log.read_text()
+    stage = disk / "tiny" / "stage1"
+    errors = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, log[-3000:]
+    stopped_at = "step000008" if if_full == "stop" else "step000012"
+    assert (
+        f"{stage / stopped_at}: can't be written (the disk is full); checkpoints before it are as they were"
+        in errors[0]
+    )
+    assert ("step000008: can't be written (the disk is full)" in log) and ("training goes on" in log) == (
+        if_full == "continue"
+    )
+    assert checkpoint.complete_tags(stage) == ["step000004"]
+    assert [path.name for path in stage.glob("step*")] == ["step000004"]
+    assert damaged_files(stage / "step000004") == []
+    resize(200)
+    launches.append(train(path))
+    assert launches[1].wait(200) == 0, launches[1].log.read_text()[-3000:]
+    assert "after 4 steps" in launches[1].log.read_text()
+    assert [row["step"] for row in read_rows(stage / "metrics.jsonl")] == list(range(1, 13))
