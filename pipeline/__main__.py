@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline.cluster.config import ClusterConfig
+from pipeline.cluster.config import JOBS, ClusterConfig
 from pipeline.cluster.rank_environment import become_rank, set_variables
 from pipeline.errors import EXIT_CODE, UserError
 from pipeline.fetch import with_fetched
@@ -62,6 +62,7 @@ def _add_options(verb: str, parser: argparse.ArgumentParser) -> None:
         parser.add_argument("--report", action="store_true", help="then write the report")
     if verb == "submit":
         parser.add_argument("--dry-run", action="store_true", help="show the batch scripts, submit nothing")
+        parser.add_argument("--until", choices=JOBS, default=JOBS[-1], help="submit up to this one")
     if verb == "check":
         parser.add_argument("--ranks", type=int, default=2, help="how many to start where no launcher did")
         parser.add_argument("--megabytes", type=int, default=64, help="the largest message")

@@ -109,7 +109,7 @@ def submit(run: RunConfig, options: Namespace) -> int:
     """The steps that are not done to SLURM."""
     from pipeline.cluster.submit import submit_run
 
-    submit_run(RankSteps(run, quiet=True), dry_run=options.dry_run)
+    submit_run(RankSteps(run, quiet=True), until=options.until, dry_run=options.dry_run)
     return 0
 
 

@@ -224,12 +224,13 @@ class ParallelConfig(Section):
 
 
 class LogConfig(Section):
-    """Which of DeepSpeed's monitors are on."""
+    """Which of DeepSpeed's monitors are on. ``ranks`` notes where each rank ran and what it computed."""
 
     tensorboard: bool = True
     csv: bool = False
     wandb: bool = False
     wandb_project: str = "moe-lpr"
+    ranks: bool = False
 
 
 class RunConfig(Section):

@@ -24,6 +24,7 @@ from pipeline.expert_plan import ExpertPlan
 from pipeline.losses import classifier_loss, load_balancing_loss, lpr_loss, next_token_loss
 from pipeline.metrics import StepSums
 from pipeline.model import Stage, moe_layers, parameter_groups, train_only
+from pipeline.rank_log import RankLog
 from pipeline.scoring import score_set
 from pipeline.upcycle import load_upcycled
 
@@ -81,6 +82,8 @@ class Trainer:
         self.step = 0
         self.best_value = math.inf
         inputs.folder.mkdir(parents=True, exist_ok=True)
+        variables = list(inputs.run.cluster.environment)
+        self.rank_log = RankLog(inputs.folder, ranks.rank, variables, writes=inputs.run.log.ranks)
 
     def _build_engine(self) -> Any:
         inputs, ranks, stage = self.inputs, self.ranks, self.stage
@@ -156,6 +159,7 @@ class Trainer:
     def _micro_step(self, first: int, sums: StepSums) -> None:
         """Forward and backward of one micro-batch; DeepSpeed's boundary is the last of the step."""
         batch = self.order.batch(first, self.micro_batch)
+        self.rank_log.samples(self.step + 1, first, self.micro_batch)
         device = self.ranks.device
         logits_BLV = self.engine(input_ids=torch.from_numpy(batch.ids).to(device), use_cache=False).logits
         routings = [layer.routing for layer in self.layers if layer.routing is not None]

@@ -1,6 +1,7 @@
 """A run's jobs to SLURM, each waiting for the one before it."""
 
 from pipeline.cluster import slurm
+from pipeline.cluster.config import JOBS
 from pipeline.cluster.jobs import Job, jobs_of
 from pipeline.cluster.script import batch_script, write_script
 from pipeline.cluster.submitted import active_states, read_submitted, write_submitted
@@ -8,16 +9,17 @@ from pipeline.errors import UserError
 from pipeline.rank_steps import RankSteps
 
 
-def submit_run(steps: RankSteps, *, dry_run: bool) -> None:
-    """Write the batch scripts of what is not done, and submit them, or only show them.
+def submit_run(steps: RankSteps, *, until: str, dry_run: bool) -> None:
+    """Write the batch scripts of what is not done, up to a job, and submit them, or only show them.
 
     Raises:
         UserError: a step was done with other inputs, ranks do not fit, or SLURM refuses a job.
     """
     run = steps.run
-    _check(steps)
     done = steps_done(steps)
-    jobs = [job for job in jobs_of(run) if job.name not in done]
+    wanted = JOBS[: JOBS.index(until) + 1]
+    jobs = [job for job in jobs_of(run) if job.name in wanted and job.name not in done]
+    _check(steps, jobs)
     for name in done:
         print(f"{name}: done, not submitted", flush=True)
     if dry_run:
@@ -62,11 +64,15 @@ def _submit_job(job: Job, before: list[str]) -> list[str]:
     return numbers
 
 
-def _check(steps: RankSteps) -> None:
+def _check(steps: RankSteps, jobs: list[Job]) -> None:
     """What can be known before anything is submitted."""
-    for job in jobs_of(steps.run):
+    for job in jobs:
         if job.name in ("stage1", "stage2", "evaluate"):
-            steps.check_parallel(job.config.world_size, "cuda" if job.config.gpus_per_node else "cpu")
+            try:
+                steps.check_parallel(job.config.world_size, "cuda" if job.config.gpus_per_node else "cpu")
+            except UserError as error:
+                ranks = f"{job.config.nodes} nodes x {job.config.tasks_per_node} ranks"
+                raise UserError(f"cluster.{job.name}: {ranks}: {error}") from error
 
 
 def steps_done(steps: RankSteps) -> list[str]:
