@@ -1,4 +1,4 @@
-"""The Python side of train.sh: what `deepspeed launch/train.sh …` runs on each rank."""
+"""The Python side of train.sh and check.sh: what a launcher runs on each rank."""
 
 import multiprocessing
 import os
@@ -10,8 +10,8 @@ if multiprocessing.parent_process() is None:  # a spawned helper process reads t
     from pipeline.__main__ import VERBS, command_line
 
     if not any(argument in VERBS for argument in sys.argv[1:]):
-        sys.argv.insert(1, "train")
+        sys.argv.insert(1, os.path.basename(sys.argv[0]).removesuffix(".sh"))  # train or check
     # deepspeed's launcher puts --local_rank=N first; argparse wants the verb there.
     first_verb = next(i for i, argument in enumerate(sys.argv) if i and argument in VERBS)
     sys.argv.insert(1, sys.argv.pop(first_verb))
-    sys.exit(command_line())
+    sys.exit(command_line(launched=True))

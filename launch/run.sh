@@ -1,9 +1,28 @@
 #!/usr/bin/env bash
-# What launch/train.sh does as a shell script: a rank where a launcher has made it one, else it starts the launcher.
+# What train.sh and check.sh do as shell scripts: a rank where a launcher has made it one, the ranks' start by srun in a
+# job of SLURM's, and else the start of the run's ranks on this machine. Usage: run.sh train.sh|check.sh ARGUMENTS
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+entry=$1
+shift
 python=${PYTHON:-python}
-if [ -n "${RANK:-}" ] && [ -n "${WORLD_SIZE:-}" ]; then
-  exec "$python" -u "$root/launch/train.sh" "$@"
+command -v "$python" >/dev/null || python=$root/.venv/bin/python
+
+started_by_srun() { # step numbers above are SLURM's own: the batch script, an interactive shell
+  [[ ${SLURM_STEP_ID:-} =~ ^[0-9]+$ ]] && [ "$SLURM_STEP_ID" -lt 4294967280 ]
+}
+
+if { [ -n "${RANK:-}" ] && [ -n "${WORLD_SIZE:-}" ]; } || [ -n "${OMPI_COMM_WORLD_RANK:-}" ] || started_by_srun; then
+  trap '' USR1 # a signal that comes before Python listens is no reason to die
+  exec "$python" -u "$root/launch/$entry" "$@"
 fi
-PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m pipeline train "$@"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+verb=${entry%.sh}
+if [ -z "${SLURM_JOB_ID:-}" ]; then
+  exec "$python" -m pipeline "$verb" "$@"
+elif [ "$verb" = check ]; then
+  exec srun bash "$root/launch/run.sh" "$entry" "$@"
+fi
+settings=$("$python" -m pipeline.cluster.batch "$@")
+eval "$settings"
+exec bash "$root/launch/batch.sh" bash "$root/launch/run.sh" "$entry" "$@"

@@ -1,20 +1,13 @@
 """RunConfig: everything that a run's YAML may say, checked once, where it is read."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import UserError
-
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A part of the run: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from pipeline.section import Fraction, Positive, Section
 
 
 class ModelConfig(Section):
@@ -253,12 +246,13 @@ class ParallelConfig(Section):
 
 
 class LogConfig(Section):
-    """Which of DeepSpeed's monitors are on."""
+    """Which of DeepSpeed's monitors are on. ``ranks`` notes where each rank ran and what it computed."""
 
     tensorboard: bool = True
     csv: bool = False
     wandb: bool = False
     wandb_project: str = "moe-lpr"
+    ranks: bool = False
 
 
 class RunConfig(Section):
@@ -281,6 +275,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = ParallelConfig()
     deepspeed: Path = Path("ds_configs/bf16_zero1.json")
     log: LogConfig = LogConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

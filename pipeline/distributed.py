@@ -16,7 +16,6 @@ import torch.distributed
 from pipeline.watchdog import Watchdog
 
 DEFAULT_TIMEOUT_MINUTES = 30.0
-LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset", "timed out", "Timed out")
 
 
 @dataclass(frozen=True)
@@ -105,11 +104,6 @@ def leave(ranks: Ranks) -> None:
     torch.distributed.destroy_process_group()
     if ranks.watchdog is not None:
         ranks.watchdog.stop()
-
-
-def lost_peer(error: BaseException) -> bool:
-    """Whether an error is a collective's whose other end is gone."""
-    return torch.distributed.is_initialized() and any(word in str(error) for word in LOST_PEER)
 
 
 def free_port() -> int:

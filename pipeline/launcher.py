@@ -13,7 +13,6 @@ from pipeline.distributed import device_type, free_port
 from pipeline.errors import EXIT_CODE, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-ENTRY = ROOT / "launch" / "train.sh"
 
 
 def run_verb(verb: str, run_file: Path, *, force: bool) -> None:
@@ -27,15 +26,15 @@ def run_verb(verb: str, run_file: Path, *, force: bool) -> None:
     _wait(command, {**os.environ, "PYTHONPATH": path})
 
 
-def start_ranks(arguments: list[str], num_ranks: int) -> None:
-    """Run ``deepspeed launch/train.sh ARGUMENTS`` with so many local ranks, and wait for it.
+def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -> None:
+    """Run ``deepspeed launch/ENTRY ARGUMENTS`` with so many local ranks, and wait for it.
 
     Raises:
         UserError: it failed; the ranks have said why.
     """
     command = [
         str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks),
-        "--master_port", str(free_port()), "--log_level", "error", str(ENTRY), *arguments,
+        "--master_port", str(free_port()), "--log_level", "error", str(ROOT / "launch" / entry), *arguments,
     ]  # fmt: skip
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     environment = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": device_type(), **os.environ}

@@ -26,11 +26,15 @@ PARITY_SAMPLE = 128  # tokens of each set for the upcycling receipt
 
 @dataclass(frozen=True)
 class Steps:
-    """One run's steps. ``force`` redoes a step whose inputs changed; ``redo`` one whose inputs did not."""
+    """One run's steps. ``force`` redoes a step whose inputs changed; ``redo`` one whose inputs did not.
+
+    A step that is done already says so, unless ``quiet``.
+    """
 
     run: RunConfig
     force: bool = False
     redo: bool = False
+    quiet: bool = False
 
     @cached_property
     def folder(self) -> RunFolder:
@@ -73,22 +77,26 @@ class Steps:
 
     def done(self, step: str, inputs: dict[str, Any], say: bool = True) -> bool:
         done = self.folder.is_done(step, inputs, force=self.force) and not (self.force and self.redo)
-        if done and say:
+        if done and say and not self.quiet:
             print(f"{step}: done, skipped", flush=True)
         return done
 
     def tokenize(self) -> None:
         """Text to token shards in the cache."""
         started = time.monotonic()
-        folder = tokens_folder(self.run)
-        inputs = {"tokens": folder.name}
-        if self.done("tokenize", inputs) and (folder / "manifest.json").is_file():
+        if self.tokenize_is_done():
             return
+        inputs = {"tokens": tokens_folder(self.run).name}
         store = prepare_run(self.run)
         sets = {name: entry.model_dump(mode="json", exclude={"sources"}) for name, entry in store.sets.items()}
         self.folder.finish(
             "tokenize", inputs, outputs={"tokens": store.key}, figures=seconds_since(started) | {"sets": sets}
         )
+
+    def tokenize_is_done(self) -> bool:
+        """Whether the tokens of these texts, with these settings, are there."""
+        folder = tokens_folder(self.run)
+        return self.done("tokenize", {"tokens": folder.name}) and (folder / "manifest.json").is_file()
 
     def similarity(self) -> None:
         """Tokens and dense model to similarity.json: one pass, nothing stored but means."""
@@ -107,7 +115,8 @@ class Steps:
     def similarity_is_done(self) -> bool:
         """Whether there is nothing to measure, or it has been."""
         if not self.run.data.old:
-            print("similarity: no old set to compare with, skipped", flush=True)
+            if not self.quiet:
+                print("similarity: no old set to compare with, skipped", flush=True)
             return True
         return self.done("similarity", self._similarity_inputs())
 
@@ -143,16 +152,10 @@ class Steps:
         """Similarities and budget to expert_plan.json."""
         from pipeline.model import model_config
 
-        experts = self.run.experts
-        needs_similarity = bool(self.run.data.old)
-        inputs = {
-            "model": self.model_hash,
-            "similarity": self.folder.manifest("similarity")["outputs"]["similarity"] if needs_similarity else None,
-            "experts": experts.model_dump(mode="json"),
-            "not_positive": self.run.similarity.not_positive,
-        }
-        if self.done("allocate", inputs):
+        if self.allocate_is_done():
             return
+        experts, inputs = self.run.experts, self._allocate_inputs()
+        needs_similarity = bool(self.run.data.old)
         num_layers = model_config(self.dense).get_text_config().num_hidden_layers
         measured = read_json(self.folder.path / SIMILARITY_FILE)["by_layer"] if needs_similarity else None
         similarity = measured
@@ -175,6 +178,19 @@ class Steps:
         plan.save(self.folder.path / PLAN_FILE)
         print(f"allocate: {allocation.note}; experts by layer: {' '.join(map(str, plan.counts))}", flush=True)
         self.folder.finish("allocate", inputs, outputs={"plan": plan.key}, figures={"note": allocation.note})
+
+    def allocate_is_done(self) -> bool:
+        """Whether the plan of these similarities and this budget is there."""
+        return self.done("allocate", self._allocate_inputs())
+
+    def _allocate_inputs(self) -> dict[str, Any]:
+        needs_similarity = bool(self.run.data.old)
+        return {
+            "model": self.model_hash,
+            "similarity": self.folder.manifest("similarity")["outputs"]["similarity"] if needs_similarity else None,
+            "experts": self.run.experts.model_dump(mode="json"),
+            "not_positive": self.run.similarity.not_positive,
+        }
 
     def _classifier_layers(self, counts: list[int], similarity: list[float] | None) -> list[int]:
         wanted = self.run.experts.classifier_layers

@@ -37,3 +37,10 @@ def figures_line(parameters: dict[str, int], tokens_per_second: float, peak_memo
         f"(active {parameters['active'] / 1e6:.1f} M)   stage 1 {tokens_per_second:,.0f} tokens/s   "
         f"peak memory {peak_memory_gb:.1f} GB   {minutes:.1f} min"
     )
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as columns; the first row is the heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)

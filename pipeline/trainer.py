@@ -25,6 +25,7 @@ from pipeline.expert_plan import ExpertPlan
 from pipeline.losses import classifier_loss, load_balancing_loss, lpr_loss, next_token_loss
 from pipeline.metrics import StepSums
 from pipeline.model import Stage, moe_layers, parameter_groups, train_only
+from pipeline.rank_log import RankLog
 from pipeline.scoring import score_set
 from pipeline.step_guard import StepGuard
 from pipeline.upcycle import load_upcycled
@@ -86,6 +87,8 @@ class Trainer:
         self.step = 0
         self.best_value, self.best_tag = math.inf, ""
         inputs.folder.mkdir(parents=True, exist_ok=True)
+        variables = list(inputs.run.cluster.environment)
+        self.rank_log = RankLog(inputs.folder, ranks.rank, variables, writes=inputs.run.log.ranks)
 
     def _check_weights(self) -> None:
         """Verify what the stage starts from."""
@@ -190,6 +193,7 @@ class Trainer:
         end = (self.step + 1) * self.stage.global_batch_size
         wanted = self.step * self.stage.global_batch_size
         wanted += (micro_step * self.ranks.world_size + self.ranks.rank) * size
+        self.rank_log.samples(self.step + 1, wanted, max(0, min(size, end - wanted)))
         first = min(wanted, end - size)
         batch = self.order.batch(first, size)
         counts_T = (torch.arange(first, end)[:size] >= wanted).to(device).repeat_interleave(self.stage.sequence_length)

@@ -9,6 +9,8 @@ import time
 import psutil
 
 EXIT_ORPHANED, EXIT_STUCK = 75, 76
+# In the message of a collective whose other end is gone.
+LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset", "timed out", "Timed out")
 SECONDS_BETWEEN_LOOKS = 1.0
 _LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "pipeline", "mpirun", "mpiexec", "prterun", "torchrun")
 

@@ -14,6 +14,7 @@ _FLOAT = re.compile(
     |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
     re.X,
 )
+_INT = re.compile(r"^[-+]?(?:0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$")  # 24:00:00 is no number in base 60
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 
 
@@ -34,9 +35,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dic
     return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
 
 
-_Loader.yaml_implicit_resolvers = _without({"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"})
+_Loader.yaml_implicit_resolvers = _without({f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int")})
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOL, list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 

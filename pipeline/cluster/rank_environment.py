@@ -1,0 +1,157 @@
+"""Which rank this process is, and its variables, whatever launched it. Runs before torch is imported.
+
+Launchers say it in their own words: DeepSpeed and torchrun with RANK, mpirun with OMPI_*, srun with SLURM_*.
+"""
+
+import os
+import re
+import socket
+from collections.abc import MutableMapping
+
+import psutil
+
+from pipeline.cluster.config import ClusterConfig
+from pipeline.errors import UserError
+
+Environment = MutableMapping[str, str]
+# DeepSpeed and torch read these; where one is missing, DeepSpeed would try MPI, which ends a rank under srun.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_NOT_A_TASK = 4294967280  # step numbers from here on are SLURM's own: the batch script, an interactive shell
+_FIRST_PORT, _NUM_PORTS = 12000, 20000  # below the ports that systems hand out themselves
+
+
+def become_rank(environment: Environment = os.environ) -> None:
+    """Set the variables of torch from those of the launcher that started this process; none, if none did.
+
+    Raises:
+        UserError: ranks on several hosts can't be told where rank 0 is.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        environment.setdefault("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1"))
+    elif "OMPI_COMM_WORLD_RANK" in environment:
+        _become_rank_of_mpirun(environment)
+    elif is_srun_task(environment):
+        _become_rank_of_srun(environment)
+
+
+def is_srun_task(environment: Environment) -> bool:
+    """Whether srun started this process, rather than a batch script or a shell inside an allocation."""
+    step = environment.get("SLURM_STEP_ID", "")
+    return step.isdigit() and int(step) < _NOT_A_TASK and "SLURM_PROCID" in environment
+
+
+def _become_rank_of_srun(environment: Environment) -> None:
+    local = re.match(r"\d+", environment.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    environment.update(
+        RANK=environment["SLURM_PROCID"],
+        WORLD_SIZE=environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"],
+        LOCAL_RANK=environment["SLURM_LOCALID"],
+        LOCAL_WORLD_SIZE=local[0] if local else "1",
+    )
+    environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
+    # All ranks work it out alike; another one after each restart, as the last may not be free yet.
+    number = int(environment["SLURM_JOB_ID"]) * 31 + int(environment["SLURM_STEP_ID"]) * 7
+    number += int(environment.get("SLURM_RESTART_COUNT", "0"))
+    environment.setdefault("MASTER_PORT", str(_FIRST_PORT + number % _NUM_PORTS))
+
+
+def _become_rank_of_mpirun(environment: Environment) -> None:
+    size, local_size = environment["OMPI_COMM_WORLD_SIZE"], environment["OMPI_COMM_WORLD_LOCAL_SIZE"]
+    if "MASTER_ADDR" not in environment or "MASTER_PORT" not in environment:
+        address, port = _agree_over_mpi(int(size))
+        environment.setdefault("MASTER_ADDR", address)
+        environment.setdefault("MASTER_PORT", str(port))
+    environment.update(
+        RANK=environment["OMPI_COMM_WORLD_RANK"],
+        WORLD_SIZE=size,
+        LOCAL_RANK=environment["OMPI_COMM_WORLD_LOCAL_RANK"],
+        LOCAL_WORLD_SIZE=local_size,
+    )
+
+
+def _agree_over_mpi(world_size: int) -> tuple[str, int]:
+    """Rank 0's address and a free port of it, told over MPI; then MPI is left, and ranks are plain processes."""
+    mend = "name the first host yourself: mpirun -x MASTER_ADDR=… -x MASTER_PORT=29500 …"
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"mpirun: mpi4py can't be used to find rank 0 ({error}); pip install mpi4py, or {mend}"
+        ) from error
+    found = MPI.COMM_WORLD.Get_size()
+    if found != world_size:
+        raise UserError(
+            f"mpirun: it started {world_size} processes, but mpi4py counts {found}, as it uses another MPI; {mend}"
+        )
+    place = (own_address(), free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
+    address, port = MPI.COMM_WORLD.bcast(place, root=0)
+    MPI.Finalize()
+    return address, port
+
+
+def own_address() -> str:
+    """An address under which other hosts reach this one: its name's, or the first one that is not local."""
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        address = "127.0.0.1"
+    if not address.startswith("127."):
+        return address
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            if entry.family == socket.AF_INET and not entry.address.startswith("127."):
+                return str(entry.address)
+    return address
+
+
+def free_port() -> int:
+    """A TCP port of this host that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def first_host(hosts: str) -> str:
+    """The first host of SLURM's short form: "node[01-04,7],gpu9" is node01."""
+    first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", hosts)
+    if not first:
+        raise UserError(f"SLURM_STEP_NODELIST: {hosts!r} names no host; set MASTER_ADDR to the first node")
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
+
+
+def set_variables(cluster: ClusterConfig, environment: Environment = os.environ) -> None:
+    """Set the run's variables, and what follows from this rank's place: threads, and gloo's interface.
+
+    The run's own come before the shell's: launchers pass on different parts of a shell, and ranks must agree.
+    """
+    environment.update(cluster.environment)
+    if "RANK" not in environment:
+        return
+    environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(environment)))
+    if environment.get("LOCAL_WORLD_SIZE") != environment.get("WORLD_SIZE"):
+        interface = interface_towards(environment.get("MASTER_ADDR", ""))
+        if interface:
+            environment.setdefault("GLOO_SOCKET_IFNAME", interface)
+
+
+def threads_per_rank(environment: Environment) -> int:
+    """The cores that are this rank's: those it is bound to, or its share of the host's."""
+    if environment.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        return int(environment["SLURM_CPUS_PER_TASK"])
+    bound, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    share = bound if bound < all_cores else all_cores // int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, share)
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface that leads to a host; gloo would take the one that this host's name stands for."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address == own for entry in entries):
+            return str(name)
+    return None

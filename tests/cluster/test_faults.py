@@ -1,0 +1,132 @@
+"""What befalls a job, for real; each ends with the losses of an undisturbed run. Run: pytest -m slow tests/cluster"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.cluster import Cluster, wait_for
+from tests.cluster.runs import PIPELINE, copy_run, losses, metrics, rank_rows, status, write_prepared_run
+
+pytestmark = pytest.mark.slow
+STEPS = 300  # some 20 seconds
+SHORT = {"tokens": 8 * 32 * STEPS, "sequence_length": 32, "global_batch_size": 8}
+LONG = {**SHORT, "tokens": 8 * 32 * 2500}  # beyond a time limit of a minute
+
+
+class Interrupted:
+    """A job of stage 1 that something befalls."""
+
+    def __init__(self, cluster: Cluster, folder: Path, name: str, **cluster_section: Any) -> None:
+        self.cluster, self.folder = cluster, folder / name / "tiny"
+        copy_run(folder, name)
+        tree = yaml.safe_load((folder / "run.yaml").read_text())
+        tree["output_dir"] = str(folder / name)
+        section = {"signal_seconds": 1, "stage1": {"nodes": 2, "time": "10"}} | cluster_section
+        tree["cluster"] = {**tree["cluster"], **section}
+        self.path = folder / f"{name}.yaml"
+        self.path.write_text(yaml.safe_dump(tree))
+        text = cluster.run(*PIPELINE, "submit", str(self.path), "--until", "stage1")
+        found = re.search(r"stage1: job ([\d ]+)", text)
+        assert found, text
+        self.jobs = found[1].split()
+
+    @property
+    def job(self) -> str:
+        return self.jobs[0]
+
+    @property
+    def stage(self) -> Path:
+        return self.folder / "stage1"
+
+    def events(self) -> list[str]:
+        """What the batch script has noted."""
+        path = self.folder / "jobs" / "stage1.events"
+        return path.read_text().splitlines() if path.is_file() else []
+
+    def wait_for_step(self, step: int) -> None:
+        wait_for(f"no step {step}: {self.log()}", lambda: len(metrics(self.stage)) >= step, 120)
+
+    def wait_until_done(self, seconds: float = 240) -> None:
+        wait_for("not done", lambda: self.events() and self.events()[-1].endswith(": done"), seconds)
+
+    def log(self) -> str:
+        path = self.folder / "jobs" / "stage1.log"
+        return path.read_text() if path.is_file() else "no log"
+
+    def check(self, expected: list[float], starts: int) -> None:
+        """It went on at least so often, and ended as if nothing had been."""
+        assert losses(self.stage) == expected
+        assert sum("starts on" in line for line in self.events()) >= starts
+        assert self.log().count("starts on") >= starts  # the log was appended to
+        assert status(self.cluster, self.path)["stage1"][0] == "done"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny run, done up to upcycling."""
+    folder = tmp_path_factory.mktemp("faults")
+    write_prepared_run(folder, stage1=SHORT, checkpoint={"every_steps": 50, "every_minutes": None})
+    return folder
+
+
+def undisturbed(cluster: Cluster, folder: Path) -> list[float]:
+    """The losses of a run that nothing befalls."""
+    where = copy_run(folder, "undisturbed")
+    cluster.run("srun", "-N2", "launch/train.sh", str(folder / "run.yaml"), "--stage", "1", *where, seconds=400)
+    return losses(folder / "undisturbed" / "tiny" / "stage1")
+
+
+@pytest.fixture(scope="module")
+def expected(_cluster: Cluster, folder: Path) -> list[float]:
+    """The losses of an undisturbed run."""
+    return undisturbed(_cluster, folder)
+
+
+def test_term_to_all_of_a_job(cluster: Cluster, folder: Path, expected: list[float]) -> None:
+    run = Interrupted(cluster, folder, "term")
+    run.wait_for_step(20)
+    cluster.run("scancel", "--signal=TERM", "--full", run.job)
+    run.wait_until_done()
+    run.check(expected, starts=2)
+
+
+def test_scontrol_requeue(cluster: Cluster, folder: Path, expected: list[float]) -> None:
+    run = Interrupted(cluster, folder, "requeue")
+    run.wait_for_step(20)
+    cluster.run("scontrol", "requeue", run.job)
+    wait_for("never waits", lambda: status(cluster, run.path)["stage1"][0] == "waiting")
+    run.wait_until_done()
+    run.check(expected, starts=2)
+
+
+def test_a_rank_killed(cluster: Cluster, folder: Path, expected: list[float]) -> None:
+    run = Interrupted(cluster, folder, "rank")
+    run.wait_for_step(70)
+    process = rank_rows(run.stage)[1][0]["process"]
+    cluster.run("ssh", "node2", f"kill -KILL {process}")
+    run.wait_until_done()
+    run.check(expected, starts=2)
+    assert any(re.search(r"stopped before its end \(exit code 1(37|43)\); requeued", line) for line in run.events())
+
+
+def test_preemption_by_a_higher_partition(cluster: Cluster, folder: Path, expected: list[float]) -> None:
+    run = Interrupted(cluster, folder, "preempted")
+    run.wait_for_step(20)
+    cluster.run("srun", "--partition=high", "--nodes=2", "--exclusive", "sleep", "5")
+    run.wait_until_done()
+    run.check(expected, starts=2)
+
+
+def test_a_node_killed(cluster: Cluster, folder: Path, expected: list[float]) -> None:
+    run = Interrupted(cluster, folder, "node")
+    run.wait_for_step(70)
+    cluster.kill_node("node2")
+    try:
+        wait_for("not queued again", lambda: "PD" in cluster.run("squeue", "-h", "-o", "%t"), 90)
+    finally:
+        cluster.start_node("node2")
+    run.wait_until_done()
+    run.check(expected, starts=2)
