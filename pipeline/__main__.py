@@ -30,10 +30,12 @@ VERBS = {
     "submit": "the steps that are not done to SLURM, one job after the other.\n"
     "Reads the run's cluster section; writes output_dir/NAME/jobs/.",
     "status": "which step is done, running, waiting or failed.\nReads the run's folder and SLURM; writes nothing.",
+    "estimate": "parameters, memory a rank, network, checkpoints and hours, before anything runs.\n"
+    "Reads RUN.yaml and the model's config; writes nothing.",
     "check": "whether the ranks of a cluster reach each other, how fast, and whether their software is the same.\n"
     "Reads RUN.yaml's cluster.environment if it is given; writes nothing.",
 }
-READ_ONLY = ("status", "check")
+READ_ONLY = ("status", "check", "estimate")
 WITHOUT_LOCK = (*READ_ONLY, "fetch", "submit")  # what they write, a step that runs does not
 _RANKS = ("train", "evaluate", "check")
 
@@ -69,6 +71,11 @@ def _add_options(verb: str, parser: argparse.ArgumentParser) -> None:
     if verb == "submit":
         parser.add_argument("--dry-run", action="store_true", help="show the batch scripts, submit nothing")
         parser.add_argument("--until", choices=JOBS, default=JOBS[-1], help="submit up to this one")
+    if verb == "estimate":
+        parser.add_argument("--ranks", type=int, help="how many; the run's parallel.ranks without it")
+        parser.add_argument("--ep-size", type=int, help="the run's parallel.ep_size without it")
+        parser.add_argument("--device", help="h100, h200, a100 …, or gigabytes such as 80GB; without it the CPU")
+        parser.add_argument("--tokens-per-second", type=float, help="of all ranks; for the hours")
     if verb == "check":
         parser.add_argument("--ranks", type=int, default=2, help="how many to start where no launcher did")
         parser.add_argument("--megabytes", type=int, default=64, help="the largest message")

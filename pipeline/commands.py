@@ -143,8 +143,15 @@ def check(options: Namespace) -> int:
     return 0
 
 
+def estimate(run: RunConfig, options: Namespace) -> int:
+    """What the run will take."""
+    from pipeline.estimate.report import estimate as print_estimate
+
+    return print_estimate(run, options)
+
+
 DO: dict[str, Any] = {
     "run": run_all, "train": train, "evaluate": evaluate, "submit": submit, "status": status, "fetch": fetch,
-    "check": lambda _run, options: check(options),
+    "estimate": estimate, "check": lambda _run, options: check(options),
     **dict.fromkeys(("tokenize", "similarity", "allocate", "upcycle", "report"), one_step),
 }  # fmt: skip

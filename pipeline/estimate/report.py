@@ -1,0 +1,219 @@
+"""The estimate of a run, as text."""
+
+import re
+from typing import Any
+
+import psutil
+import torch
+
+from pipeline.allocation import allocate
+from pipeline.checkpoint.optimizer_state import Topology
+from pipeline.config import RunConfig
+from pipeline.ds_config import batch_shape, read_ds_config, training_dtype
+from pipeline.errors import UserError
+from pipeline.estimate.activations import measure_layers
+from pipeline.estimate.memory import (
+    Batch,
+    ModelSizes,
+    checkpoint_bytes,
+    memory_by_kind,
+    model_sizes,
+    network_per_token,
+)
+from pipeline.expert_plan import FILE_NAME as PLAN_FILE
+from pipeline.expert_plan import ExpertPlan
+from pipeline.model import Stage, model_config, model_folder, parameter_counts
+from pipeline.run_folder import RunFolder
+from pipeline.table import aligned
+
+# Gigabytes of memory (10^9 bytes).
+DEVICES = {"a100-40": 42.9, "a100": 85.9, "h100": 85.0, "h200": 151.0, "b200": 192.0, "l40s": 48.3, "mi300x": 206.0,
+           "rtx4090": 25.8}  # fmt: skip
+USABLE = 0.92  # of a device: the rest is the runtime's and lost between blocks
+GPU_PROCESS = 1_200_000_000  # a CUDA context and NCCL's buffers
+
+
+class Estimate:
+    """Both stages of a run on so many ranks.
+
+    Args:
+        device: a name of ``DEVICES``, gigabytes such as 80GB, or None for this machine's CPU.
+
+    Raises:
+        UserError: the device is unknown, the model can't be had, or its plan can't be known yet.
+    """
+
+    def __init__(self, run: RunConfig, topology: Topology, device: str | None) -> None:
+        self.run, self.topology = run, topology
+        self.capacity = None if device in (None, "cpu") else device_bytes(str(device))
+        self.config = model_config(model_folder(run.model))
+        self.dtype = training_dtype(read_ds_config(run.deepspeed))
+        self.sizes: ModelSizes = model_sizes(self.config)
+        self.plan, self.plan_note = find_plan(run, self.config.get_text_config().num_hidden_layers)
+        self.layers = {
+            number: measure_layers(self.config, self.plan.top_k, self.dtype, number) for number in self.stages
+        }
+        self.process = GPU_PROCESS if self.capacity else psutil.Process().memory_info().rss
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that the run has."""
+        return [1, 2] if self.run.stage2 else [1]
+
+    def batch(self, stage: Stage, topology: Topology) -> Batch:
+        """One rank's micro-batch."""
+        settings = self.run.stage(stage)
+        shape = batch_shape(self.run, settings, topology.ranks, "cuda" if self.capacity else "cpu")
+        return Batch(
+            shape.micro_batch, settings.sequence_length, shape.accumulation, settings.activation_checkpointing
+        )
+
+    def memory(self, stage: Stage, topology: Topology | None = None) -> dict[str, float]:
+        """Bytes of the fullest rank by kind."""
+        topology = topology or self.topology
+        return memory_by_kind(
+            self.sizes, self.plan, topology, self.batch(stage, topology), self.layers[stage],
+            dtype=self.dtype, stage=stage, process=self.process,
+        )  # fmt: skip
+
+    def smallest_ep_size(self) -> int | None:
+        """The smallest ep_size with which both stages fit the device; None if none does."""
+        assert self.capacity is not None
+        for ep_size in range(1, self.topology.ranks + 1):
+            if self.topology.ranks % ep_size or ep_size > sum(self.plan.num_new):
+                continue
+            topology = Topology(self.topology.ranks, ep_size)
+            if all(self.memory(stage, topology)["peak"] <= USABLE * self.capacity for stage in self.stages):
+                return ep_size
+        return None
+
+    def text(self, tokens_per_second: float | None) -> str:
+        """The whole estimate, for people."""
+        counts = parameter_counts(self.sizes.total, self.sizes.mlp, self.sizes.hidden, self.plan)
+        lines = [
+            f"model: {counts['dense'] / 1e6:,.1f} M parameters -> {counts['total'] / 1e6:,.1f} M with "
+            f"{sum(self.plan.num_new)} new experts; {counts['active'] / 1e6:,.1f} M active a token; "
+            f"{counts['stage1_trained'] / 1e6:,.1f} M train in stage 1, {counts['stage2_trained'] / 1e6:,.2f} M in 2",
+            f"experts by layer ({self.plan_note}): {' '.join(map(str, self.plan.counts))}",
+            f"ranks: {self.topology.ranks}, ep_size {self.topology.ep_size}, {str(self.dtype).removeprefix('torch.')}",
+            "",
+            self._memory_table(),
+            "",
+            aligned([["", *(f"stage {stage}" for stage in self.stages)], *self._work_rows(tokens_per_second)]),
+        ]
+        if "unknown" in lines[-1]:
+            lines.append("for the hours give --tokens-per-second, or run a few steps: their speed is taken")
+        if self.capacity:
+            lines += ["", self._fit_line()]
+        return "\n".join(lines)
+
+    def _memory_table(self) -> str:
+        found = {stage: self.memory(stage) for stage in self.stages}
+        rows = [["GB of the fullest rank", *(f"stage {stage}" for stage in self.stages)]]
+        for kind in found[1]:
+            rows.append([kind, *(f"{found[stage][kind] / 1e9:.2f}" for stage in self.stages)])
+        return aligned(rows)
+
+    def _work_rows(self, tokens_per_second: float | None) -> list[list[str]]:
+        network = {
+            stage: network_per_token(
+                self.sizes, self.plan, self.topology, self.batch(stage, self.topology), dtype=self.dtype, stage=stage
+            )
+            for stage in self.stages
+        }
+        settings = {stage: self.run.stage(stage) for stage in self.stages}
+        rows = [["micro-batch x accumulation", *(self._shape(stage) for stage in self.stages)]]
+        for kind in network[1]:
+            rows.append(
+                [f"network KB a token: {kind}", *(f"{network[stage][kind] / 1e3:.1f}" for stage in self.stages)]
+            )
+        sizes = (checkpoint_bytes(self.sizes, self.plan, self.topology, self.dtype, stage) for stage in self.stages)
+        rows.append(["checkpoint GB", *(f"{size / 1e9:.3f}" for size in sizes)])
+        rows.append(["tokens", *(f"{settings[stage].tokens:,}" for stage in self.stages)])
+        rows.append(["steps", *(f"{settings[stage].num_steps:,}" for stage in self.stages)])
+        speeds = {stage: tokens_per_second or self._measured_speed(stage) for stage in self.stages}
+        rows.append(["tokens a second", *(f"{speed:,.0f}" if speed else "unknown" for speed in speeds.values())])
+        hours = (f"{settings[s].tokens / speed / 3600:,.2f}" if speed else "-" for s, speed in speeds.items())
+        rows.append(["hours", *hours])
+        return rows
+
+    def _shape(self, stage: Stage) -> str:
+        batch = self.batch(stage, self.topology)
+        return f"{batch.sequences} x {batch.sequence_length} x {batch.accumulation}"
+
+    def _measured_speed(self, stage: Stage) -> float | None:
+        """Of this run's own steps so far, if they ran on as many ranks."""
+        from pipeline.metrics import METRICS_FILE, read_rows
+
+        folder = self.run.folder / f"stage{stage}"
+        rows = [row["tokens_per_second"] for row in read_rows(folder / METRICS_FILE)][1:]
+        return sorted(rows)[len(rows) // 2] if rows else None
+
+    def _fit_line(self) -> str:
+        assert self.capacity is not None
+        smallest = self.smallest_ep_size()
+        device = f"{self.capacity / 1e9:.0f} GB a device, {USABLE:.0%} of it used"
+        if smallest is None:
+            return (
+                f"does not fit {self.topology.ranks} ranks of {device}: use more ranks, a smaller "
+                "parallel.micro_batch_size, or activation_checkpointing"
+            )
+        return f"smallest ep_size that fits {self.topology.ranks} ranks ({device}): {smallest}"
+
+
+def device_bytes(device: str) -> float:
+    """Memory of a device that a user names.
+
+    Raises:
+        UserError: it is neither known nor a number of gigabytes.
+    """
+    if device.lower() in DEVICES:
+        return DEVICES[device.lower()] * 1e9
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|G)?", device, re.IGNORECASE)
+    if not size:
+        raise UserError(f"--device {device}: unknown; use cpu, {', '.join(DEVICES)}, or gigabytes such as 80GB")
+    return float(size[1]) * 1e9
+
+
+def find_plan(run: RunConfig, num_layers: int) -> tuple[ExpertPlan, str]:
+    """The run's plan; before its similarities are measured, the same experts spread evenly.
+
+    Raises:
+        UserError: the number of experts itself depends on similarities.
+    """
+    path = RunFolder(run.folder).path / PLAN_FILE
+    if path.is_file():
+        plan = ExpertPlan.load(path)
+        if plan.num_layers == num_layers:
+            return plan, "the run's plan"
+    experts, note = run.experts, "as the run lists them"
+    if experts.allocation == "layerwise":
+        if experts.num_new is None:
+            raise UserError(
+                "experts.delta: how many experts it gives depends on the similarities; "
+                "python -m pipeline run RUN.yaml --until allocate first"
+            )
+        experts = experts.model_copy(update={"allocation": "uniform", "rounding": "largest_remainder"})
+        note = "spread evenly, as similarities are not measured yet"
+    counts = allocate(experts, num_layers, None).counts
+    layers = experts.classifier_layers
+    moe = [layer for layer, count in enumerate(counts) if count > 1]
+    return (
+        ExpertPlan.first_expansion(
+            counts,
+            old=sorted({entry.language for entry in run.data.old.values()}),
+            new=sorted({entry.language for entry in run.data.new.values()}),
+            top_k=experts.top_k,
+            classifier_layers=moe[:layers] if isinstance(layers, int) else layers,
+        ),
+        note,
+    )
+
+
+def estimate(run: RunConfig, options: Any) -> int:
+    """``python -m pipeline estimate``."""
+    ranks = options.ranks or run.parallel.ranks
+    ep_size = options.ep_size or (run.parallel.ep_size if ranks % run.parallel.ep_size == 0 else 1)
+    torch.manual_seed(0)
+    print(Estimate(run, Topology.checked(ranks, ep_size), options.device).text(options.tokens_per_second))
+    return 0
