@@ -90,9 +90,12 @@ def save_tensors(value: Any, path: Path) -> dict[str, Any]:
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         writer = _HashingWriter(temporary)
+        checksums = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)  # the sha256 says more
         try:
             torch.save(value, writer)  # type: ignore[arg-type]
         finally:
+            torch.serialization.set_crc32_options(checksums)
             writer.close()
         os.replace(temporary, path)
     except BaseException:

@@ -23,7 +23,7 @@ from tests.tiny import prepared_run, run_tree
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 # (ranks, ep_size, micro-batch): two accumulation steps each, four samples a micro-step over all ranks
 TOPOLOGIES = [(1, 1, 4), (2, 1, 2), (2, 2, 2), (4, 2, 1), (4, 4, 1)]
-STEPS = 5
+STEPS = 10
 SPREAD = [(ranks, ep_size) for ranks, ep_size, _ in TOPOLOGIES[1:]]
 NAMES = [f"{ranks} ranks EP {ep_size}" for ranks, ep_size in SPREAD]
 
@@ -32,7 +32,8 @@ NAMES = [f"{ranks} ranks EP {ep_size}" for ranks, ep_size in SPREAD]
 def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("parity")
     prepared_run(folder)
-    return run_tree(folder)
+    tree = run_tree(folder)
+    return tree | {stage: tree[stage] | {"tokens": STEPS * 8 * 32} for stage in ("stage1", "stage2")}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["stage1", "stage2"])

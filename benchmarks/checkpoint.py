@@ -1,0 +1,194 @@
+"""Saving and loading a checkpoint, against raw writes and reads of the same bytes by the same ranks.
+
+deepspeed --num_gpus 2 --module benchmarks.checkpoint launch/runs/quickstart.yaml [--rounds 5] [--json FILE]
+
+The run must be done up to upcycling. Nothing of it is changed: checkpoints go to a folder of their own.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pipeline.distributed import Ranks, join, leave
+from pipeline.files import fsync_path, write_json
+from pipeline.rank_steps import RankSteps
+from pipeline.run_file import load_run
+from pipeline.table import aligned
+from pipeline.trainer import StageInputs, Trainer
+
+AT_ONCE = 8 << 20  # bytes
+
+
+def timed(ranks: Ranks, action: Callable[[], object]) -> float:
+    """Seconds from when all ranks begin until all have ended."""
+    ranks.wait()
+    started = time.perf_counter()
+    action()
+    ranks.wait()
+    return time.perf_counter() - started
+
+
+def raw_write(folder: Path, rank: int, sizes: list[int], content: bytearray) -> None:
+    """As many files of as many bytes as this rank saves, each synced; then the folder."""
+    view = memoryview(content)
+    for number, size in enumerate(sizes):
+        with open(folder / f"{rank}-{number}", "wb", buffering=0) as file:
+            for start in range(0, size, AT_ONCE):
+                file.write(view[: min(AT_ONCE, size - start)])
+            os.fsync(file.fileno())
+    fsync_path(folder)
+
+
+def raw_read(folder: Path, rank: int, buffer: bytearray) -> None:
+    """Read this rank's raw files."""
+    for path in sorted(folder.glob(f"{rank}-*")):
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def forget(folder: Path) -> None:
+    """Drop a folder's files from the page cache, so that they are read from the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+class PeakMemory:
+    """The most anonymous memory of this process while a block runs, in bytes, above what it began with."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.before, self.peak, self._done = _anonymous(), 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.01):
+            self.peak = max(self.peak, _anonymous() - self.before)
+
+
+def _anonymous() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+class Benchmark:
+    """A trainer of stage 1 after one step, and a folder for its checkpoints."""
+
+    def __init__(self, run_file: str, ranks: Ranks) -> None:
+        run = load_run(run_file, [])
+        steps = RankSteps(run)
+        self.ranks, self.folder = ranks, run.folder / "benchmark"
+        identity = {"model": steps.model_hash, "plan": steps.plan.experts_key, "tokenizer": "", "settings": ""}
+        inputs = StageInputs(run, 1, steps.plan, steps.store, steps.upcycled, self.folder / "stage1", identity)
+        self.trainer = Trainer(inputs, ranks)
+        self.trainer.train_step()
+        self.raw = self.folder / "raw"
+        self.raw.mkdir(parents=True, exist_ok=True)
+        self.times: dict[str, list[float]] = {name: [] for name in ("save", "raw write", "load", "raw read")}
+        self.peak = 0
+
+    @property
+    def tag(self) -> Path:
+        """Where the checkpoint lies."""
+        return self.trainer.inputs.folder / self.trainer.tag
+
+    def round(self) -> None:
+        """Save, write raw, load, read raw."""
+        ranks, trainer = self.ranks, self.trainer
+        if ranks.is_first:
+            shutil.rmtree(self.tag, ignore_errors=True)
+        with PeakMemory() as memory:
+            self.times["save"].append(timed(ranks, trainer.save))
+        self.peak = max(self.peak, memory.peak)
+        sizes = [entry["bytes"] for entry in trainer.engine.checkpoint_engine.files.values()]
+        content = bytearray(os.urandom(AT_ONCE))
+        self.times["raw write"].append(timed(ranks, lambda: raw_write(self.raw, ranks.rank, sizes, content)))
+        for path in (self.tag, self.raw):
+            if ranks.is_first:
+                forget(path)
+            ranks.wait()
+        self.times["load"].append(timed(ranks, self._load))
+        self.times["raw read"].append(timed(ranks, lambda: raw_read(self.raw, ranks.rank, content)))
+
+    def _load(self) -> None:
+        with redirect_stdout(StringIO()):
+            self.trainer.resume()
+
+    def report(self) -> dict[str, Any]:
+        """Medians, ratios of each round's pairs, and sizes; on rank 0."""
+        import torch
+
+        trained = sum(p.numel() for p in self.trainer.engine.module.parameters() if p.requires_grad)
+        shared = sum(
+            p.numel()
+            for p in self.trainer.engine.module.parameters()
+            if p.requires_grad and not hasattr(p, "allreduce")
+        )
+        topology = self.trainer.topology
+        experts = self.ranks.sum(torch.tensor([trained - shared])) // (topology.ranks // topology.ep_size)
+        width = next(p for p in self.trainer.engine.module.parameters() if p.requires_grad).element_size()
+        needed = (int(experts) + shared) * (width + 4 + 8)
+        stored = sum(path.stat().st_size for path in self.tag.iterdir())
+        pairs = {name: list(zip(self.times[name], self.times[raw], strict=True)) for name, raw in
+                 (("save", "raw write"), ("load", "raw read"))}  # fmt: skip
+        save = statistics.median(self.times["save"])
+        return {
+            "ranks": topology.ranks,
+            "gigabytes": stored / 1e9,
+            "seconds": {name: statistics.median(values) for name, values in self.times.items()},
+            "save / raw write": statistics.median(a / b for a, b in pairs["save"]),
+            "load / raw read": statistics.median(a / b for a, b in pairs["load"]),
+            "size / what trains": stored / needed,
+            "stalled at every_minutes 5": save / (300 + save),
+            "memory of a save / checkpoint": self.peak * topology.ranks / stored,
+            "rounds": self.times,
+        }
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--local_rank", type=int)
+    arguments = parser.parse_args()
+    ranks = join()
+    benchmark = Benchmark(arguments.run, ranks)
+    try:
+        for _ in range(arguments.rounds):
+            benchmark.round()
+        report = benchmark.report()
+    finally:
+        ranks.wait()
+        if ranks.is_first:
+            shutil.rmtree(benchmark.folder, ignore_errors=True)
+    rows = [["", "figure"]]
+    rows += [[f"seconds: {name}", f"{seconds:.2f}"] for name, seconds in report["seconds"].items()]
+    rows += [[name, f"{value:.3f}"] for name, value in report.items() if isinstance(value, float)]
+    ranks.say(f"{report['ranks']} ranks, {arguments.rounds} rounds, medians\n{aligned(rows)}")
+    if arguments.json and ranks.is_first:
+        write_json(arguments.json, report)
+    leave(ranks)
+
+
+if __name__ == "__main__":
+    main()

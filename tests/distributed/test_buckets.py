@@ -1,0 +1,44 @@
+"""Reduction in buckets of any size neither hangs nor changes a result. Run: pytest tests/distributed"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.conftest import Pools
+from tests.distributed.stages import train_steps, with_parallel
+from tests.tiny import prepared_run, run_tree
+
+ROOT = Path(__file__).parent.parent.parent
+BUCKETS = [100, 3_000, 20_000, 500_000_000]  # elements: from less than one weight to DeepSpeed's own default
+TOPOLOGIES = [(2, 2), (4, 2), (4, 4)]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("buckets")
+    prepared_run(folder)
+    return run_tree(folder)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("ranks", "ep_size"), TOPOLOGIES)
+def test_unequal_experts_in_buckets_of_any_size(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path, ranks: int, ep_size: int, precision: str
+) -> None:
+    results = []
+    for bucket in BUCKETS:
+        config = json.loads((ROOT / "ds_configs" / f"{precision}_zero1.json").read_text())
+        config["zero_optimization"]["reduce_bucket_size"] = bucket
+        path = tmp_path / f"{bucket}.json"
+        path.write_text(json.dumps(config))
+        spread = with_parallel(tree, ranks=ranks, ep_size=ep_size, micro_batch_size=4 // ranks) | {
+            "deepspeed": str(path)
+        }
+        results.append(pools[ranks].run(train_steps, spread, 1, tmp_path / str(bucket), 2))
+    for parts in results[:-1]:
+        for part, expected in zip(parts, results[-1], strict=True):
+            for name, tensor in expected["weights"].items():
+                torch.testing.assert_close(part["weights"][name], tensor, rtol=1e-5, atol=1e-6)
