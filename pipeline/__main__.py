@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline import checkpoint_verbs
 from pipeline.cluster.config import JOBS, ClusterConfig
-from pipeline.cluster.rank_environment import become_rank, set_variables
+from pipeline.cluster.rank_environment import become_rank, listen_early, set_variables
 from pipeline.errors import EXIT_CODE, AgreedError, UserError
 from pipeline.fetch import with_fetched
 from pipeline.run_file import load_run
@@ -111,6 +111,7 @@ def command_line(*, launched: bool = False) -> int:
     """
     try:
         if launched:
+            listen_early()
             become_rank()
         return main(sys.argv[1:])
     except UserError as error:

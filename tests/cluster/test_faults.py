@@ -13,7 +13,6 @@ from tests.cluster.runs import PIPELINE, copy_run, losses, metrics, rank_rows, s
 pytestmark = pytest.mark.slow
 STEPS = 300  # some 20 seconds
 SHORT = {"tokens": 8 * 32 * STEPS, "sequence_length": 32, "global_batch_size": 8}
-LONG = {**SHORT, "tokens": 8 * 32 * 2500}  # beyond a time limit of a minute
 
 
 class Interrupted:
@@ -109,7 +108,7 @@ def test_a_rank_killed(cluster: Cluster, folder: Path, expected: list[float]) ->
     cluster.run("ssh", "node2", f"kill -KILL {process}")
     run.wait_until_done()
     run.check(expected, starts=2)
-    assert any(re.search(r"stopped before its end \(exit code 1(37|43)\); requeued", line) for line in run.events())
+    assert any(re.search(r"stopped before its end \(exit code 1(37|43)\)", line) for line in run.events())
 
 
 def test_preemption_by_a_higher_partition(cluster: Cluster, folder: Path, expected: list[float]) -> None:
@@ -130,3 +129,64 @@ def test_a_node_killed(cluster: Cluster, folder: Path, expected: list[float]) ->
         cluster.start_node("node2")
     run.wait_until_done()
     run.check(expected, starts=2)
+
+
+def test_usr1_before_the_time_limit(cluster: Cluster, folder: Path, expected: list[float]) -> None:
+    run = Interrupted(cluster, folder, "usr1", signal_seconds=45, stage1={"nodes": 2, "time": "1"})
+    run.wait_until_done()
+    run.check(expected, starts=2)
+    assert any("USR1 came" in line for line in run.events())
+
+
+def test_a_time_limit_that_runs_out(cluster: Cluster, folder: Path, expected: list[float]) -> None:
+    # No signal comes before the limit, and a rank that hangs sees to it that the limit is reached.
+    jobs = {"nodes": 2, "time": "1", "sbatch": ["--signal=B:CONT@1"]}
+    run = Interrupted(cluster, folder, "limit", stage1=jobs)
+    run.wait_for_step(70)
+    process = rank_rows(run.stage)[1][0]["process"]
+    cluster.run("ssh", "node2", f"kill -STOP {process}")
+    run.wait_until_done()
+    run.check(expected, starts=2)
+    assert not any("USR1 came" in line for line in run.events())
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, folder: Path) -> None:
+    run = Interrupted(cluster, folder, "cancelled")
+    run.wait_for_step(20)
+    cluster.run("scancel", run.job)
+    cluster.wait_until_idle()
+    state, *words = status(cluster, run.path)["stage1"]
+    assert state == "cancelled", words
+    assert "PD" not in cluster.run("squeue", "-h", "-o", "%t")
+
+
+def test_where_requeue_is_forbidden_a_chain_goes_on(cluster: Cluster, folder: Path, expected: list[float]) -> None:
+    run = Interrupted(cluster, folder, "chain", restart="chain", max_restarts=2)
+    assert len(run.jobs) == 3
+    run.wait_for_step(20)
+    cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    run.wait_until_done()
+    run.check(expected, starts=2)
+    cluster.wait_until_idle()
+    wait_for("the third job is not taken back", lambda: not cluster.run("squeue", "-h").strip())
+
+
+def test_at_the_restart_cap_the_job_fails_and_says_why(cluster: Cluster, folder: Path) -> None:
+    run = Interrupted(cluster, folder, "cap", max_restarts=1)
+    for start in (1, 2):
+        wait_for("not started", lambda start=start: sum("starts on" in line for line in run.events()) == start)
+        run.wait_for_step(20 * start)
+        cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    wait_for("not failed", lambda: status(cluster, run.path)["stage1"][0] == "failed")
+    assert "failed: not done after 1 restarts (exit code 0 after USR1)" in run.events()[-1]
+    assert "ExitCode=75:0" in cluster.run("scontrol", "-o", "show", "job", run.job)
+
+
+def test_a_signal_after_the_end_spoils_nothing(cluster: Cluster, folder: Path, expected: list[float]) -> None:
+    run = Interrupted(cluster, folder, "late")
+    manifest = run.folder / "manifests" / "stage1.json"
+    wait_for("not trained", manifest.is_file, 120)
+    cluster.attempt("scancel", "--signal=TERM", "--full", run.job)
+    run.wait_until_done()
+    run.check(expected, starts=1)
+    assert "COMPLETED" in cluster.run("scontrol", "-o", "show", "job", run.job)
