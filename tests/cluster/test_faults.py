@@ -18,11 +18,12 @@ SHORT = {"tokens": 8 * 32 * STEPS, "sequence_length": 32, "global_batch_size": 8
 class Interrupted:
     """A job of stage 1 that something befalls."""
 
-    def __init__(self, cluster: Cluster, folder: Path, name: str, **cluster_section: Any) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, name: str, steps: int = STEPS, **cluster_section: Any) -> None:
         self.cluster, self.folder = cluster, folder / name / "tiny"
         copy_run(folder, name)
         tree = yaml.safe_load((folder / "run.yaml").read_text())
         tree["output_dir"] = str(folder / name)
+        tree["stage1"]["tokens"] = 8 * 32 * steps
         section = {"signal_seconds": 1, "stage1": {"nodes": 2, "time": "10"}} | cluster_section
         tree["cluster"] = {**tree["cluster"], **section}
         self.path = folder / f"{name}.yaml"
@@ -71,17 +72,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def undisturbed(cluster: Cluster, folder: Path) -> list[float]:
+def undisturbed(cluster: Cluster, folder: Path, steps: int) -> list[float]:
     """The losses of a run that nothing befalls."""
-    where = copy_run(folder, "undisturbed")
+    where = [*copy_run(folder, f"undisturbed{steps}"), "--set", f"stage1.tokens={8 * 32 * steps}"]
     cluster.run("srun", "-N2", "launch/train.sh", str(folder / "run.yaml"), "--stage", "1", *where, seconds=400)
-    return losses(folder / "undisturbed" / "tiny" / "stage1")
+    return losses(folder / f"undisturbed{steps}" / "tiny" / "stage1")
 
 
 @pytest.fixture(scope="module")
 def expected(_cluster: Cluster, folder: Path) -> list[float]:
     """The losses of an undisturbed run."""
-    return undisturbed(_cluster, folder)
+    return undisturbed(_cluster, folder, STEPS)
 
 
 def test_term_to_all_of_a_job(cluster: Cluster, folder: Path, expected: list[float]) -> None:
@@ -131,8 +132,10 @@ def test_a_node_killed(cluster: Cluster, folder: Path, expected: list[float]) ->
     run.check(expected, starts=2)
 
 
-def test_usr1_before_the_time_limit(cluster: Cluster, folder: Path, expected: list[float]) -> None:
-    run = Interrupted(cluster, folder, "usr1", signal_seconds=45, stage1={"nodes": 2, "time": "1"})
+def test_usr1_before_the_time_limit(cluster: Cluster, folder: Path) -> None:
+    # Long enough that it isn't done when SLURM sends the signal, a third of a minute after each start.
+    expected = undisturbed(cluster, folder, 4 * STEPS)
+    run = Interrupted(cluster, folder, "usr1", 4 * STEPS, signal_seconds=40, stage1={"nodes": 2, "time": "1"})
     run.wait_until_done()
     run.check(expected, starts=2)
     assert any("USR1 came" in line for line in run.events())
