@@ -97,7 +97,6 @@ def test_scontrol_requeue(cluster: Cluster, folder: Path, expected: list[float])
     run = Interrupted(cluster, folder, "requeue")
     run.wait_for_step(20)
     cluster.run("scontrol", "requeue", run.job)
-    wait_for("never waits", lambda: status(cluster, run.path)["stage1"][0] == "waiting")
     run.wait_until_done()
     run.check(expected, starts=2)
 
