@@ -11,6 +11,7 @@ restart=${SLURM_RESTART_COUNT:-0}
 [ "$STEP_RESTART" = chain ] && restart=${STEP_ATTEMPT:-0}
 export STEP_ERROR=$STEP_JOBS/$STEP.error # where a rank writes why trying again is no use
 signal=
+requeued=
 mkdir -p "$STEP_JOBS"
 
 note() {
@@ -18,11 +19,21 @@ note() {
     tee -a "$STEP_JOBS/$STEP.events"
 }
 stamp() { stat -c '%i %Y %s' "$STEP_DONE" 2>/dev/null; }
+done_by_now() { [ -e "$STEP_DONE" ] && [ "$(stamp)" != "$before" ]; }
 field() { scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | grep -o "\b$1=[^ ]*" | head -n 1 | cut -d= -f2; }
+may_requeue() { [ "$STEP_RESTART" = requeue ] && [ "$restart" -lt "$STEP_MAX_RESTARTS" ]; }
+requeue() {
+  [ -z "$requeued" ] || return 0
+  scontrol requeue "$SLURM_JOB_ID" && requeued=yes && note "requeued"
+}
 pass_on() {
   signal=$1
   note "$signal came; the ranks save and stop"
   kill -USR1 "$ranks" 2>/dev/null
+  # At the time limit SLURM soon kills this script too: be queued again before.
+  if [ "$(field Reason)" = TimeLimit ] && may_requeue && ! done_by_now; then
+    requeue
+  fi
 }
 
 if [ -e "$STEP_ERROR" ]; then
@@ -50,12 +61,15 @@ while :; do
   kill -0 "$ranks" 2>/dev/null || break # else a signal has ended the wait
 done
 trap '' USR1 TERM
+wait "$ranks" 2>/dev/null # bash still knows the code, if the last wait gave the signal's
+again=$?
+[ "$again" = 127 ] || code=$again
 
 if [ -e "$STEP_ERROR" ]; then
   note "failed: $(head -n 1 "$STEP_ERROR")"
   exit 2
 fi
-if [ -e "$STEP_DONE" ] && { [ "$code" = 0 ] || [ "$(stamp)" != "$before" ]; }; then
+if done_by_now || { [ -e "$STEP_DONE" ] && [ "$code" = 0 ]; }; then
   note "done" # whatever a late signal made of the exit code
   exit 0
 fi
@@ -64,10 +78,14 @@ if [ "$restart" -ge "$STEP_MAX_RESTARTS" ]; then
   note "failed: not done after $STEP_MAX_RESTARTS restarts ($how); see the log, and raise cluster.max_restarts if it got on"
   exit 75
 fi
+note "stopped before its end ($how)"
 if [ "$STEP_RESTART" = chain ]; then
-  note "stopped before its end ($how); the next job goes on"
+  exit 85 # the next job of the chain goes on
+fi
+# A job that SLURM is ending is cancelled, or preempted and queued again by SLURM itself; or it ran out of time.
+if [ "$(field JobState)" = COMPLETING ] && [ "$(field Reason)" != TimeLimit ]; then
+  note "ended by SLURM"
   exit 85
 fi
-note "stopped before its end ($how); requeued"
-scontrol requeue "$SLURM_JOB_ID" && sleep 120 # SLURM ends this script
+requeue && sleep 300 # until SLURM ends this script
 exit 85

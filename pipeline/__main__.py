@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline import checkpoint_verbs
 from pipeline.cluster.config import JOBS, ClusterConfig
-from pipeline.cluster.rank_environment import become_rank, set_variables
-from pipeline.errors import EXIT_CODE, AgreedError, UserError
+from pipeline.cluster.rank_environment import become_rank, listen_early, set_variables
+from pipeline.errors import EXIT_CODE, AgreedError, BusyError, UserError
 from pipeline.fetch import with_fetched
 from pipeline.run_file import load_run
 from pipeline.run_folder import STEPS, RunFolder
@@ -36,7 +36,7 @@ VERBS = {
     "Reads RUN.yaml's cluster.environment if it is given; writes nothing.",
 }
 READ_ONLY = ("status", "check", "estimate")
-WITHOUT_LOCK = (*READ_ONLY, "fetch", "submit")  # what they write, a step that runs does not
+WITHOUT_LOCK = (*READ_ONLY, "fetch", "submit")  # they may be asked while the run goes on
 _RANKS = ("train", "evaluate", "check")
 
 
@@ -97,8 +97,9 @@ def main(arguments: list[str]) -> int:
     if run is None:
         return commands.check(options)
     is_first = os.environ.get("RANK", "0") == "0"
-    with RunLock(run.folder) if is_first and options.verb not in WITHOUT_LOCK else nullcontext():
-        if is_first and options.verb not in READ_ONLY:
+    writes = is_first and options.verb not in WITHOUT_LOCK
+    with RunLock(run.folder) if writes else nullcontext():
+        if writes:
             RunFolder.create(run)
         return commands.DO[options.verb](run, options)
 
@@ -111,6 +112,7 @@ def command_line(*, launched: bool = False) -> int:
     """
     try:
         if launched:
+            listen_early()
             become_rank()
         return main(sys.argv[1:])
     except UserError as error:
@@ -119,7 +121,8 @@ def command_line(*, launched: bool = False) -> int:
         if rank == "0" or joined:
             line = f"error: {f'rank {rank}: ' if joined and rank != '0' else ''}{error}"
             print(line, file=sys.stderr, flush=True)
-            if "STEP_ERROR" in os.environ:  # for the batch script: to try again is no use
+            # For the batch script: to try again is no use.
+            if "STEP_ERROR" in os.environ and not isinstance(error, BusyError):
                 Path(os.environ["STEP_ERROR"]).write_text(f"{line}\n", encoding="utf-8")
         return EXIT_CODE
     except RuntimeError as error:

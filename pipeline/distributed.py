@@ -13,6 +13,7 @@ from types import FrameType
 import torch
 import torch.distributed
 
+from pipeline.cluster.rank_environment import EARLY_SIGNALS
 from pipeline.watchdog import Watchdog
 
 DEFAULT_TIMEOUT_MINUTES = 30.0
@@ -89,13 +90,19 @@ def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> Ranks:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
+    device = torch.device("cuda", local_gpu()) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
     watchdog = Watchdog(int(os.environ["RANK"]), timeout_minutes * 60).start()
     timeout = datetime.timedelta(minutes=timeout_minutes, seconds=60)  # the watchdog, which says more, comes first
     deepspeed.init_distributed("nccl" if use_gpu else "gloo", timeout=timeout, verbose=False)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, watchdog)
+
+
+def local_gpu() -> int:
+    """This rank's GPU: its number on the node, or 0 where the launcher lets it see one only."""
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    return number if torch.cuda.device_count() > 1 else 0
 
 
 def leave(ranks: Ranks) -> None:
@@ -125,7 +132,7 @@ class StopRequest:
     """SIGTERM or SIGUSR1 asks a run to save and end at its next step; handlers are put back on exit."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = bool(EARLY_SIGNALS)
 
     def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}

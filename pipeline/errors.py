@@ -10,6 +10,10 @@ class UserError(Exception):
     """A mistake of the user's or of the surroundings: one line that says what, where, and how to mend it."""
 
 
+class BusyError(UserError):
+    """Something else is at it now; later it may work."""
+
+
 class AgreedError(UserError):
     """One that all ranks have agreed on and raise alike: the first one says it."""
 

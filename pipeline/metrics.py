@@ -13,6 +13,7 @@ from pipeline.errors import UserError
 from pipeline.files import write_text
 from pipeline.losses import routing_statistics
 from pipeline.moe import Routing
+from pipeline.monitor_rewind import rewind_monitors
 
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
@@ -84,10 +85,14 @@ class MetricsLog:
 
     @classmethod
     def open(cls, folder: Path, monitor: Any, layers: list[int], step: int, ranks: Ranks) -> "MetricsLog":
-        """Continue after ``step`` steps: later rows of an interrupted run are dropped."""
-        for name in (METRICS_FILE, VALIDATION_FILE) if ranks.is_first else ():
+        """Continue after ``step`` steps: what an interrupted run recorded later is dropped, from monitors too."""
+        samples = 0
+        for name in (VALIDATION_FILE, METRICS_FILE) if ranks.is_first else ():
             kept = [row for row in read_rows(folder / name) if row["step"] <= step]
             write_text(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
+            samples = kept[-1]["samples"] if kept else 0
+        if ranks.is_first:
+            rewind_monitors(monitor, samples)
         return cls(folder, monitor, layers, ranks.is_first)
 
     def training_seconds(self) -> float:

@@ -11,6 +11,7 @@ from pipeline.errors import UserError
 from pipeline.files import content_key, read_json, sha256_file, write_json
 from pipeline.steps import Steps, seconds_since
 from pipeline.table import figures_line, result_table
+from pipeline.wandb_run import finish_wandb_run, keep_wandb_run
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -89,6 +90,8 @@ class RankSteps(Steps):
             shutil.rmtree(target, ignore_errors=True)
             self.folder.forget(step)
         ranks.wait()
+        if ranks.is_first and self.run.log.wandb:
+            keep_wandb_run(target)
         identity = self._identity(number) | {"settings": content_key(inputs)}
         stage1_tag = None
         if number == 2:
@@ -100,6 +103,7 @@ class RankSteps(Steps):
             ),
             ranks,
         )
+        finish_wandb_run()
         if figures is None:
             return False
         if ranks.is_first:

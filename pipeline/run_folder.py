@@ -27,10 +27,15 @@ class RunFolder:
     def create(cls, run: RunConfig) -> "RunFolder":
         """Make the folder and write the resolved run into it."""
         folder = cls(run.folder)
-        text = yaml.safe_dump(run.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+        text = cls.text(run)
         if not folder.run_file.is_file() or folder.run_file.read_text(encoding="utf-8") != text:
             write_text(folder.run_file, text)
         return folder
+
+    @staticmethod
+    def text(run: RunConfig) -> str:
+        """The resolved run as YAML."""
+        return yaml.safe_dump(run.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
     @property
     def run_file(self) -> Path:

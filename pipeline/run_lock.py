@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.errors import UserError
+from pipeline.errors import BusyError
 
 SECONDS_BETWEEN_BEATS = 5.0
 BEATS_TO_WAIT = 4
@@ -34,7 +34,7 @@ class RunLock:
         folder: the run's.
 
     Raises:
-        UserError: another process holds it; says which, where and since when.
+        BusyError: another process holds it; says which, where and since when.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -84,7 +84,7 @@ class RunLock:
                 mine.unlink(missing_ok=True)
             holder = self._read()
             if holder is not None and not _is_dead(holder, self._read):
-                raise UserError(
+                raise BusyError(
                     f"{self.path.parent}: is in use by process {holder['pid']} on {holder['host']} "
                     f"(since {holder['since']}); wait for it, end it, or give the run another name"
                 )

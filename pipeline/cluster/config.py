@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.section import Positive, Section
 
 JOBS = ("tokenize", "prepare", "stage1", "stage2", "evaluate")
+SINGLE = ("tokenize", "prepare")
 _TIME = re.compile(r"^(\d+-)?\d+(:\d+){0,2}$")
 
 
@@ -96,7 +97,7 @@ class ClusterConfig(Section):
     def _check(self) -> "ClusterConfig":
         if self.tokenize.gpus_per_node:
             raise ValueError("tokenize.gpus_per_node: tokenizing uses no GPU; remove it")
-        for name in ("tokenize", "prepare"):
+        for name in SINGLE:
             if self.job(name).world_size > 1:
                 raise ValueError(f"{name}.nodes: the job is one process; give it nodes: 1 and more cpus_per_rank")
         return self
@@ -105,8 +106,7 @@ class ClusterConfig(Section):
         """What a job asks for: its own keys, and those of ``every_job`` that it does not give."""
         own: JobConfig = getattr(self, name)
         shared = {key: getattr(self.every_job, key) for key in self.every_job.model_fields_set}
-        if name in ("tokenize", "prepare"):  # of one process each, whatever training takes
-            shared = {key: value for key, value in shared.items() if key not in ("nodes", "ranks_per_node")}
-        if name == "tokenize":
-            shared.pop("gpus_per_node", None)
+        if name in SINGLE:  # of one process, and at most one GPU, whatever training takes
+            gpus = 0 if name == "tokenize" else min(1, self.every_job.gpus_per_node)
+            shared |= {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": gpus}
         return JobConfig(**{**shared, **{key: getattr(own, key) for key in own.model_fields_set}})

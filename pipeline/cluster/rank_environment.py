@@ -5,6 +5,7 @@ Launchers say it in their own words: DeepSpeed and torchrun with RANK, mpirun wi
 
 import os
 import re
+import signal
 import socket
 from collections.abc import MutableMapping
 
@@ -18,6 +19,14 @@ Environment = MutableMapping[str, str]
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NOT_A_TASK = 4294967280  # step numbers from here on are SLURM's own: the batch script, an interactive shell
 _FIRST_PORT, _NUM_PORTS = 12000, 20000  # below the ports that systems hand out themselves
+
+
+EARLY_SIGNALS: list[int] = []  # USR1 that came before training listens: a rank takes long to start
+
+
+def listen_early() -> None:
+    """Note SIGUSR1 from the start, rather than die of it."""
+    signal.signal(signal.SIGUSR1, lambda number, _frame: EARLY_SIGNALS.append(number))
 
 
 def become_rank(environment: Environment = os.environ) -> None:

@@ -1,12 +1,16 @@
 """A run's jobs to SLURM, each waiting for the one before it."""
 
+from collections.abc import Mapping
+
 from pipeline.cluster import slurm
 from pipeline.cluster.config import JOBS
 from pipeline.cluster.jobs import Job, jobs_of
 from pipeline.cluster.script import batch_script, write_script
 from pipeline.cluster.submitted import active_states, read_submitted, write_submitted
+from pipeline.config import RunConfig
 from pipeline.errors import UserError
 from pipeline.rank_steps import RankSteps
+from pipeline.run_folder import RunFolder
 
 
 def submit_run(steps: RankSteps, *, until: str, dry_run: bool) -> None:
@@ -30,6 +34,7 @@ def submit_run(steps: RankSteps, *, until: str, dry_run: bool) -> None:
         raise UserError("sbatch: not found; submit on a host with SLURM's commands, or look with --dry-run")
     submitted = read_submitted(run)
     active = active_states(submitted)
+    _write_run(run, active)
     before: list[str] = []
     for job in jobs:
         known = submitted.get(job.name, [])
@@ -62,6 +67,21 @@ def _submit_job(job: Job, before: list[str]) -> list[str]:
             slurm.cancel(numbers)
             raise
     return numbers
+
+
+def _write_run(run: RunConfig, active: Mapping[str, object]) -> None:
+    """The resolved run, which the jobs read; while some do, it stays as it is.
+
+    Raises:
+        UserError: jobs go on with other settings.
+    """
+    folder = RunFolder(run.folder)
+    if active and folder.run_file.is_file() and folder.run_file.read_text(encoding="utf-8") != RunFolder.text(run):
+        raise UserError(
+            f"{folder.run_file}: jobs {' '.join(active)} go on with other settings; scancel them first, "
+            "or give the run another name"
+        )
+    RunFolder.create(run)
 
 
 def _check(steps: RankSteps, jobs: list[Job]) -> None:

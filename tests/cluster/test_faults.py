@@ -13,17 +13,17 @@ from tests.cluster.runs import PIPELINE, copy_run, losses, metrics, rank_rows, s
 pytestmark = pytest.mark.slow
 STEPS = 300  # some 20 seconds
 SHORT = {"tokens": 8 * 32 * STEPS, "sequence_length": 32, "global_batch_size": 8}
-LONG = {**SHORT, "tokens": 8 * 32 * 2500}  # beyond a time limit of a minute
 
 
 class Interrupted:
     """A job of stage 1 that something befalls."""
 
-    def __init__(self, cluster: Cluster, folder: Path, name: str, **cluster_section: Any) -> None:
+    def __init__(self, cluster: Cluster, folder: Path, name: str, steps: int = STEPS, **cluster_section: Any) -> None:
         self.cluster, self.folder = cluster, folder / name / "tiny"
         copy_run(folder, name)
         tree = yaml.safe_load((folder / "run.yaml").read_text())
         tree["output_dir"] = str(folder / name)
+        tree["stage1"]["tokens"] = 8 * 32 * steps
         section = {"signal_seconds": 1, "stage1": {"nodes": 2, "time": "10"}} | cluster_section
         tree["cluster"] = {**tree["cluster"], **section}
         self.path = folder / f"{name}.yaml"
@@ -72,17 +72,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def undisturbed(cluster: Cluster, folder: Path) -> list[float]:
+def undisturbed(cluster: Cluster, folder: Path, steps: int) -> list[float]:
     """The losses of a run that nothing befalls."""
-    where = copy_run(folder, "undisturbed")
+    where = [*copy_run(folder, f"undisturbed{steps}"), "--set", f"stage1.tokens={8 * 32 * steps}"]
     cluster.run("srun", "-N2", "launch/train.sh", str(folder / "run.yaml"), "--stage", "1", *where, seconds=400)
-    return losses(folder / "undisturbed" / "tiny" / "stage1")
+    return losses(folder / f"undisturbed{steps}" / "tiny" / "stage1")
 
 
 @pytest.fixture(scope="module")
 def expected(_cluster: Cluster, folder: Path) -> list[float]:
     """The losses of an undisturbed run."""
-    return undisturbed(_cluster, folder)
+    return undisturbed(_cluster, folder, STEPS)
 
 
 def test_term_to_all_of_a_job(cluster: Cluster, folder: Path, expected: list[float]) -> None:
@@ -97,7 +97,6 @@ def test_scontrol_requeue(cluster: Cluster, folder: Path, expected: list[float])
     run = Interrupted(cluster, folder, "requeue")
     run.wait_for_step(20)
     cluster.run("scontrol", "requeue", run.job)
-    wait_for("never waits", lambda: status(cluster, run.path)["stage1"][0] == "waiting")
     run.wait_until_done()
     run.check(expected, starts=2)
 
@@ -109,7 +108,7 @@ def test_a_rank_killed(cluster: Cluster, folder: Path, expected: list[float]) ->
     cluster.run("ssh", "node2", f"kill -KILL {process}")
     run.wait_until_done()
     run.check(expected, starts=2)
-    assert any(re.search(r"stopped before its end \(exit code 1(37|43)\); requeued", line) for line in run.events())
+    assert any(re.search(r"stopped before its end \(exit code 1(37|43)\)", line) for line in run.events())
 
 
 def test_preemption_by_a_higher_partition(cluster: Cluster, folder: Path, expected: list[float]) -> None:
@@ -130,3 +129,66 @@ def test_a_node_killed(cluster: Cluster, folder: Path, expected: list[float]) ->
         cluster.start_node("node2")
     run.wait_until_done()
     run.check(expected, starts=2)
+
+
+def test_usr1_before_the_time_limit(cluster: Cluster, folder: Path) -> None:
+    # Long enough that it isn't done when SLURM sends the signal, a third of a minute after each start.
+    expected = undisturbed(cluster, folder, 4 * STEPS)
+    run = Interrupted(cluster, folder, "usr1", 4 * STEPS, signal_seconds=40, stage1={"nodes": 2, "time": "1"})
+    run.wait_until_done()
+    run.check(expected, starts=2)
+    assert any("USR1 came" in line for line in run.events())
+
+
+def test_a_time_limit_that_runs_out(cluster: Cluster, folder: Path, expected: list[float]) -> None:
+    # No signal comes before the limit, and a rank that hangs sees to it that the limit is reached.
+    jobs = {"nodes": 2, "time": "1", "sbatch": ["--signal=B:CONT@1"]}
+    run = Interrupted(cluster, folder, "limit", stage1=jobs)
+    run.wait_for_step(70)
+    process = rank_rows(run.stage)[1][0]["process"]
+    cluster.run("ssh", "node2", f"kill -STOP {process}")
+    run.wait_until_done()
+    run.check(expected, starts=2)
+    assert not any("USR1 came" in line for line in run.events())
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, folder: Path) -> None:
+    run = Interrupted(cluster, folder, "cancelled")
+    run.wait_for_step(20)
+    cluster.run("scancel", run.job)
+    cluster.wait_until_idle()
+    state, *words = status(cluster, run.path)["stage1"]
+    assert state == "cancelled", words
+    assert "PD" not in cluster.run("squeue", "-h", "-o", "%t")
+
+
+def test_where_requeue_is_forbidden_a_chain_goes_on(cluster: Cluster, folder: Path, expected: list[float]) -> None:
+    run = Interrupted(cluster, folder, "chain", restart="chain", max_restarts=2)
+    assert len(run.jobs) == 3
+    run.wait_for_step(20)
+    cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    run.wait_until_done()
+    run.check(expected, starts=2)
+    cluster.wait_until_idle()
+    wait_for("the third job is not taken back", lambda: not cluster.run("squeue", "-h").strip())
+
+
+def test_at_the_restart_cap_the_job_fails_and_says_why(cluster: Cluster, folder: Path) -> None:
+    run = Interrupted(cluster, folder, "cap", max_restarts=1)
+    for start in (1, 2):
+        wait_for("not started", lambda start=start: sum("starts on" in line for line in run.events()) == start)
+        run.wait_for_step(20 * start)
+        cluster.run("scancel", "--signal=USR1", "--batch", run.job)
+    wait_for("not failed", lambda: status(cluster, run.path)["stage1"][0] == "failed")
+    assert "failed: not done after 1 restarts (exit code 0 after USR1)" in run.events()[-1]
+    assert "ExitCode=75:0" in cluster.run("scontrol", "-o", "show", "job", run.job)
+
+
+def test_a_signal_after_the_end_spoils_nothing(cluster: Cluster, folder: Path, expected: list[float]) -> None:
+    run = Interrupted(cluster, folder, "late")
+    manifest = run.folder / "manifests" / "stage1.json"
+    wait_for("not trained", manifest.is_file, 120)
+    cluster.attempt("scancel", "--signal=TERM", "--full", run.job)
+    run.wait_until_done()
+    run.check(expected, starts=1)
+    assert "COMPLETED" in cluster.run("scontrol", "-o", "show", "job", run.job)

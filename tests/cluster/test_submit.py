@@ -1,0 +1,71 @@
+"""The whole run as a chain of jobs on a real SLURM cluster. Run: pytest tests/cluster/test_submit.py"""
+
+import re
+from pathlib import Path
+
+from tests.cluster.cluster import Cluster, wait_for
+from tests.cluster.runs import PIPELINE, metrics, status, write_run
+
+JOBS = ["tokenize", "prepare", "stage1", "stage2", "evaluate"]
+TWO_NODES = {"every_job": {"nodes": 2, "time": "10"}, "stage1": {"gpus_per_node": 1}, "signal_seconds": 30}
+
+
+def submitted(output: str) -> dict[str, str]:
+    """The jobs' numbers, as submit prints them."""
+    return dict(re.findall(r"^(\w+): job (\d+) ", output, re.M))
+
+
+def test_submit_runs_the_whole_chain_and_status_tells_the_truth(cluster: Cluster, tmp_path: Path) -> None:
+    path = write_run(tmp_path, cluster=TWO_NODES)
+    folder = tmp_path / "runs" / "tiny"
+    shown = cluster.run(*PIPELINE, "submit", str(path), "--dry-run")
+    assert not (folder / "jobs").exists()
+    jobs = submitted(cluster.run(*PIPELINE, "submit", str(path)))
+    assert list(jobs) == JOBS
+    for name in JOBS:
+        assert (folder / "jobs" / f"{name}.sh").read_text() in shown
+    assert "TresPerNode=" not in cluster.run("scontrol", "-o", "show", "job", jobs["tokenize"])
+    assert "TresPerNode=gres:gpu:1" in cluster.run("scontrol", "-o", "show", "job", jobs["stage1"])
+
+    again = cluster.run(*PIPELINE, "submit", str(path))
+    assert again.count("is submitted already, job") + again.count("done, not submitted") == 5
+    running = ""
+    while running != "evaluate":
+        # A job is seen to run or done before its successor runs: none starts early.
+        states = {name: row[0] for name, row in status(cluster, path).items()}
+        assert list(states) == JOBS
+        number = [states[name] == "done" for name in JOBS].index(False) if set(states.values()) != {"done"} else 5
+        assert all(states[name] in ("waiting", "running", "done") for name in JOBS), states
+        assert all(states[name] != "done" for name in JOBS[number:])
+        assert all(states[name] == "waiting" for name in JOBS[number + 1 :]), states
+        running = JOBS[min(number, 4)]
+    wait_for("not done", (folder / "report.html").is_file, 60)
+    cluster.wait_until_idle()
+    rows = status(cluster, path)
+    assert {row[0] for row in rows.values()} == {"done"}
+    assert rows["stage1"][1] == jobs["stage1"]
+    assert "tokens/s," in rows["stage1"]
+    assert rows["stage1"][-1] == str(folder / "jobs" / "stage1.log")
+    assert [row["step"] for row in metrics(folder / "stage2")] == [1, 2, 3, 4, 5, 6]
+    last = cluster.run(*PIPELINE, "submit", str(path))
+    assert last.count("done, not submitted") == 5
+    assert not submitted(last)
+
+
+def test_a_step_that_fails_leaves_its_successors_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    path = write_run(tmp_path, cluster=TWO_NODES)
+    with open(tmp_path / "text" / "en.jsonl", "a") as file:
+        file.write("no JSON\n")
+    jobs = submitted(cluster.run(*PIPELINE, "submit", str(path)))
+
+    def ended() -> bool:
+        return not cluster.run("squeue", "-h", "-o", "%i").strip()
+
+    wait_for("successors wait for ever", ended, 90)
+    rows = status(cluster, path)
+    assert rows["tokenize"][0] == "failed"
+    assert "en.jsonl" in " ".join(rows["tokenize"])
+    for name in JOBS[1:]:
+        assert " ".join(rows[name]).startswith(f"cancelled {jobs[name]} did not start, as tokenize failed")
+    assert "ExitCode=2:0" in cluster.run("scontrol", "-o", "show", "job", jobs["tokenize"])
+    assert "JobState=CANCELLED" in cluster.run("scontrol", "-o", "show", "job", jobs["evaluate"])

@@ -1,0 +1,119 @@
+"""A Hugging Face hub on this machine: the few addresses that huggingface_hub asks, served from folders.
+
+A repository is a folder; each of its commits is a folder of files under it, named by its hash, and ``main`` holds the
+hash of the newest.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+
+class Hub(ThreadingHTTPServer):
+    """The server; ``requests`` are the addresses that were asked for."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder, self.requests = folder, []  # type: ignore[var-annotated]
+
+    @property
+    def address(self) -> str:
+        """What HF_ENDPOINT is to be."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def commit(self, kind: str, name: str, files: dict[str, bytes]) -> str:
+        """Make a new commit of a repository (kind: models or datasets); returns its hash."""
+        repository = self.folder / kind / name.replace("/", "--")
+        sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        for path, content in files.items():
+            target = repository / sha / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        (repository / "main").write_text(sha)
+        return sha
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def _answer(self, *, with_body: bool) -> None:
+        path = self.path.split("?")[0].strip("/")
+        self.server.requests.append(path)
+        parts = path.split("/")
+        if parts[0] == "api":
+            status, headers, body = self._api(parts[1], "/".join(parts[2:4]), parts[4:])
+        else:
+            kind = parts.pop(0) if parts[0] in ("datasets", "spaces") else "models"
+            status, headers, body = self._file(kind, "/".join(parts[:2]), parts[3], "/".join(parts[4:]))
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
+
+    def _commit_folder(self, kind: str, name: str, revision: str) -> Path | None:
+        repository = self.server.folder / kind / name.replace("/", "--")
+        if revision == "main" and (repository / "main").is_file():
+            revision = (repository / "main").read_text()
+        folder = repository / revision
+        return folder if folder.is_dir() else None
+
+    def _api(self, kind: str, name: str, rest: list[str]) -> tuple[int, dict[str, str], bytes]:
+        what, revision = (rest + ["", "main"])[0] or "revision", rest[1] if len(rest) > 1 else "main"
+        folder = self._commit_folder(kind, name, revision)
+        if folder is None:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        names = {path: str(path.relative_to(folder)) for path in files}
+        if what == "tree":
+            answer: Any = [
+                {"type": "file", "path": names[path], "size": path.stat().st_size, "oid": _etag(path)}
+                for path in files
+            ]
+        else:
+            siblings = [{"rfilename": names[path]} for path in files]
+            answer = {"id": name, "modelId": name, "sha": folder.name, "siblings": siblings, "private": False}
+        return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+
+    def _file(self, kind: str, name: str, revision: str, path: str) -> tuple[int, dict[str, str], bytes]:
+        folder = self._commit_folder(kind, name, revision)
+        if folder is None or not (folder / path).is_file():
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""
+        file = folder / path
+        return 200, {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": folder.name}, file.read_bytes()
+
+
+def _etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def running_hub(folder: Path) -> Iterator[Hub]:
+    """A hub that serves what is committed to it."""
+    hub = Hub(folder)
+    thread = threading.Thread(target=hub.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        hub.shutdown()
+        hub.server_close()
+        thread.join()

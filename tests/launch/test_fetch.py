@@ -1,0 +1,94 @@
+"""What a run names on the hub, fetched once; then the network is cut off. Run: pytest tests/launch/test_fetch.py"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.hub_server import Hub, running_hub
+from tests.launch.test_commands import command
+from tests.tiny import run_tree
+
+PIPELINE = (sys.executable, "-m", "pipeline")
+CUT_OFF = ("unshare", "--net", "bash", "-c", 'ip link set lo up && exec "$@"', "_")
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    with running_hub(tmp_path / "hub") as hub:
+        yield hub
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def write_run(folder: Path, **changes: object) -> Path:
+    """A tiny run whose model is on the hub."""
+    tree = run_tree(folder, **{"model": {"path": "tiny/model"}, "parallel": {"ranks": 2, "ep_size": 2}, **changes})
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def variables(hub: Hub, folder: Path) -> dict[str, str]:
+    return {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0"}
+
+
+def can_cut_off() -> bool:
+    return os.geteuid() == 0 and not subprocess.run([*CUT_OFF, "true"], capture_output=True, check=False).returncode
+
+
+def test_after_fetch_every_step_runs_with_the_network_cut_off(hub: Hub, tmp_path: Path) -> None:
+    if not can_cut_off():
+        pytest.skip("cutting off the network needs root and namespaces")
+    path = write_run(tmp_path)
+    commit = hub.commit("models", "tiny/model", files_of(tmp_path / "model"))
+    output = command(*PIPELINE, "fetch", str(path), **variables(hub, tmp_path))
+    assert f"fetch: tiny/model at {commit}: " in output
+    asked = len(hub.requests)
+    output = command(*CUT_OFF, *PIPELINE, "run", str(path), **variables(hub, tmp_path))
+    assert "bits/char" in output
+    assert len(hub.requests) == asked
+    assert (tmp_path / "runs" / "tiny" / "manifests" / "evaluate.json").is_file()
+
+
+def test_what_was_fetched_stays_though_the_hub_moves_on(hub: Hub, tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    files = files_of(tmp_path / "model")
+    first = hub.commit("models", "tiny/model", {**files, "pytorch_model.bin": b"old weights", "model.onnx": b"other"})
+    command(*PIPELINE, "fetch", str(path), **variables(hub, tmp_path))
+    fetched = json.loads((tmp_path / "runs" / "tiny" / "fetched.json").read_text())["models"]["tiny/model"]
+    assert fetched["commit"] == first
+    assert sorted(os.listdir(fetched["folder"])) == sorted(files)  # no second kind of weights
+    second = hub.commit("models", "tiny/model", {**files, "generation_config.json": b"{}"})
+    asked = len(hub.requests)
+    command(*PIPELINE, "tokenize", str(path), **variables(hub, tmp_path))
+    assert len(hub.requests) == asked
+    resolved = yaml.safe_load((tmp_path / "runs" / "tiny" / "run.yaml").read_text())
+    assert resolved["model"]["path"] == fetched["folder"]
+    assert first in fetched["folder"]
+    output = command(*PIPELINE, "fetch", str(path), **variables(hub, tmp_path))
+    assert second in output
+
+
+def test_a_name_that_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> None:
+    path = write_run(tmp_path, model={"path": "tiny/nothing"})
+    output = command(*PIPELINE, "fetch", str(path), code=2, **variables(hub, tmp_path))
+    assert [line for line in output.splitlines() if line.startswith("error: ")] == output.strip().splitlines()[-1:]
+    assert "model.path: the hub does not give tiny/nothing" in output
+
+
+def test_what_was_fetched_and_is_gone_is_named(hub: Hub, tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    hub.commit("models", "tiny/model", files_of(tmp_path / "model"))
+    command(*PIPELINE, "fetch", str(path), **variables(hub, tmp_path))
+    (tmp_path / "hf").rename(tmp_path / "moved")
+    output = command(*PIPELINE, "tokenize", str(path), code=2, **variables(hub, tmp_path))
+    assert "model.path: tiny/model was fetched to " in output
+    assert "which is gone; fetch it again" in output
