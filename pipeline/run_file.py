@@ -6,8 +6,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.config import RunConfig, Section
+from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.section import Section
 from pipeline.yaml_reader import parse_yaml
 
 

@@ -79,12 +79,15 @@ class Steps:
     def tokenize(self) -> None:
         """Text to token shards in the cache."""
         started = time.monotonic()
-        folder = tokens_folder(self.run)
-        inputs = {"tokens": folder.name}
-        if self.done("tokenize", inputs) and (folder / "manifest.json").is_file():
+        planned = tokens_folder(self.run)
+        inputs = {"tokens": planned.folder.name, "tokenizer": planned.encoder.spec.key}
+        if self.done("tokenize", inputs) and (planned.folder / "manifest.json").is_file():
             return
-        store = prepare_run(self.run)
-        sets = {name: entry.model_dump(mode="json", exclude={"sources"}) for name, entry in store.sets.items()}
+        store = prepare_run(self.run, "local", force=self.force)
+        assert store is not None
+        sets = {
+            name: entry.model_dump(mode="json", exclude={"sources", "shards"}) for name, entry in store.sets.items()
+        }
         self.folder.finish(
             "tokenize", inputs, outputs={"tokens": store.key}, figures=seconds_since(started) | {"sets": sets}
         )

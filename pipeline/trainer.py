@@ -157,7 +157,7 @@ class Trainer:
         """Forward and backward of one micro-batch; DeepSpeed's boundary is the last of the step."""
         batch = self.order.batch(first, self.micro_batch)
         device = self.ranks.device
-        logits_BLV = self.engine(input_ids=torch.from_numpy(batch.ids).to(device), use_cache=False).logits
+        logits_BLV = self.engine(**batch.model_inputs(device), use_cache=False).logits
         routings = [layer.routing for layer in self.layers if layer.routing is not None]
         losses = self._losses(logits_BLV, torch.from_numpy(batch.labels).to(device), routings, batch.is_old)
         sums.add_losses(**{name: loss for name, (loss, _) in losses.items()})
