@@ -44,7 +44,7 @@ class Claims:
         folder = phase.work.folder / "claims" / phase.name
         while True:
             open_tasks = [task for task in phase.tasks if not phase.is_done(task)]
-            if not open_tasks or not phase.work.folder.is_dir():  # another job finished everything
+            if not open_tasks or phase.work.is_finished:
                 return
             got = False
             for task in open_tasks:

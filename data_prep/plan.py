@@ -143,6 +143,12 @@ class Work:
         """The plan, read once a process."""
         return _plan(self.folder)
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the store is there: another job that shares the work has finished it."""
+        name = self.folder.name.removeprefix(".").removesuffix(".work")
+        return self.folder.name != name and (self.folder.with_name(name) / "manifest.json").is_file()
+
     def marker(self, phase: str, task: int) -> Path:
         """The file that says that a task is done, with its figures."""
         return self.folder / "done" / phase / f"{task:06d}.json"
@@ -155,10 +161,6 @@ class Work:
     def path(self, phase: str, task: int, suffix: str) -> Path:
         """Where a task keeps a result."""
         return self.folder / phase / f"{task:06d}{suffix}"
-
-    def phase_is_done(self, phase: str) -> bool:
-        """Whether a phase of a single task is done."""
-        return self.marker(phase, 0).is_file()
 
 
 @lru_cache(maxsize=4)

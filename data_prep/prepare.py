@@ -118,7 +118,11 @@ def _work_out(planned: Planned, executor: PoolExecutor) -> TokenStore:
         if not (work.folder / "plan.json").is_file():
             planned.encoder.save(work.folder)
             plan.save(work.folder / "plan.json")
-        run_phases(work, executor)
+        try:
+            run_phases(work, executor)
+        except (OSError, UserError):
+            if executor.claim is None or not work.is_finished:  # else another job was faster, and has cleaned up
+                raise
         store = TokenStore(folder)
         write_page(store)
         shutil.rmtree(work.folder, ignore_errors=True)
