@@ -25,6 +25,7 @@ from data_prep.store import (
     SourceFile,
     StoreManifest,
     StoreStatistics,
+    TokenStore,
     TrainShard,
 )
 from data_prep.tokenize import FILES
@@ -111,6 +112,9 @@ def finish(work: Work, _task: int) -> Json:
         versions=info["versions"],
     )
     write_json(store / MANIFEST, manifest.model_dump(mode="json"))
+    from data_prep.page import write_page
+
+    write_page(TokenStore(store))
     target = work.folder.parent / info["key"]
     if not (target / MANIFEST).is_file():  # or another job was first
         shutil.rmtree(target, ignore_errors=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from data_prep.backends import Backend, open_executor
 from data_prep.executor import PoolExecutor
 from data_prep.filters import Filters
-from data_prep.page import write_page
 from data_prep.phases import run_phases
 from data_prep.plan import Work, forget_plans
 from data_prep.planning import Inputs, Planned, check_tokenizer, make_plan
@@ -124,7 +123,6 @@ def _work_out(planned: Planned, executor: PoolExecutor) -> TokenStore:
             if executor.claim is None or not work.is_finished:  # else another job was faster, and has cleaned up
                 raise
         store = TokenStore(folder)
-        write_page(store)
         shutil.rmtree(work.folder, ignore_errors=True)
     print_summary(store)
     print(f"tokens: {folder}", flush=True)

@@ -85,6 +85,7 @@ class Steps:
             return
         store = prepare_run(self.run, "local", force=self.force)
         assert store is not None
+        write_json(self.folder.path / "data_statistics.json", store.statistics.model_dump(mode="json"))
         sets = {
             name: entry.model_dump(mode="json", exclude={"sources", "shards"}) for name, entry in store.sets.items()
         }

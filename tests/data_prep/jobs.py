@@ -115,7 +115,10 @@ class Job:
 
     def tasks_done(self) -> int:
         """How many tasks have been done, by this and earlier jobs."""
-        return sum(1 for _ in (self.cache / "tokens").glob(".*.work/done/*/*.json"))
+        try:
+            return sum(1 for _ in (self.cache / "tokens").glob(".*.work/done/*/*.json"))
+        except FileNotFoundError:  # it finishes, and cleans up
+            return 0
 
     def kill_after(self, tasks: int, delay: float) -> bool:
         """SIGKILL everything `delay` seconds after so many more tasks are done; False if it finished before."""
