@@ -7,6 +7,7 @@ order, or whether it was begun before. The three ways differ in who waits for wh
 
 import errno
 import os
+import resource
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import Executor as Pool
@@ -76,8 +77,15 @@ class Executor(Protocol):
         """
 
 
-def do_task(call: Call) -> int:
-    """Do one task and write its marker, in whichever process; returns its number.
+class Done(NamedTuple):
+    """A finished task, and the most memory that its process has held so far, in bytes."""
+
+    task: int
+    peak_memory: int
+
+
+def do_task(call: Call) -> Done:
+    """Do one task and write its marker, in whichever process.
 
     Raises:
         UserError: a mistake in the input or the settings, or no room on the disk.
@@ -90,7 +98,12 @@ def do_task(call: Call) -> int:
         if error.errno in NO_ROOM:
             raise check_disk(error) from error
         raise
-    return call.task
+    return Done(call.task, peak_memory())
+
+
+def peak_memory() -> int:
+    """The most memory that this process has held, mapped files included, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @dataclass
@@ -104,6 +117,7 @@ class PoolExecutor:
     num_workers: int = 1
     claim: Callable[[Phase], Iterator[int]] | None = None
     show: bool = True
+    peak_memory: int = 0  # of any process, in bytes
 
     def run(self, phase: Phase) -> None:
         """Run what is not done yet."""
@@ -113,15 +127,16 @@ class PoolExecutor:
         with progress(total, phase.label or phase.name, unit, show=self.show and len(done) < len(phase.tasks)) as bar:
             bar.update(sum(_weight(phase, task) for task in done))
             tasks = self.claim(phase) if self.claim else (t for t in phase.tasks if not phase.is_done(t))
-            for task in self._results(phase, tasks):
-                bar.update(_weight(phase, task))
+            for done_now in self._results(phase, tasks):
+                bar.update(_weight(phase, done_now.task))
+                self.peak_memory = max(self.peak_memory, done_now.peak_memory, peak_memory())
 
-    def _results(self, phase: Phase, tasks: Iterable[int]) -> Iterator[int]:
+    def _results(self, phase: Phase, tasks: Iterable[int]) -> Iterator[Done]:
         if self.pool is None:
             for task in tasks:
                 yield do_task(phase.call(task))
             return
-        running: set[Future[int]] = set()
+        running: set[Future[Done]] = set()
         ahead = self.num_workers if self.claim else 2 * self.num_workers
         try:
             for task in tasks:

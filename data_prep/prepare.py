@@ -125,7 +125,7 @@ def _work_out(planned: Planned, executor: PoolExecutor) -> TokenStore:
         store = TokenStore(folder)
         shutil.rmtree(work.folder, ignore_errors=True)
     print_summary(store)
-    print(f"tokens: {folder}", flush=True)
+    print(f"tokens: {folder} (peak memory of a process {executor.peak_memory / 1e9:.2f} GB)", flush=True)
     return store
 
 
