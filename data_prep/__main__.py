@@ -1,20 +1,51 @@
-"""python -m data_prep RUN.yaml [--set key=value …]: tokenize a run's text into the cache, by itself."""
+"""python -m data_prep RUN.yaml: tokenize a run's text into the cache, by itself.
+
+Alone it uses this machine's cores; under mpirun, MPI ranks; in a SLURM array task, it shares the work with the other
+tasks. `python -m data_prep inspect RUN.yaml` shows samples of its shards as text, `verify` checks them.
+"""
 
 import argparse
 import sys
 
+from data_prep.backends import BACKENDS
 from data_prep.prepare import prepare_run
 from pipeline.errors import exit_on_user_error
 from pipeline.run_file import load_run
 
+VERBS = ("prepare", "inspect", "verify")
+
 
 def main() -> int:
-    """Tokenize; 0 when the tokens are in the cache."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep", description=__doc__.split(": ", 1)[1])
-    parser.add_argument("run", metavar="RUN.yaml")
+    """Do what the command line says; 0 when the tokens are in the cache, or are as they should be."""
+    arguments = sys.argv[1:]
+    verb = arguments.pop(0) if arguments and arguments[0] in VERBS else "prepare"
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep" + (f" {verb}" if verb != "prepare" else ""),
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN.yaml", help="a run; for inspect and verify also a folder of tokens")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the run")
-    arguments = parser.parse_args()
-    prepare_run(load_run(arguments.run, arguments.set))
+    if verb == "prepare":
+        parser.add_argument("--executor", choices=BACKENDS, default="auto", help="what to run tasks on")
+        parser.add_argument("--workers", type=int, help="processes on this machine; by default one a core")
+        parser.add_argument("--force", action="store_true", help="accept a tokenizer that has changed")
+    if verb == "inspect":
+        parser.add_argument("--samples", type=int, default=3, help="samples of each set")
+        parser.add_argument("--length", type=int, default=256, help="tokens a sample")
+        parser.add_argument("--only", metavar="SET", help="this set alone")
+    options = parser.parse_args(arguments)
+    if verb == "prepare":
+        prepare_run(load_run(options.run, options.set), options.executor, options.workers, force=options.force)
+        return 0
+    from data_prep.inspect import inspect_store, open_store
+
+    store = open_store(options.run, options.set)
+    if verb == "verify":
+        store.verify(show=True)
+        print(f"{store.folder}: every file is as it was written", flush=True)
+    else:
+        inspect_store(store, options.only, options.samples, options.length)
     return 0
 
 

@@ -1,18 +1,26 @@
-"""Which documents are held out of training, and which training documents are near-copies of those.
+"""Which documents are held out of training, and which training documents contain or nearly copy one of those.
 
 A document is held out by a hash of its page, never by line: a page and its translations fall on the same side, in
-every set and every run of the same seed. MinHash (Broder 1997) then finds copies of the held-out text in training.
+every set and every run of the same seed. Copies are found by the share of a held-out text's word triples that a
+training document holds too: exact, and a near copy (by Jaccard similarity) always holds as large a share.
 """
 
 import hashlib
-import unicodedata
+from pathlib import Path
+from typing import Literal, NamedTuple
 
-from datasketch import MinHash, MinHashLSH
+import numpy as np
+from numpy.typing import NDArray
 
-SHINGLE = 3  # units (words, or characters of scripts without spaces) a shingle
-NUM_PERMUTATIONS = 128
-# Scripts that put no spaces between words: there a unit is a character.
-WITHOUT_SPACES = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE")
+from data_prep.words import Hashes
+from pipeline.files import atomic_file
+
+SHINGLE = 3  # words a run
+# A text with fewer distinct runs than this, such as a heading, stands in many others by right: those only have to be
+# no copy of it as a whole.
+CONTAINED_RUNS = 12
+
+Reason = Literal["near_copy", "benchmark"]
 
 
 def is_held_out(key: str, seed: int, fraction: float) -> bool:
@@ -21,64 +29,55 @@ def is_held_out(key: str, seed: int, fraction: float) -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-class _Units(dict[int, str]):
-    """A table for str.translate that makes units space-separated: no punctuation, spaces around lone characters."""
+class HeldOutRuns(NamedTuple):
+    """Held-out texts as word runs: all their distinct runs in a row, how many each has, which are benchmarks."""
 
-    def __missing__(self, code: int) -> str:
-        character = chr(code)
-        if unicodedata.category(character)[0] in "PSZC":
-            unit = " "
-        elif unicodedata.name(character, "").startswith(WITHOUT_SPACES):
-            unit = f" {character} "
-        else:
-            unit = character
-        self[code] = unit
-        return unit
+    runs: NDArray[np.uint64]
+    sizes: NDArray[np.uint32]
+    is_benchmark: NDArray[np.bool_]
 
 
-_UNITS = _Units()
+class CopyIndex:
+    """Finds texts that contain `threshold` of an indexed text's word runs. The arrays are mapped, not read."""
 
+    def __init__(self, folder: Path, threshold: float) -> None:
+        def array(name: str) -> NDArray[np.generic]:
+            return np.load(folder / f"{name}.npy", mmap_mode="r")
 
-def shingles(text: str) -> set[str]:
-    """Every run of three units of a text, without regard to case and punctuation; a shorter text is one shingle."""
-    units = text.casefold().translate(_UNITS).split()
-    if len(units) <= SHINGLE:
-        return {" ".join(units)} if units else set()
-    return {" ".join(units[i : i + SHINGLE]) for i in range(len(units) - SHINGLE + 1)}
-
-
-class NearCopies:
-    """Finds texts whose estimated Jaccard similarity to one of the added texts is at least `threshold`."""
-
-    def __init__(self, threshold: float) -> None:
+        self._runs, self._texts = array("runs"), array("texts")
+        self._sizes, self._is_benchmark = np.array(array("sizes")), np.array(array("is_benchmark"))
         self._threshold = threshold
-        # Weighted against misses: candidates are checked by the estimate below, so false ones cost only time.
-        self._index = MinHashLSH(threshold=threshold, num_perm=NUM_PERMUTATIONS, weights=(0.1, 0.9))
-        self._signatures: list[MinHash] = []
-        self._known: set[str] = set()
 
-    def add(self, text: str) -> None:
-        """Add a held-out text."""
-        found = shingles(text)
-        if not found:
-            return
-        self._known |= found
-        signature = _signature(found)
-        self._index.insert(len(self._signatures), signature)
-        self._signatures.append(signature)
+    @staticmethod
+    def write(folder: Path, parts: list[HeldOutRuns]) -> int:
+        """Index texts, in a folder; returns how many there are."""
+        sizes = np.concatenate([np.empty(0, np.uint32), *(part.sizes for part in parts)])
+        runs = np.concatenate([np.empty(0, np.uint64), *(part.runs for part in parts)])
+        texts = np.repeat(np.arange(len(sizes), dtype=np.uint32), sizes)
+        order = np.argsort(runs, kind="stable")
+        is_benchmark = np.concatenate([np.empty(0, np.bool_), *(part.is_benchmark for part in parts)])
+        arrays = {"runs": runs[order], "texts": texts[order], "sizes": sizes, "is_benchmark": is_benchmark}
+        for name, values in arrays.items():
+            with atomic_file(folder / f"{name}.npy") as temporary, open(temporary, "wb") as file:
+                np.save(file, values)
+        return len(sizes)
 
-    def has_near_copy_of(self, text: str) -> bool:
-        """Whether an added text is as similar to this one as the threshold says."""
-        found = shingles(text)
-        # J(a, b) >= t needs at least t |a| of a's shingles to be in b: most texts are settled without a signature.
-        if not found or sum(map(self._known.__contains__, found)) < self._threshold * len(found):
-            return False
-        signature = _signature(found)
-        candidates = self._index.query(signature)
-        return any(signature.jaccard(self._signatures[i]) >= self._threshold for i in candidates)
-
-
-def _signature(found: set[str]) -> MinHash:
-    signature = MinHash(num_perm=NUM_PERMUTATIONS)
-    signature.update_batch([shingle.encode() for shingle in found])
-    return signature
+    def copied(self, runs: Hashes) -> Reason | None:
+        """Of what a text with these (sorted, distinct) runs is a copy or a container, if of any."""
+        if not len(runs) or not len(self._runs):
+            return None
+        first = np.searchsorted(self._runs, runs, "left")
+        hit = self._runs[np.minimum(first, len(self._runs) - 1)] == runs
+        if not hit.any():
+            return None
+        first = first[hit]
+        counts = np.searchsorted(self._runs, runs[hit], "right") - first
+        positions = np.repeat(first - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
+        texts, shared = np.unique(self._texts[positions], return_counts=True)
+        sizes = self._sizes[texts].astype(np.int64)
+        # Of a short text, the Jaccard similarity counts; of others, how much of it is held.
+        whole = np.where(sizes < CONTAINED_RUNS, sizes + len(runs) - shared, sizes)
+        found = texts[shared >= self._threshold * whole]
+        if not len(found):
+            return None
+        return "benchmark" if self._is_benchmark[found].all() else "near_copy"

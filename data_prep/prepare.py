@@ -1,171 +1,146 @@
-"""The tokenize step: the run's text sets to a TokenStore in the cache, done once for the same content."""
+"""Text sets to a TokenStore in the cache: planned, worked out by whatever executor there is, and done once."""
 
 import fcntl
-import importlib.metadata
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from data_prep.hashes import RememberedHashes
-from data_prep.held_out import NearCopies
-from data_prep.set_writer import SetTask, scan, write_set
-from data_prep.sources import Source, format_of, source_files
-from data_prep.store import MANIFEST, SetManifest, SourceFile, StoreManifest, TokenStore
-from data_prep.tokenize import DocumentEncoder, choose_dtype
-from pipeline.config import DataConfig, RunConfig
+from data_prep.backends import Backend, open_executor
+from data_prep.executor import PoolExecutor
+from data_prep.filters import Filters
+from data_prep.phases import run_phases
+from data_prep.plan import Work, forget_plans
+from data_prep.planning import Inputs, Planned, check_tokenizer, make_plan
+from data_prep.sources import source_files
+from data_prep.store import MANIFEST, TokenStore
+from data_prep.summary import print_summary
+from pipeline.config import RunConfig
+from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
-from pipeline.files import content_key, new_folder, sha256_file, write_json
 
-FORMAT_VERSION = 1  # part of the content key: raise it when the same inputs give other shards
-PACKAGES = "tokenizers", "transformers", "datasketch", "numpy"
+SMALL_BYTES = 32 << 20  # of files: less is not worth starting processes for
 
 
-def prepare_run(run: RunConfig) -> TokenStore:
+def prepare_run(
+    run: RunConfig, backend: Backend = "auto", workers: int | None = None, *, force: bool = False
+) -> TokenStore | None:
     """`prepare` for a whole run: its tokenizer (the model's, unless `data.tokenizer` names one) and vocabulary."""
+    return _prepare(_inputs(run), backend, workers, force)
+
+
+def tokens_folder(run: RunConfig) -> Planned:
+    """The plan of a run's tokens, with the folder that `prepare_run` puts them in, whether they are there or not."""
+    inputs = _inputs(run)
+    with open_executor("local", _workers(inputs.data, None)) as executor:
+        assert executor is not None
+        return make_plan(inputs, executor)
+
+
+def _inputs(run: RunConfig) -> Inputs:
     revision = run.model.revision if run.data.tokenizer is None else None
     tokenizer = run.data.tokenizer or run.model.path
-    return prepare(run.data, tokenizer, _vocab_size(run), run.cache_dir, run.seed, revision)
-
-
-def tokens_folder(run: RunConfig) -> Path:
-    """Where `prepare_run` puts a run's tokens, whether they are there yet or not."""
-    revision = run.model.revision if run.data.tokenizer is None else None
-    vocab_size = _vocab_size(run)
-    dtype = choose_dtype(run.data.token_dtype, vocab_size)
-    encoder = DocumentEncoder(run.data.tokenizer or run.model.path, run.data.separator, vocab_size, revision)
-    sources = _sources(run.data, run.cache_dir)
-    return _folder(run.cache_dir, _settings(run.data, sources, encoder.key, dtype, run.seed))
-
-
-def _folder(cache_dir: Path, settings: dict[str, Any]) -> Path:
-    return cache_dir / "tokens" / content_key(settings)
+    return Inputs(run.data, tokenizer, _vocab_size(run), run.cache_dir, run.seed, revision, run.stage1.tokens)
 
 
 def prepare(
-    data: DataConfig, tokenizer_path: str, vocab_size: int, cache_dir: Path, seed: int, revision: str | None = None
+    data: DataConfig,
+    tokenizer_path: str,
+    vocab_size: int,
+    cache_dir: Path,
+    seed: int,
+    revision: str | None = None,
+    *,
+    stage1_tokens: int | None = None,
+    workers: int | None = None,
 ) -> TokenStore:
-    """Tokenize every set into `cache_dir/tokens/<content key>/`, unless that has been done.
+    """Tokenize every set into `cache_dir/tokens/<content key>/` on this machine, unless that has been done.
 
     Args:
-        tokenizer_path: a folder or hub id (with `revision`).
+        tokenizer_path: a folder or hub id (with `revision`), or a SentencePiece file.
         vocab_size: of the model: ids must be below it.
-        seed: of the choice of held-out documents.
+        seed: of the choice of held-out documents, of what budgets take and of replay.
+        stage1_tokens: what `data.replay.share` is a share of; without it a share is no limit.
+        workers: processes; by default one a core, or none for little text.
 
     Raises:
         UserError: a source, the tokenizer or a setting won't do; it names the file and row, or the key.
     """
-    dtype = choose_dtype(data.token_dtype, vocab_size)
-    encoder = DocumentEncoder(tokenizer_path, data.separator, vocab_size, revision)
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    sources = _sources(data, cache_dir)
-    settings = _settings(data, sources, encoder.key, dtype, seed)
-    folder = _folder(cache_dir, settings)
-    with _lock(folder):
+    inputs = Inputs(data, tokenizer_path, vocab_size, cache_dir, seed, revision, stage1_tokens)
+    store = _prepare(inputs, "local", workers, force=False)
+    assert store is not None
+    return store
+
+
+def _prepare(inputs: Inputs, backend: Backend, workers: int | None, force: bool) -> TokenStore | None:
+    """The store; None in an MPI rank that did tasks for another."""
+    with open_executor(backend, _workers(inputs.data, workers)) as executor:
+        if executor is None:
+            return None
+        inputs.cache_dir.mkdir(parents=True, exist_ok=True)
+        planned = make_plan(inputs, executor)
+        check_tokenizer(inputs, planned.encoder, force)
+        return _work_out(planned, executor)
+
+
+def _workers(data: DataConfig, wanted: int | None) -> int | None:
+    """One, this process with its libraries' threads, where there is little text."""
+    if wanted is not None:
+        return wanted
+    sources = [source for entry in data.sets.values() for source in entry.source_list]
+    if any(source.hub is not None for source in sources):
+        return None
+    try:
+        size = sum(file.stat().st_size for source in sources for file in source_files(source))
+    except UserError:
+        return 1  # it will be met again, and named, when the plan is made
+    return 1 if size < SMALL_BYTES else None
+
+
+def _work_out(planned: Planned, executor: PoolExecutor) -> TokenStore:
+    plan, folder = planned.plan, planned.folder
+    work = Work(folder.with_name(f".{folder.name}.work"))
+    with _lock(folder, shared=executor.claim is not None):
         if (folder / MANIFEST).is_file():
+            shutil.rmtree(work.folder, ignore_errors=True)
             print(f"tokens: {folder} is there already, skipped", flush=True)
             return TokenStore(folder)
-        with new_folder(folder) as temporary:
-            sets = _write_sets(data, encoder, dtype, seed, sources, temporary)
-            files = sorted(path for path in temporary.rglob("*") if path.is_file())
-            manifest = StoreManifest(
-                key=folder.name,
-                tokenizer=tokenizer_path,
-                tokenizer_key=encoder.key,
-                separator=encoder.separator,
-                separator_id=encoder.separator_id,
-                bos_id=encoder.bos_id,
-                dtype=dtype,
-                settings=settings,
-                sets=sets,
-                files={str(path.relative_to(temporary)): sha256_file(path) for path in files},
-                versions={name: importlib.metadata.version(name) for name in PACKAGES},
+        if plan.fraction < plan.data.held_out.fraction:
+            print(
+                f"tokens: data.held_out.fraction is lowered to {plan.fraction:.2g}, so that no more than "
+                f"data.held_out.max_megabytes={plan.data.held_out.max_megabytes} of text are held out",
+                flush=True,
             )
-            write_json(temporary / MANIFEST, manifest.model_dump(mode="json"))
-    print(f"tokens: {folder}", flush=True)
-    return TokenStore(folder)
+        for name, entry in {**plan.data.old, **plan.data.new}.items():
+            Filters(plan.data.filters, entry, name)  # an unknown language is named before any work is done
+        forget_plans()
+        if not (work.folder / "plan.json").is_file():
+            planned.encoder.save(work.folder)
+            plan.save(work.folder / "plan.json")
+        try:
+            run_phases(work, executor)
+        except (OSError, UserError):
+            if executor.claim is None or not work.is_finished:  # else another job was faster, and has cleaned up
+                raise
+        store = TokenStore(folder)
+        shutil.rmtree(work.folder, ignore_errors=True)
+    print_summary(store)
+    print(f"tokens: {folder} (peak memory of a process {executor.peak_memory / 1e9:.2f} GB)", flush=True)
+    return store
 
 
 @contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Two runs that want the same tokens take turns: the second finds them done."""
+def _lock(folder: Path, *, shared: bool) -> Iterator[None]:
+    """Two runs that want the same tokens take turns: the second finds them done. Jobs that share the work do not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"tokens: another run writes {folder}, waiting", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, kind)
         yield
-
-
-def _sources(data: DataConfig, cache_dir: Path) -> dict[str, list[SourceFile]]:
-    """The files of each set with their hashes; an error names the set."""
-    hashes = RememberedHashes(cache_dir / "hashes.json")
-    sources = {}
-    for name, entry in data.sets.items():
-        try:
-            files = source_files(Path(entry.path))
-        except UserError as error:
-            raise UserError(f"data.{data.group(name)}.{name}.path: {error}") from error
-        sources[name] = [
-            SourceFile(path=str(file), sha256=sha256, bytes=file.stat().st_size)
-            for file, sha256 in zip(files, hashes.sha256(files), strict=True)
-        ]
-    return sources
-
-
-def _settings(
-    data: DataConfig, sources: dict[str, list[SourceFile]], tokenizer_key: str, dtype: str, seed: int
-) -> dict[str, Any]:
-    """All that the shards' content depends on, and nothing else: no paths, no names of runs."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "tokenizer": tokenizer_key,
-        "dtype": dtype,
-        "seed": seed,
-        "held_out": data.held_out.model_dump(mode="json"),
-        "sets": {
-            name: {
-                "group": data.group(name),
-                "language": entry.language or name,
-                "text_field": entry.text_field,
-                "files": [[format_of(Path(file.path)), file.sha256] for file in sources[name]],
-            }
-            for name, entry in data.sets.items()
-        },
-    }
-
-
-def _write_sets(
-    data: DataConfig,
-    encoder: DocumentEncoder,
-    dtype: str,
-    seed: int,
-    sources: dict[str, list[SourceFile]],
-    folder: Path,
-) -> dict[str, SetManifest]:
-    """Two passes over the text: first to know all that is held out of any set, then to write."""
-    page_field = None if data.held_out.by == "document" else data.held_out.by
-    near_copies = NearCopies(data.held_out.near_copy_threshold)
-    tasks, sizes = {}, {}
-    for name, entry in data.sets.items():
-        group = data.group(name)
-        source = Source(Path(entry.path), entry.text_field, page_field, page_required=group != "watch")
-        tasks[name] = SetTask(name, group, source, seed, data.held_out.fraction)
-        sizes[name] = scan(tasks[name], near_copies)
-    sets = {}
-    for name, task in tasks.items():
-        train, held_out, dropped = write_set(task, encoder, dtype, near_copies, sizes[name], folder / name)
-        sets[name] = SetManifest(
-            group=task.group,
-            language=data.sets[name].language or name,
-            sources=sources[name],
-            train=train,
-            held_out=held_out,
-            dropped=dropped,
-        )
-    return sets
 
 
 def _vocab_size(run: RunConfig) -> int:

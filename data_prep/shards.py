@@ -5,8 +5,12 @@ number of document bounds D + 1 (uint64), then lengths in tokens (int32, S), byt
 bounds as sequence numbers (int64, D + 1). We write one sequence a document and read any number.
 """
 
+import hashlib
 import os
+import platform
 import struct
+from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,8 +47,12 @@ class ShardWriter:
         self._dtype = np.dtype(dtype).newbyteorder("<")
         assert self._dtype in CODES, f"no shard dtype {dtype}"
         self._final = shard_paths(prefix)
-        self._temporary = tuple(path.with_name(f".{path.name}.tmp{os.getpid()}") for path in self._final)
+        self._temporary = tuple(
+            path.with_name(f".{path.name}.tmp{platform.node()}-{os.getpid()}") for path in self._final
+        )
         self._lengths: list[int] = []
+        self._digest = hashlib.sha256()
+        self._sha256: dict[str, str] = {}
         prefix.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(self._temporary[0], "wb")  # noqa: SIM115 - closed in __exit__
 
@@ -57,27 +65,49 @@ class ShardWriter:
         Raises:
             ValueError: an id does not fit the shard's dtype.
         """
-        limit = np.iinfo(self._dtype)
-        if ids.size and (ids.min() < 0 or ids.max() > limit.max):
-            raise ValueError(
-                f"document {len(self._lengths)}: ids {ids.min()}..{ids.max()} don't fit {self._dtype.name}"
-            )
-        self._file.write(ids.astype(self._dtype).tobytes())
+        if ids.dtype != self._dtype:
+            limit = np.iinfo(self._dtype)
+            if ids.size and (ids.min() < 0 or ids.max() > limit.max):
+                raise ValueError(
+                    f"document {len(self._lengths)}: ids {ids.min()}..{ids.max()} don't fit {self._dtype.name}"
+                )
+            ids = ids.astype(self._dtype)
+        content = ids.tobytes()
+        self._digest.update(content)
+        self._file.write(content)
         self._lengths.append(ids.size)
+
+    @property
+    def sha256(self) -> dict[str, str]:
+        """The hex sha256 of .bin and .idx by suffix, once the block has ended without an error."""
+        return self._sha256
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError:  # a full disk may show only now
+            if kind is None:
+                for path in self._temporary:
+                    path.unlink(missing_ok=True)
+                raise
         if kind is not None:
             for path in self._temporary:
                 path.unlink(missing_ok=True)
             return
-        self._temporary[1].write_bytes(self._index())
-        for temporary, final in zip(self._temporary, self._final, strict=True):
-            fsync_path(temporary)
-            os.replace(temporary, final)
+        index = self._index()
+        try:
+            self._temporary[1].write_bytes(index)
+            for temporary, final in zip(self._temporary, self._final, strict=True):
+                fsync_path(temporary)
+                os.replace(temporary, final)
+        except BaseException:
+            for path in self._temporary:
+                path.unlink(missing_ok=True)
+            raise
         fsync_path(self._final[0].parent)
+        self._sha256 = {".bin": self._digest.hexdigest(), ".idx": hashlib.sha256(index).hexdigest()}
 
     def _index(self) -> bytes:
         lengths = np.asarray(self._lengths, dtype="<i4")
@@ -128,11 +158,91 @@ class Shard:
         """Token ids of each document: (num_documents,)."""
         return np.diff(self.offsets)
 
+    def read(self, start: int, stop: int) -> NDArray[np.integer]:
+        """Tokens `start` to `stop - 1`: a view of the mapped file, (stop - start,)."""
+        return self.tokens[start:stop]
+
     def document(self, index: int) -> NDArray[np.integer]:
         """Token ids of one document, counted from 0: a view of the mapped file, (length,)."""
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+
+class ShardSequence:
+    """Shards one after the other, as one run of tokens and documents. A shard is opened when it is first read."""
+
+    def __init__(self, prefixes: list[Path], dtype: str) -> None:
+        """Look at every shard's size.
+
+        Raises:
+            UserError: a file is missing.
+        """
+        self.prefixes, self.dtype = prefixes, np.dtype(dtype).newbyteorder("<")
+        sizes = [_size(shard_paths(prefix)[0]) // self.dtype.itemsize for prefix in prefixes]
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+        self._bounds = self.starts.tolist()
+        self._tokens: list[NDArray[np.integer] | None] = [None] * len(prefixes)
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """How many token ids there are, separators included."""
+        return int(self._bounds[-1])
+
+    @property
+    def num_documents(self) -> int:
+        """How many documents there are."""
+        return sum(shard.num_documents for shard in self.shards())
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Token ids of each document: (num_documents,)."""
+        return np.concatenate([np.empty(0, np.int64), *(shard.lengths for shard in self.shards())])
+
+    def shards(self) -> Iterator[Shard]:
+        """Each shard, opened and its index checked."""
+        for prefix in self.prefixes:
+            yield Shard(prefix)
+
+    def document(self, index: int) -> NDArray[np.integer]:
+        """Token ids of one document, counted from 0 over all shards, (length,)."""
+        left = index
+        for shard in self.shards():
+            if 0 <= left < shard.num_documents:
+                return shard.document(left)
+            left -= shard.num_documents
+        raise IndexError(f"document {index} of {self.num_documents}")
+
+    def read(self, start: int, stop: int) -> NDArray[np.integer]:
+        """Tokens `start` to `stop - 1`, (stop - start,); a view of the mapped file where one shard holds them all."""
+        number = bisect_right(self._bounds, start) - 1
+        begin = start - self._bounds[number]
+        tokens = self._tokens[number] if 0 <= number < len(self._tokens) else None
+        if tokens is None:
+            tokens = self._open(number)
+        found = tokens[begin : begin + stop - start]
+        if len(found) == stop - start:
+            return found
+        assert 0 <= start <= stop <= self.num_tokens, f"tokens {start} to {stop} of {self.num_tokens}"
+        return np.concatenate([found, self.read(start + len(found), stop)])
+
+    def _open(self, number: int) -> NDArray[np.integer]:
+        path = shard_paths(self.prefixes[number])[0]
+        size = self._bounds[number + 1] - self._bounds[number]
+        # A plain array over the mapped file: slices of np.memmap itself cost several times as much.
+        tokens = np.asarray(np.memmap(path, self.dtype, "r")) if size else np.empty(0, self.dtype)
+        self._tokens[number] = tokens
+        return tokens
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: missing; delete its folder and run tokenize again") from error
 
 
 def _read_index(path: Path) -> tuple[np.dtype[Any], NDArray[np.int64]]:

@@ -1,11 +1,12 @@
 """RunConfig: everything that a run's YAML may say, checked once, where it is read."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.cluster.config import ClusterConfig
+from pipeline.data_config import DataConfig
 from pipeline.errors import UserError
 from pipeline.section import Fraction, Positive, Section
 
@@ -15,88 +16,6 @@ class ModelConfig(Section):
 
     path: str
     revision: str | None = None
-
-
-class SetConfig(Section):
-    """One named set of text; ``language`` is its name unless given; ``weight`` is its share of a stage's tokens."""
-
-    path: str
-    language: str = ""
-    text_field: str = "text"
-    weight: float = Field(default=1.0, gt=0)
-
-
-class HeldOutConfig(Section):
-    """Which documents are held out of training: ``fraction`` of them, by a hash of the field ``by``.
-
-    Documents that share the field's value (a page and its translations) fall on the same side;
-    ``by: document`` uses the text itself. Training documents whose estimated Jaccard similarity to
-    a held-out one exceeds ``near_copy_threshold`` are dropped.
-    """
-
-    by: str = "document"
-    fraction: Fraction = 0.01
-    near_copy_threshold: float = Field(default=0.8, gt=0, le=1)
-
-
-class DataConfig(Section):
-    """The sets: ``old`` languages are kept, ``new`` ones learned, ``watch`` only scored."""
-
-    old: dict[str, SetConfig] = {}
-    new: dict[str, SetConfig]
-    watch: dict[str, SetConfig] = {}
-    held_out: HeldOutConfig = HeldOutConfig()
-    tokenizer: str | None = None
-    separator: str = "auto"
-    token_dtype: Literal["auto", "uint16", "int32"] = "auto"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _names_are_languages(cls, value: Any) -> Any:
-        """A set's language is its name unless it says otherwise; a set given as null is left out."""
-        if not isinstance(value, dict):
-            return value
-        value = dict(value)
-        for group in ("old", "new", "watch"):
-            sets = value.get(group)
-            if sets is None:
-                value.pop(group, None)
-            elif isinstance(sets, dict):
-                value[group] = {
-                    str(name): {**entry, "language": entry.get("language") or str(name)}
-                    if isinstance(entry, dict)
-                    else entry
-                    for name, entry in sets.items()
-                    if entry is not None
-                }
-        return value
-
-    @model_validator(mode="after")
-    def _check(self) -> "DataConfig":
-        if not self.new:
-            raise ValueError("new: no set; name at least one language to learn, as new: {el: {path: el.jsonl}}")
-        groups = {"old": self.old, "new": self.new, "watch": self.watch}
-        names: dict[str, str] = {}
-        for group, sets in groups.items():
-            for name in sets:
-                if name in names:
-                    raise ValueError(f"{group}.{name}: the name is used in {names[name]} too; rename one of the sets")
-                if "/" in name or name.startswith("."):
-                    raise ValueError(f"{group}.{name}: a set's name becomes a folder; use letters, digits, - and _")
-                names[name] = group
-        both = {s.language for s in self.old.values()} & {s.language for s in self.new.values()}
-        if both:
-            raise ValueError(f"language {sorted(both)[0]!r} is both old and new; keep it in one of the two")
-        return self
-
-    @property
-    def sets(self) -> dict[str, SetConfig]:
-        """All sets by name, old before new before watch."""
-        return {**self.old, **self.new, **self.watch}
-
-    def group(self, name: str) -> Literal["old", "new", "watch"]:
-        """Which group the set of this name is in."""
-        return "old" if name in self.old else "new" if name in self.new else "watch"
 
 
 class SimilarityConfig(Section):

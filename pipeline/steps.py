@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.hashes import RememberedHashes
+from data_prep.planning import Planned
 from data_prep.prepare import prepare_run, tokens_folder
 from data_prep.store import TokenStore
 from pipeline.allocation import allocate, clamp_similarity, most_similar_layers
@@ -84,19 +85,26 @@ class Steps:
     def tokenize(self) -> None:
         """Text to token shards in the cache."""
         started = time.monotonic()
-        if self.tokenize_is_done():
+        planned = tokens_folder(self.run)
+        inputs = _tokenize_inputs(planned)
+        if self._tokens_are_there(planned):
             return
-        inputs = {"tokens": tokens_folder(self.run).name}
-        store = prepare_run(self.run)
-        sets = {name: entry.model_dump(mode="json", exclude={"sources"}) for name, entry in store.sets.items()}
+        store = prepare_run(self.run, "local", force=self.force)
+        assert store is not None
+        write_json(self.folder.path / "data_statistics.json", store.statistics.model_dump(mode="json"))
+        sets = {
+            name: entry.model_dump(mode="json", exclude={"sources", "shards"}) for name, entry in store.sets.items()
+        }
         self.folder.finish(
             "tokenize", inputs, outputs={"tokens": store.key}, figures=seconds_since(started) | {"sets": sets}
         )
 
     def tokenize_is_done(self) -> bool:
         """Whether the tokens of these texts, with these settings, are there."""
-        folder = tokens_folder(self.run)
-        return self.done("tokenize", {"tokens": folder.name}) and (folder / "manifest.json").is_file()
+        return self._tokens_are_there(tokens_folder(self.run))
+
+    def _tokens_are_there(self, planned: Planned) -> bool:
+        return self.done("tokenize", _tokenize_inputs(planned)) and (planned.folder / "manifest.json").is_file()
 
     def similarity(self) -> None:
         """Tokens and dense model to similarity.json: one pass, nothing stored but means."""
@@ -244,6 +252,10 @@ class Steps:
         shards = [self.store.held_out(name) for name in self.run.data.sets]
         length = min(PARITY_SAMPLE, *(shard.num_tokens for shard in shards))
         return np.stack([shard.tokens[:length] for shard in shards])
+
+
+def _tokenize_inputs(planned: Planned) -> dict[str, Any]:
+    return {"tokens": planned.folder.name, "tokenizer": planned.encoder.spec.key}
 
 
 def seconds_since(started: float) -> dict[str, Any]:

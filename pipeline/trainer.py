@@ -197,7 +197,7 @@ class Trainer:
         first = min(wanted, end - size)
         batch = self.order.batch(first, size)
         counts_T = (torch.arange(first, end)[:size] >= wanted).to(device).repeat_interleave(self.stage.sequence_length)
-        logits_BLV = self.engine(input_ids=torch.from_numpy(batch.ids).to(device), use_cache=False).logits
+        logits_BLV = self.engine(**batch.model_inputs(device), use_cache=False).logits
         routings = [layer.routing for layer in self.layers if layer.routing is not None]
         losses = self._losses(logits_BLV, batch, counts_T, routings, micro_step)
         sums.add_losses(**{name: loss for name, (loss, _) in losses.items()})

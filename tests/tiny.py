@@ -113,6 +113,7 @@ def run_tree(folder: Path, **changes: Any) -> dict[str, Any]:
         "model": {"path": str(folder / "model")},
         "data": {
             "held_out": {"by": "page", "fraction": 0.1},
+            "replay": None,  # all of the old sets
             "old": {"en": {"path": str(corpus["en"])}},
             "new": {"el": {"path": str(corpus["el"])}, "hu": {"path": str(corpus["hu"]), "weight": 0.5}},
         },

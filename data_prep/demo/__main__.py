@@ -29,8 +29,13 @@ def main() -> int:
 
 def inputs_of(run: RunConfig, into: Path) -> set[str]:
     """The names of the inputs that a run reads from the folder, such as "help/el.jsonl"."""
-    paths = [Path(run.model.path), *(Path(entry.path) for entry in run.data.sets.values())]
+    paths = [Path(run.model.path), *_paths_of(run)]
     return {path.relative_to(into).as_posix() for path in paths if path.is_relative_to(into)}
+
+
+def _paths_of(run: RunConfig) -> list[Path]:
+    sources = [source for entry in run.data.sets.values() for source in entry.source_list]
+    return [Path(source.path) for source in sources if source.path is not None]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from data_prep.store import StoreStatistics
 from pipeline import expert_plan
 from pipeline.errors import UserError
 from pipeline.expert_plan import ExpertPlan
@@ -163,6 +164,7 @@ class RunData:
     stages: dict[str, Stage]
     evaluation: Evaluation | None
     manifests: list[Manifest]
+    text: StoreStatistics | None = None
 
     @property
     def name(self) -> str:
@@ -218,7 +220,16 @@ def read_run(folder: Path) -> RunData:
         stages={name: _read_stage(folder / name) for name in STAGES},
         evaluation=_read(folder / "evaluation.json", Evaluation),
         manifests=_read_manifests(folder / "manifests"),
+        text=_read_statistics(folder / "data_statistics.json"),
     )
+
+
+def _read_statistics(path: Path) -> StoreStatistics | None:
+    """Figures of the run's text, which the tokenize step left."""
+    try:
+        return StoreStatistics.model_validate(read_json(path)) if path.is_file() else None
+    except ValidationError as error:
+        raise UserError(f"{path}: not the statistics of this version; delete it and run tokenize again") from error
 
 
 def _section(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:

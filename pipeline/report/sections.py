@@ -5,6 +5,7 @@ from typing import Literal
 
 import plotly.graph_objects as go
 
+from data_prep import charts as text_charts
 from pipeline.expert_plan import ExpertPlan
 from pipeline.report import charts, curves
 from pipeline.report.data import RunData, Stage, StageRouting, stage_label
@@ -43,6 +44,7 @@ def picture_sections(data: RunData) -> list[Section]:
     return [
         _results(data),
         _experts(data),
+        *_text(data),
         *(_training(data, stage) for stage in data.stages.values()),
         _validation(data),
         _routing(data),
@@ -61,6 +63,15 @@ def _results(data: RunData) -> Section:
             )
         )
     return section
+
+
+def _text(data: RunData) -> list[Section]:
+    """What was trained on and what was left out of it, if the tokenize step says so."""
+    if data.text is None:
+        return []
+    found = [Chart.single(chart, title, caption) for chart, title, caption in text_charts.pictures(data.text)]
+    warnings = [entry.warning for entry in data.text.sets.values() if entry.warning]
+    return [Section("text", "Text", found, warnings)]
 
 
 def _experts(data: RunData) -> Section:

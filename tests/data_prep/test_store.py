@@ -19,7 +19,7 @@ def test_opening_the_folder_again_gives_the_same_manifest(store: TokenStore) -> 
     assert store.key == store.folder.name
 
 
-@pytest.mark.parametrize("name", ["en/train.bin", "el/held_out.jsonl"])
+@pytest.mark.parametrize("name", ["en/train/00000.bin", "el/held_out.jsonl"])
 def test_verify_names_a_file_whose_bytes_have_changed(store: TokenStore, name: str) -> None:
     path = store.folder / name
     content = bytearray(path.read_bytes())

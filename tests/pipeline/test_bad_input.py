@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from pipeline.__main__ import main
+from pipeline.checkpoint import write_manifest
 from pipeline.errors import UserError
 from pipeline.expert_plan import ExpertPlan
 from pipeline.files import write_json
@@ -121,7 +122,7 @@ def checkpoint_of_another(what: str) -> Callable[[Path, Tree], None]:
         manifest = {**identity, what: "other", "stage": 1, "files": {}}
         tag = steps.stage_folder(1) / "step000001"
         tag.mkdir(parents=True)
-        write_json(tag / "manifest.json", manifest)
+        write_manifest(tag, manifest)
 
     return change
 
@@ -160,8 +161,7 @@ TABLE: list[tuple[str, Callable[[Path, Tree], None], list[str], list[str]]] = [
     ("similarity not positive", negative_similarity, ["allocate"], ["layer 1", "-0.01", "not positive"]),
     ("an ep_size that does not divide the ranks", setting("parallel", {"ranks": 3, "ep_size": 2}), ["train"], ["ep_size", "2", "3"]),
     ("ep_size above the experts", setting("parallel", {"ranks": 8, "ep_size": 8}), ["allocate"], ["ep_size", "8 ranks", "6 new experts"]),
-    ("a batch that the ranks do not divide", setting("parallel", {"ranks": 3}), ["train"], ["global_batch_size", "8", "3 ranks"]),
-    ("a micro-batch that does not divide", setting("parallel", {"micro_batch_size": 3}), ["train"], ["micro_batch_size", "3", "8"]),
+    ("a micro-batch above the batch", setting("parallel", {"micro_batch_size": 9}), ["train"], ["micro_batch_size", "9", "8 samples"]),
     ("too few tokens for one batch", setting("stage1.tokens", 100), ["tokenize"], ["stage1", "100", "less than one batch"]),
     ("a set shorter than a sample", setting("stage1", {"tokens": 10**7, "sequence_length": 10**6, "global_batch_size": 1}), ["train", "--stage", "1"], ["set el", "less than one sample"]),
     ("a model that is not there", setting("model.path", "./none"), ["tokenize"], ["model.path", "none"]),

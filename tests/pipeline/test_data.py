@@ -1,20 +1,38 @@
 """The order of samples is a pure function of seed and content. Run: pytest tests/pipeline/test_data.py"""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from pipeline.data import SampleOrder, Source, interleave
+from pipeline.data import SampleOrder, Source, document_positions
 from pipeline.errors import UserError
+from pipeline.interleave import CHUNK, Interleaving
+from tests.tiny import save_model
 
 LENGTH = 8
 
 
+class InMemory:
+    """Tokens for tests."""
+
+    def __init__(self, ids: np.ndarray) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.ids[start:stop]
+
+
 def order(num_samples: int = 60, seed: int = 1) -> SampleOrder:
     sources = [
-        Source("en", np.arange(1000, 1000 + 8 * 10 + 1, dtype=np.uint16), 1.0, True),
-        Source("el", np.arange(0, 8 * 25 + 5, dtype=np.uint16), 3.0, False),
+        Source("en", InMemory(np.arange(1000, 1000 + 8 * 10 + 1, dtype=np.uint16)), 1.0, True),
+        Source("el", InMemory(np.arange(0, 8 * 25 + 5, dtype=np.uint16)), 3.0, False),
     ]
     return SampleOrder(sources, sequence_length=LENGTH, num_samples=num_samples, seed=seed)
 
@@ -48,7 +66,7 @@ def test_ranks_and_micro_batches_only_say_who_computes_a_sample(ranks: int, micr
 
 
 def test_sets_take_turns_by_weight_in_any_stretch() -> None:
-    source, number = interleave([1.0, 3.0, 0.5], 450)
+    source, number = Interleaving([1.0, 3.0, 0.5]).turns(0, 450)
     for first in range(0, 450, 45):
         counts = Counter(source[first : first + 45].tolist())
         assert abs(counts[0] - 10) <= 1
@@ -71,4 +89,66 @@ def test_old_tokens_are_known_without_reading() -> None:
 
 def test_a_set_shorter_than_a_sample_is_refused() -> None:
     with pytest.raises(UserError, match=r"set el has 8 training tokens, less than one sample of 8 \+ 1"):
-        SampleOrder([Source("el", np.arange(8), 1.0, False)], sequence_length=8, num_samples=1, seed=0)
+        SampleOrder([Source("el", InMemory(np.arange(8)), 1.0, False)], sequence_length=8, num_samples=1, seed=0)
+
+
+def test_turns_do_not_depend_on_where_reading_begins() -> None:
+    turns = Interleaving([0.3, 1.7, 0.01])
+    source, number = turns.turns(0, 3 * CHUNK)
+    for first, size in ((0, 1), (CHUNK - 3, 7), (2 * CHUNK - 1, CHUNK), (17, 2)):
+        again = turns.turns(first, size)
+        np.testing.assert_array_equal(again[0], source[first : first + size])
+        np.testing.assert_array_equal(again[1], number[first : first + size])
+
+
+@pytest.mark.parametrize("weights", [[1.0], [1.0, 3.0, 0.5], [0.1, 0.2, 0.3, 1e-3], [7.0, 7.0]])
+@pytest.mark.parametrize("num_samples", [1, 97, CHUNK, 3 * CHUNK + 11])
+def test_shares_are_right_to_one_sample_after_any_number_of_samples(weights: list[float], num_samples: int) -> None:
+    turns = Interleaving(weights)
+    source, number = turns.turns(0, num_samples)
+    for which, (weight, count) in enumerate(zip(weights, turns.counts(num_samples), strict=True)):
+        assert abs(count - num_samples * weight / sum(weights)) <= 1
+        assert number[source == which].tolist() == list(range(count))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_no_sample_is_lost_or_repeated_in_an_epoch_whatever_the_ranks_and_interruptions(world_size: int) -> None:
+    tokens = InMemory(np.arange(LENGTH * 64 + 1))
+    seen: list[int] = []
+    done = 0
+    for steps in (3, 1, 7, 2, 3):  # the job is interrupted after each of these, and resumed from the samples consumed
+        samples = SampleOrder([Source("el", tokens, 1.0, False)], sequence_length=LENGTH, num_samples=64, seed=5)
+        for _ in range(steps):
+            for rank in range(world_size):
+                share = 4 // world_size
+                seen += samples.batch(done + rank * share, share).ids[:, 0].tolist()
+            done += 4
+    assert sorted(seen) == list(range(0, LENGTH * 64, LENGTH))
+
+
+def test_positions_begin_anew_after_each_separator() -> None:
+    ids = np.array([[5, 6, 0, 7, 0, 0, 8, 9], [0, 5, 6, 7, 8, 9, 1, 2]])
+    assert document_positions(ids, 0).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3"])
+def test_an_isolated_document_of_a_packed_sample_has_the_logits_it_has_alone(family: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / family, family, 2), dtype=torch.float32).eval()
+    parts = [[5, 9, 40, 0], [7, 0], [11, 12, 13, 14, 15]]
+    packed = InMemory(np.array([id_ for part in parts for id_ in part] + [1]))
+    samples = {
+        isolate: SampleOrder(
+            [Source("el", packed, 1.0, False)], sequence_length=11, num_samples=1, seed=0, isolate=isolate
+        )
+        for isolate in (0, None)
+    }
+    with torch.no_grad():
+        isolated, joined = (
+            model(**samples[isolate].batch(0, 1).model_inputs("cpu"), use_cache=False).logits for isolate in (0, None)
+        )
+        start = 0
+        for part in parts:
+            alone = model(input_ids=torch.tensor([part]), use_cache=False).logits
+            torch.testing.assert_close(isolated[:, start : start + len(part)], alone, rtol=1e-4, atol=1e-4)
+            start += len(part)
+    assert not torch.allclose(isolated[:, 6:], joined[:, 6:], rtol=1e-2, atol=1e-2)

@@ -108,7 +108,8 @@ def test_the_checkpoint_is_native_and_its_manifest_says_where_it_is_from(tmp_pat
     manifest = read_json(tmp_path / "out" / "manifest.json")
     assert manifest["model"] == "abc"
     assert manifest["plan"]["rounds"][1] == {"languages": ["el"], "num_new": [2, 1, 0, 3], "source": "expert 0"}
-    assert set(manifest["files"]) == experts | {"mp_rank_00_model_states.pt"}
+    assert set(manifest["files"]) == {f"upcycled/{name}" for name in experts | {"mp_rank_00_model_states.pt"}}
+    assert checkpoint.damaged_files(tmp_path / "out") == []
 
 
 def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
