@@ -209,3 +209,25 @@ def train_with_bad_steps(
     finally:
         Trainer._losses, Trainer.train_step = real_losses, real_step  # type: ignore[method-assign]
     return {"figures": figures, "weights": weights, "moments": moments}
+
+
+def held_bytes(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> dict[str, int]:
+    """What this rank holds after a step, by kind, and what its checkpoint's tensors take."""
+    trainer = Trainer(stage_inputs(tree, number, folder), ranks)
+    trainer.train_step()
+    trainer.save()
+    parameters, optimizer = list(trainer.engine.module.parameters()), trainer.engine.basic_optimizer
+    states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    masters = [p for group in optimizer.param_groups for p in group["params"]] if number == 1 else []
+    sums = getattr(trainer.engine.optimizer, "fp32_groups_gradients_flat", [])
+    held = {
+        "weights": sum(p.numel() * p.element_size() for p in parameters),
+        "gradients": sum(g.numel() * g.element_size() for g in sums),
+        "master weights": sum(p.numel() * p.element_size() for p in masters),
+        "moments": sum(s.numel() * s.element_size() for s in states),
+        "checkpoint": sum(
+            entry["bytes"] for entry in checkpoint.read_manifest(folder / trainer.tag)["files"].values()
+        ),
+    }
+    trainer.engine.destroy()
+    return held

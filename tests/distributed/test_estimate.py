@@ -1,0 +1,94 @@
+"""What `estimate` says is what ranks hold. Run: pytest tests/distributed/test_estimate.py"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.checkpoint import Topology
+from pipeline.errors import UserError
+from pipeline.estimate.memory import checkpoint_bytes, experts_by_rank, network_per_token
+from pipeline.estimate.report import Estimate
+from pipeline.run_file import parse_run
+from tests.distributed.conftest import Pools
+from tests.distributed.stages import held_bytes, with_parallel
+from tests.tiny import prepared_run, run_tree, save_model
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A model large enough that file headers don't matter."""
+    folder = tmp_path_factory.mktemp("estimate")
+    save_model(folder / "model", hidden_size=128, intermediate_size=1024)
+    changes = {"deepspeed": "ds_configs/bf16_zero1.json"}
+    prepared_run(folder, **changes)
+    return run_tree(folder, **changes)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
+@pytest.mark.parametrize(("ranks", "ep_size"), [(1, 1), (2, 1), (2, 2)])
+def test_weights_gradients_masters_moments_and_checkpoint_are_what_the_fullest_rank_holds(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path, number: int, ranks: int, ep_size: int
+) -> None:
+    tree = with_parallel(tree, ranks=ranks, ep_size=ep_size, micro_batch_size=2)
+    held = pools[ranks].run(held_bytes, tree, number, tmp_path)
+    estimate = Estimate(parse_run(tree, "x"), Topology(ranks, ep_size), None)
+    memory = estimate.memory(1 if number == 1 else 2)
+    for kind in ("weights", "master weights", "moments"):
+        assert memory[kind] == pytest.approx(max(rank[kind] for rank in held), rel=0.02), kind
+    if number == 1:  # beside the fp32 sums, one micro-batch's in bf16
+        assert memory["gradients"] == pytest.approx(max(rank["gradients"] for rank in held) * 6 / 4, rel=0.02)
+        size = checkpoint_bytes(estimate.sizes, estimate.plan, estimate.topology, estimate.dtype, 1)
+        assert held[0]["checkpoint"] == pytest.approx(size, rel=0.02)
+
+
+def test_the_plan_is_the_runs_own_and_the_network_follows_from_it(tree: dict[str, Any]) -> None:
+    estimate = Estimate(parse_run(tree, "x"), Topology(4, 2), None)
+    assert estimate.plan.counts == (3, 2, 1, 4)
+    assert experts_by_rank(estimate.plan, 2) == [3, 3]
+    batch = estimate.batch(1, estimate.topology)
+    network = network_per_token(estimate.sizes, estimate.plan, estimate.topology, batch, dtype=estimate.dtype, stage=1)
+    # Two choices a token, 2/3, 1/2 and 3/4 of them new experts, half of those away; four trips of 128 bf16 numbers.
+    assert network["tokens"] == pytest.approx(2 * (2 / 3 + 1 / 2 + 3 / 4) / 2 * 4 * 128 * 2)
+
+
+def test_the_smallest_ep_size_that_fits(tree: dict[str, Any]) -> None:
+    run = parse_run(tree, "x")
+    whole = Estimate(run, Topology(2, 1), "80GB")
+    assert whole.smallest_ep_size() == 1
+    peaks = [whole.memory(1, Topology(2, ep_size))["peak"] for ep_size in (1, 2)]
+    assert peaks[1] < peaks[0]
+    between = sum(peaks) / 2 / 0.92 / 1e9
+    assert Estimate(run, Topology(2, 1), f"{between}GB").smallest_ep_size() == 2
+    tight = Estimate(run, Topology(2, 1), "0.5GB")
+    assert tight.smallest_ep_size() is None
+    assert "does not fit 2 ranks" in tight.text(None)
+
+
+def test_the_text_says_hours_where_a_speed_is_given_and_asks_for_one_where_not(tree: dict[str, Any]) -> None:
+    estimate = Estimate(parse_run(tree, "x"), Topology(1, 1), None)
+    assert "for the hours give --tokens-per-second" in estimate.text(None)
+    text = estimate.text(1536.0)
+    assert "hours" in text and "unknown" not in text
+    for word in (
+        "process",
+        "weights",
+        "gradients",
+        "master weights",
+        "moments",
+        "activations",
+        "peak",
+        "checkpoint GB",
+    ):
+        assert word in text
+
+
+def test_an_unknown_device_and_a_delta_before_similarities_are_one_line(tree: dict[str, Any], tmp_path: Path) -> None:
+    run = parse_run(tree, "x")
+    with pytest.raises(UserError, match="--device abacus: unknown; use cpu, a100"):
+        Estimate(run, Topology(1, 1), "abacus")
+    early = {**tree, "name": "early", "experts": {"allocation": "layerwise", "delta": 9.0}}
+    with pytest.raises(UserError, match="--until allocate first"):
+        Estimate(parse_run(early, "x"), Topology(1, 1), None)
+    spread = {**tree, "name": "early", "experts": {"allocation": "layerwise", "num_new": 6}}
+    assert Estimate(parse_run(spread, "x"), Topology(1, 1), None).plan.counts == (3, 3, 2, 2)
