@@ -15,6 +15,7 @@ from pipeline.distributed import Ranks
 from pipeline.errors import UserError
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, with_parallel
+from tests.faults.disk import small_disk
 from tests.tiny import prepared_run, run_tree
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -123,6 +124,26 @@ def test_damaged_upcycled_weights_are_named_before_training(
     flip_a_bit(expert)
     with pytest.raises(AssertionError, match=f"AgreedError: .*{expert.name} damaged or missing; upcycle again"):
         pools[2].run(train_steps, broken, 1, tmp_path / "stage", 1)
+
+
+def test_a_full_disk_is_one_line_on_all_ranks_and_the_earlier_checkpoint_stays(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    pools[2].run(train_steps, tree, 1, tmp_path / "probe", 1, 1)
+    size = sum(path.stat().st_size for path in (tmp_path / "probe" / "step000001").iterdir())
+    with small_disk(tmp_path / "disk", f"{size * 8 // 5 // 1024 + 64}k") as disk:
+        stage = disk.folder / "stage"
+        pools[2].run(train_steps, tree, 1, stage, 1, 1)
+        with pytest.raises(AssertionError) as error:
+            pools[2].run(train_steps, tree, 1, stage, 2, 2, True)
+        line = f"AgreedError: {stage / 'step000002'}: can't be written (the disk is full); checkpoints before it are"
+        assert str(error.value).count(line) == 2
+        assert [path.name for path in stage.glob("step*")] == ["step000001"]
+        assert checkpoint.newest_sound_tag(stage, ALONE) == ("step000001", [])
+        disk.resize(f"{4 * size // 1024}k")
+        rows = pools[2].run(train_steps, tree, 1, stage, 2, 2, True)[0]["rows"]
+        assert [row["step"] for row in rows] == [2]
+        assert checkpoint.complete_tags(stage) == ["step000002", "step000001"]
 
 
 class Malicious:
