@@ -109,6 +109,7 @@ class MetricsLog:
         events += [
             (f"train/{name}", row[name]) for name in ("lr", "grad_norm", "tokens_per_second", "tokens", "memory_gb")
         ]
+        events.append(("train/skipped", float(row["skipped"] is not None)))
         self._send(events, row["samples"])
 
     def validation(self, row: dict[str, Any]) -> None:

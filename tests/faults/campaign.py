@@ -53,6 +53,7 @@ class Campaign:
         self.stage = folder / "runs" / "killed" / "stage1"
         self.log = folder / "killed.log"
         self.records: list[dict[str, Any]] = []
+        self.launched = 0.0
 
     def run(self) -> dict[str, Any]:
         """The whole campaign; its summary.
@@ -62,6 +63,7 @@ class Campaign:
         """
         path = write_run(self.folder, "killed", self.steps)
         while len(self.records) < self.kills or self.hits() < self.inside_saves:
+            self.launched = time.time()
             launch = Launch(["run", str(path), "--until", "stage1"], self.log)
             try:
                 self.shoot(launch)
@@ -117,8 +119,15 @@ class Campaign:
         return [ranks[number] for number in wanted if number in ranks]
 
     def saving(self) -> bool:
-        """Whether a checkpoint is being written: a tag's folder without a manifest."""
-        return any(not (path / checkpoint.MANIFEST).is_file() for path in self.stage.glob("step*"))
+        """Whether this launch is writing a checkpoint: a tag's folder without a manifest, not left by one before."""
+        for path in self.stage.glob("step*"):
+            try:
+                is_new = path.stat().st_mtime >= self.launched
+            except FileNotFoundError:
+                continue
+            if is_new and not (path / checkpoint.MANIFEST).is_file():
+                return True
+        return False
 
     def num_rows(self) -> int:
         """Steps in the log."""
