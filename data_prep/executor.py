@@ -124,8 +124,9 @@ class PoolExecutor:
         done = [task for task in phase.tasks if phase.marker(task).is_file()]
         total = sum(_weight(phase, task) for task in phase.tasks)
         unit = "byte" if phase.weights else "task"
-        with progress(total, phase.label or phase.name, unit, show=self.show and len(done) < len(phase.tasks)) as bar:
-            bar.update(sum(_weight(phase, task) for task in done))
+        before = sum(_weight(phase, task) for task in done)
+        show = self.show and len(done) < len(phase.tasks)
+        with progress(total, phase.label or phase.name, unit, show=show, initial=before) as bar:
             tasks = self.claim(phase) if self.claim else (t for t in phase.tasks if not phase.is_done(t))
             for done_now in self._results(phase, tasks):
                 bar.update(_weight(phase, done_now.task))
