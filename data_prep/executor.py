@@ -69,6 +69,10 @@ class Call(NamedTuple):
 class Executor(Protocol):
     """What runs a phase."""
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other job works on the same phases."""
+
     def run(self, phase: Phase) -> None:
         """Return when every task of the phase is done.
 
@@ -118,6 +122,11 @@ class PoolExecutor:
     claim: Callable[[Phase], Iterator[int]] | None = None
     show: bool = True
     peak_memory: int = 0  # of any process, in bytes
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other job works on the same phases."""
+        return self.claim is None
 
     def run(self, phase: Phase) -> None:
         """Run what is not done yet."""

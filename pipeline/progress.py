@@ -43,7 +43,7 @@ class _Lines:
         rate = (self.done - self.initial) / seconds
         left = f"{(self.total - self.done) / rate:.0f}" if rate else "?"
         print(
-            f"{self.description}: {self.done:,}/{self.total:,} {self.unit}s, {rate:,.0f}/s, "
+            f"{self.description}: {self.done:,}/{self.total:,} {self.unit}s, {rate:,.{0 if rate >= 10 else 2}f}/s, "
             f"{seconds:.0f} s, {left} s left{self.postfix}",
             flush=True,
         )
