@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from data_prep import filtering, survivors, tokenizing
+from data_prep.budgets import seeded_slices, source_cap, total_of
 from data_prep.caps import is_reached
 from data_prep.executor import Executor, Phase
 from data_prep.filtering import filter_slice, held_out_runs
-from data_prep.finishing import finish, seeded_slices, source_cap, total_of
+from data_prep.finishing import finish
 from data_prep.held_out import CopyIndex
 from data_prep.pieces import FileToIndex, index_file
 from data_prep.plan import Json, Work
