@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.data_prep_rivals import RIVALS
+from benchmarks.data_reads import measure_reads
 from benchmarks.text import fetch_text
 from data_prep.executor import num_cores
 from pipeline.errors import UserError, exit_on_user_error
@@ -78,6 +79,7 @@ def main() -> int:
     parser.add_argument("--text", type=Path, default=Path("inputs/benchmark"), help="a folder of .jsonl; fetched once")
     parser.add_argument("--tokenizer", type=Path, default=Path("inputs/smollm2-135m"))
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--measure", default="cpu,wall,reads", help="which of them; by default all")
     parser.add_argument("--only", help="rivals besides the floor, comma-separated")
     parser.add_argument("--other-python", help="a Python with datatrove, if this one has none")
     parser.add_argument("--scratch", help="where shards are written, and deleted; by default the system's place")
@@ -88,11 +90,13 @@ def main() -> int:
     print(f"{size / 1e6:.1f} MB in {len(files)} files, {platform.processor() or platform.machine()}, Python "
           f"{platform.python_version()}, {num_cores()} cores", flush=True)  # fmt: skip
     figures: dict[str, Any] = {"bytes": size, "cores": num_cores()}
-    figures["cpu"] = compare(options, files, 1, "cpu")
-    figures["wall"] = compare(options, files, num_cores(), "wall")
-    from benchmarks.data_reads import measure_reads
-
-    figures["reads"] = measure_reads()
+    wanted = options.measure.split(",")
+    if "cpu" in wanted:
+        figures["cpu"] = compare(options, files, 1, "cpu")
+    if "wall" in wanted:
+        figures["wall"] = compare(options, files, num_cores(), "wall")
+    if "reads" in wanted:
+        figures["reads"] = measure_reads()
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -67,6 +67,8 @@ def not_smallest(source: Path, low: int, high: int) -> Keys:
 
 def _pieces(folder: Path, low: int, high: int, suffixes: tuple[str, ...]) -> Iterator[NDArray[np.uint64]]:
     """Edges whose first node is in [low, high), at most EDGES_A_PIECE at a time."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: the work has been finished, or deleted, by another job")
     waiting: list[NDArray[np.uint64]] = []
     count = 0
     for path in sorted(folder.glob("*.npy")):

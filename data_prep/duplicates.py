@@ -11,6 +11,7 @@ from data_prep.components import save_edges
 from data_prep.filtering import PHASE as FILTER
 from data_prep.plan import Json, Work, keys_of
 
+EDGES = "edges"  # the folder of what the joins find
 DOCUMENTS_A_TASK = 4 << 20  # 12 bytes each to read, and as much again a few times to sort
 
 Keys = NDArray[np.uint64]
@@ -40,7 +41,7 @@ def join_range(work: Work, task: int, ranges: int) -> Json:
     begins = np.ones(len(hashes), np.bool_)
     begins[1:] = (hashes[1:] != hashes[:-1]) | (low[1:] != low[:-1])
     first = keys[begins][np.cumsum(begins) - 1] if len(keys) else keys
-    save_edges(work.folder / "edges", f"{task:06d}", keys[~begins], first[~begins])
+    save_edges(work.folder / EDGES, f"{task:06d}", keys[~begins], first[~begins])
     return {"edges": int((~begins).sum())}
 
 

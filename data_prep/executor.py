@@ -69,6 +69,10 @@ class Call(NamedTuple):
 class Executor(Protocol):
     """What runs a phase."""
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other job works on the same phases."""
+
     def run(self, phase: Phase) -> None:
         """Return when every task of the phase is done.
 
@@ -119,13 +123,19 @@ class PoolExecutor:
     show: bool = True
     peak_memory: int = 0  # of any process, in bytes
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other job works on the same phases."""
+        return self.claim is None
+
     def run(self, phase: Phase) -> None:
         """Run what is not done yet."""
         done = [task for task in phase.tasks if phase.marker(task).is_file()]
         total = sum(_weight(phase, task) for task in phase.tasks)
         unit = "byte" if phase.weights else "task"
-        with progress(total, phase.label or phase.name, unit, show=self.show and len(done) < len(phase.tasks)) as bar:
-            bar.update(sum(_weight(phase, task) for task in done))
+        before = sum(_weight(phase, task) for task in done)
+        show = self.show and len(done) < len(phase.tasks)
+        with progress(total, phase.label or phase.name, unit, show=show, initial=before) as bar:
             tasks = self.claim(phase) if self.claim else (t for t in phase.tasks if not phase.is_done(t))
             for done_now in self._results(phase, tasks):
                 bar.update(_weight(phase, done_now.task))

@@ -97,10 +97,14 @@ def _identifier(name: str) -> tuple[Callable[[str], tuple[str, float]], frozense
         import fasttext
     except ImportError as error:
         raise UserError(
-            "data.filters.language.identifier: a fastText model needs the package fasttext: pip install fasttext"
+            "data.filters.language.identifier: a fastText model needs a package: pip install fasttext-predict"
         ) from error
-    model = fasttext.load_model(name)
-    return lambda text: _of_fasttext(model.predict(text)), frozenset(map(_plain, model.get_labels()))
+    try:
+        model = fasttext.load_model(name)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"data.filters.language.identifier: {name} is no fastText model ({error})") from error
+    labels, _ = model.predict("a", k=-1)  # every one that it knows
+    return lambda text: _of_fasttext(model.predict(text)), frozenset(map(_plain, labels))
 
 
 def _pair(found: Any) -> tuple[str, float]:

@@ -4,10 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 from data_prep import filtering, survivors, tokenizing
+from data_prep.budgets import seeded_slices, source_cap, total_of
 from data_prep.caps import is_reached
 from data_prep.executor import Executor, Phase
 from data_prep.filtering import filter_slice, held_out_runs
-from data_prep.finishing import finish, seeded_slices, source_cap, total_of
+from data_prep.finishing import finish
 from data_prep.held_out import CopyIndex
 from data_prep.pieces import FileToIndex, index_file
 from data_prep.plan import Json, Work
@@ -44,7 +45,7 @@ def run_phases(work: Work, executor: Executor) -> None:
     """Everything from the plan to the store, as far as it is not done."""
     plan = work.plan
     weights = {part.number: part.size for part in plan.slices}
-    slices = [part.number for part in plan.slices]
+    slices = _longest_first(list(weights), weights)
     if plan.filters_first:
         executor.run(Phase(work, filtering.PHASE, slices, weights=weights, label="filter"))
         if plan.finds_copies:
@@ -57,6 +58,11 @@ def run_phases(work: Work, executor: Executor) -> None:
             executor.run(Phase(work, "quotas", [0], label="share replay"))
     executor.run(_tokenize(work, weights))
     executor.run(Phase(work, "finish", [0], label="write manifest"))
+
+
+def _longest_first(tasks: list[int], weights: dict[int, int]) -> list[int]:
+    """So that the last ones to be done are short, and no worker waits long for another."""
+    return sorted(tasks, key=lambda task: (-weights[task], task))
 
 
 def _tokenize(work: Work, weights: dict[int, int]) -> Phase:
@@ -77,5 +83,7 @@ def _tokenize(work: Work, weights: dict[int, int]) -> Phase:
                 totals[other] = total_of(work, other)
         return not is_reached(order, totals, cap)
 
-    tasks = [number for order in orders.values() for number in order]
+    capped = [number for key, order in orders.items() for number in order if source_cap(plan, *key).limits]
+    rest = [number for order in orders.values() for number in order]
+    tasks = list(dict.fromkeys([*capped, *_longest_first(rest, weights)]))
     return Phase(work, tokenizing.PHASE, tasks, weights=weights, label="tokenize", wanted=wanted)

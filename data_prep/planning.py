@@ -14,9 +14,9 @@ from data_prep.plan import Group, Json, Plan, Slice, Work
 from data_prep.replay import budgets
 from data_prep.sources import compression_of, format_of, source_files
 from data_prep.tokenize import DocumentEncoder, choose_dtype
-from pipeline.data_config import DataConfig, SourceConfig
+from pipeline.data_config import DataConfig, FiltersConfig, SourceConfig
 from pipeline.errors import UserError
-from pipeline.files import content_key, read_json, write_json
+from pipeline.files import content_key, read_json, sha256_file, write_json
 
 FORMAT_VERSION = 2  # part of the content key: raise it when the same inputs give other shards
 PACKAGES = ("tokenizers", "transformers", "sentencepiece", "rensa", "numpy")
@@ -187,7 +187,7 @@ def _settings(data: DataConfig, found: list[_Read], files: list[list[Json]]) -> 
     return {
         "format_version": FORMAT_VERSION,
         "held_out": data.held_out.model_dump(mode="json"),
-        "filters": filters.model_dump(mode="json") | {"versions": used},
+        "filters": filters.model_dump(mode="json") | {"versions": used, "language": _identifier(filters)},
         "bad_rows": data.bad_rows,
         "max_document_bytes": data.max_document_bytes,
         "slice_bytes": data.slice_bytes,
@@ -202,6 +202,15 @@ def _settings(data: DataConfig, found: list[_Read], files: list[list[Json]]) -> 
         },
         "sources": sources,
     }
+
+
+def _identifier(filters: FiltersConfig) -> Json | None:
+    """The language filter's settings, its model by content, not by path."""
+    if filters.language is None:
+        return None
+    path = Path(filters.language.identifier)
+    name = sha256_file(path) if path.is_file() else filters.language.identifier
+    return {"identifier": name, "threshold": filters.language.threshold}
 
 
 def _content(one: _Read, file: Json) -> list[str]:

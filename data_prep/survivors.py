@@ -1,12 +1,13 @@
 """Deduplication from signatures to the rows that each slice loses: joins, then components, then lists by slice."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.components import EDGES_A_PIECE, large_star, not_smallest, small_star
-from data_prep.duplicates import join_range, num_columns, num_ranges
+from data_prep.duplicates import EDGES, join_range, num_columns, num_ranges
 from data_prep.executor import Executor, Phase
 from data_prep.filtering import PHASE as FILTER
 from data_prep.filtering import save_array
@@ -23,13 +24,15 @@ def deduplicate(work: Work, executor: Executor) -> None:
     joins = list(range(num_columns(work) * ranges))
     executor.run(Phase(work, "join", joins, {"ranges": ranges}, label="find copies"))
     groups = list(range(len(_groups(work))))
-    source = "edges"
+    source = EDGES
     for number in range(MOST_ROUNDS):
         changed = 0
         for kind in ("large_star", "small_star"):
             name = f"{kind}_{number:02d}"
             executor.run(Phase(work, name, groups, {"source": source, "target": name}, "star", "join copies"))
             changed += sum(work.figures(name, group)["changed"] for group in groups)
+            if source != EDGES and executor.is_alone:
+                shutil.rmtree(work.folder / source, ignore_errors=True)  # else the disk would hold every round's edges
             source = name
         if not changed:
             break
@@ -55,7 +58,7 @@ def survivors(work: Work, task: int, source: str) -> Json:
     dropped = not_smallest(work.folder / source, low, high)
     exact = [np.empty(0, np.uint64)]
     for number in range(num_ranges(work)):  # the first column's joins
-        edges = np.load(work.folder / "edges" / f"{number:06d}.down.npy", mmap_mode="r")[:, 0]
+        edges = np.load(work.folder / EDGES / f"{number:06d}.down.npy", mmap_mode="r")[:, 0]
         begin, end = np.searchsorted(edges, np.array([low, high], np.uint64), "left")
         for start in range(int(begin), int(end), EDGES_A_PIECE):
             exact.append(np.unique(edges[start : min(int(end), start + EDGES_A_PIECE)]))

@@ -13,9 +13,10 @@ SECONDS_WORTH_A_LINE = 1.0  # what is done sooner needs no last line
 class _Lines:
     """What a progress bar says, as a line now and then."""
 
-    def __init__(self, total: int, description: str, unit: str) -> None:
+    def __init__(self, total: int, description: str, unit: str, initial: int = 0) -> None:
         self.total, self.description, self.unit = total, description, unit
-        self.done, self.postfix = 0, ""
+        self.initial = self.done = initial
+        self.postfix = ""
         self.start = self.last = time.monotonic()
 
     def __enter__(self) -> "_Lines":
@@ -39,16 +40,23 @@ class _Lines:
     def _say(self) -> None:
         self.last = time.monotonic()
         seconds = max(self.last - self.start, 1e-9)
-        left = (self.total - self.done) / (self.done / seconds)
+        rate = (self.done - self.initial) / seconds
+        left = f"{(self.total - self.done) / rate:.0f}" if rate else "?"
         print(
-            f"{self.description}: {self.done:,}/{self.total:,} {self.unit}s, {self.done / seconds:,.0f}/s, "
-            f"{seconds:.0f} s, {left:.0f} s left{self.postfix}",
+            f"{self.description}: {self.done:,}/{self.total:,} {self.unit}s, {rate:,.{0 if rate >= 10 else 2}f}/s, "
+            f"{seconds:.0f} s, {left} s left{self.postfix}",
             flush=True,
         )
 
 
-def progress(total: int, description: str, unit: str, *, show: bool = True) -> Any:
-    """A tqdm bar where stderr is a terminal, else an object like it that prints lines; silent if not ``show``."""
+def progress(total: int, description: str, unit: str, *, show: bool = True, initial: int = 0) -> Any:
+    """A tqdm bar where stderr is a terminal, else an object like it that prints lines; silent if not ``show``.
+
+    ``initial`` was done before: it counts as done, not in the rate.
+    """
     if not show or sys.stderr.isatty():
-        return tqdm(total=total, desc=description, unit=unit, unit_scale=True, dynamic_ncols=True, disable=not show)
-    return _Lines(total, description, unit)
+        return tqdm(
+            total=total, desc=description, unit=unit, unit_scale=True, dynamic_ncols=True, disable=not show,
+            initial=initial,
+        )  # fmt: skip
+    return _Lines(total, description, unit, initial)

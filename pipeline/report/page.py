@@ -8,11 +8,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pipeline.files import write_text
-from pipeline.report import summary
+from pipeline.report import FILE_NAME, summary
 from pipeline.report.data import RunData, read_run
 from pipeline.report.sections import picture_sections
 
-FILE_NAME = "report.html"
 _HERE = Path(__file__).parent
 
 

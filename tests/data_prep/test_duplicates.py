@@ -145,7 +145,7 @@ def test_the_first_of_each_group_of_copies_stays_across_sets_and_slices(
 def test_deduplication_gives_the_same_files_in_tasks_of_any_size(
     write_rows: Any, save_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = [{"text": texts(n % 70) + (" more" if n % 3 == 0 else "")} for n in range(200)]
+    rows = [{"text": texts(n % 31) + (" more" if n % 3 == 0 else "")} for n in range(90)]
     tree: dict[str, Any] = {
         "held_out": {"fraction": 0.1},
         "slice_bytes": 3000,
@@ -153,7 +153,7 @@ def test_deduplication_gives_the_same_files_in_tasks_of_any_size(
         "new": {"el": {"path": str(write_rows("el.jsonl", rows))}},
     }
     stores = []
-    for size in (10**9, 17):
+    for size in (10**9, 23):
         monkeypatch.setattr(duplicates, "DOCUMENTS_A_TASK", size)
         monkeypatch.setattr(survivors, "DOCUMENTS_A_GROUP", size)
         monkeypatch.setattr(components, "EDGES_A_PIECE", size)

@@ -68,6 +68,26 @@ def test_a_set_may_have_another_label_than_its_language(write_rows: Any, save_to
     assert store.sets["greek"].dropped == {}
 
 
+def test_a_fasttext_model_says_the_language(write_rows: Any, save_tokenizer: Any, tmp_path: Path) -> None:
+    model = Path(__file__).with_name("tiny_language_model.bin")  # trained on help pages, with GlotLID's labels
+    path = write_rows("a.jsonl", [{"text": text} for text in [*GREEK, *ENGLISH[:7]]])
+    tree = {
+        "held_out": {"fraction": 0.1, "near_copy_threshold": None},
+        "new": {"el": {"path": str(path), "language_label": "ell_Grek"}},
+        "filters": {"language": {"identifier": str(model), "threshold": 0.6}},
+    }
+    store = prepare(DataConfig.model_validate(tree), save_tokenizer(), 300, tmp_path / "cache", seed=17)
+    assert store.sets["el"].dropped["language"].documents == 7
+    assert texts_of(store) == set(GREEK)
+    tree["new"] = {"el": {"path": str(path)}}
+    with pytest.raises(UserError, match=r"'el' is not one that .*tiny_language_model\.bin knows \(ell_Grek\)"):
+        prepare(DataConfig.model_validate(tree), save_tokenizer(), 300, tmp_path / "cache", seed=17)
+    (tmp_path / "no.bin").write_bytes(b"no model")
+    tree["filters"] = {"language": {"identifier": str(tmp_path / "no.bin")}}
+    with pytest.raises(UserError, match=r"no\.bin is no fastText model"):
+        prepare(DataConfig.model_validate(tree), save_tokenizer(), 300, tmp_path / "cache", seed=17)
+
+
 def test_a_fasttext_model_that_is_not_there_is_named(write_rows: Any, save_tokenizer: Any, tmp_path: Path) -> None:
     filters = {"language": {"identifier": "none/model.bin"}}
     with pytest.raises(UserError, match=r"data\.filters\.language\.identifier: none/model\.bin is no file"):

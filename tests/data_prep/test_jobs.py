@@ -70,3 +70,19 @@ def test_jobs_killed_and_relaunched_otherwise_end_with_the_same_files(prepared: 
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_end_with_the_same_files(prepared: tuple[Path, dict[str, str]]) -> None:
     campaign(*prepared, kills=30, seed=2)
+
+
+@pytest.mark.parametrize(("backend", "ranks"), [("local", 2), ("mpi", 2), ("array", 2)])
+def test_a_bad_row_stops_every_process_with_one_line_and_code_2(backend: str, ranks: int, tmp_path: Path) -> None:
+    from tests.tiny import save_tokenizer
+
+    save_tokenizer(tmp_path / "tokenizer")
+    run = write_run(tmp_path, str(tmp_path / "tokenizer"), documents=100)
+    with open(tmp_path / "hu.jsonl", "a", encoding="utf-8") as file:
+        file.write("oops\n")
+    codes = Job(run, backend, ranks).wait()
+    lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("error: ")]
+    assert set(codes) == {2}, lines
+    assert len(lines) == (ranks if backend == "array" else 1)
+    assert all("hu.jsonl, row " in line and "not JSON" in line for line in lines)
+    assert not list((tmp_path / "cache" / "tokens").glob("[!.]*"))

@@ -2,16 +2,21 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.data import SampleOrder, Source, document_positions
+from data_prep.prepare import prepare
+from data_prep.store import TokenStore
+from pipeline.config import RunConfig
+from pipeline.data import SampleOrder, Source, document_positions, stage_order
 from pipeline.errors import UserError
 from pipeline.interleave import CHUNK, Interleaving
-from tests.tiny import save_model
+from pipeline.run_file import parse_run
+from tests.tiny import run_tree, save_corpus, save_model
 
 LENGTH = 8
 
@@ -152,3 +157,53 @@ def test_an_isolated_document_of_a_packed_sample_has_the_logits_it_has_alone(fam
             torch.testing.assert_close(isolated[:, start : start + len(part)], alone, rtol=1e-4, atol=1e-4)
             start += len(part)
     assert not torch.allclose(isolated[:, 6:], joined[:, 6:], rtol=1e-2, atol=1e-2)
+
+
+def stored(folder: Path, **data: Any) -> tuple[TokenStore, RunConfig]:
+    """A store of a small and a large new set, one of them from two sources, and an old one; and its run."""
+    folder.mkdir(exist_ok=True)
+    corpus = save_corpus(folder / "text", ["en", "el", "hu"])
+    more = save_corpus(folder / "more", ["el"], pages=200)
+    tree = run_tree(folder)
+    sources = [{"path": str(corpus["el"])}, {"path": str(more["el"])}]
+    for source, weight in zip(sources, data.pop("weights", []), strict=False):
+        source["weight"] = weight
+    tree["data"]["new"] = {"el": {"sources": sources}, "hu": {"path": str(corpus["hu"]), "weight": 0.5}}
+    tree["data"] |= data
+    run = parse_run(tree, "x")
+    return prepare(run.data, run.model.path, 300, run.cache_dir, 17), run
+
+
+def shares(store: TokenStore, run: RunConfig, stage: int = 1) -> dict[str, float]:
+    order = stage_order(store, run.data, run.stage(stage), 17)
+    counts = Counter(order.sources[s].name for s in order.batch(0, order.num_samples).sources.tolist())
+    return {name: count / order.num_samples for name, count in counts.items()}
+
+
+def test_sets_share_samples_by_weight_and_with_a_temperature_by_tokens(tmp_path: Path) -> None:
+    store, run = stored(tmp_path)
+    assert shares(store, run) == pytest.approx({"el": 2 / 3, "hu": 1 / 3}, abs=1 / 48)
+    assert shares(store, run, 2) == pytest.approx({"en": 0.3, "el": 0.7 * 2 / 3, "hu": 0.7 / 3}, abs=1 / 48)
+    for temperature in (1.0, 3.0):
+        again, run = stored(tmp_path, temperature=temperature)
+        assert again.key == store.key
+        sizes = {name: len(store.train(name)) ** (1 / temperature) for name in ("el", "hu")}
+        sizes["hu"] *= 0.5
+        expected = {name: size / sum(sizes.values()) for name, size in sizes.items()}
+        assert shares(store, run) == pytest.approx(expected, abs=1 / 48)
+
+
+def test_sources_share_a_sets_samples_by_their_weights(tmp_path: Path) -> None:
+    store, run = stored(tmp_path, weights=[3.0, 1.0])
+    found = shares(store, run)
+    assert found == pytest.approx({"el/0": 0.5, "el/1": 1 / 6, "hu": 1 / 3}, abs=1 / 48)
+    assert len(store.train("el", 0)) + len(store.train("el", 1)) == len(store.train("el"))
+
+
+def test_a_stage_isolates_documents_where_the_run_says_so(tmp_path: Path) -> None:
+    store, run = stored(tmp_path, isolate_documents=True)
+    order = stage_order(store, run.data, run.stage1, 17)
+    batch = order.batch(0, order.num_samples)
+    assert batch.positions is not None
+    np.testing.assert_array_equal(batch.positions, document_positions(batch.ids, store.separator_id))
+    assert (batch.positions[:, 1:] == 0).any()

@@ -1,0 +1,32 @@
+"""Megatron-core reads what preparation writes. Run: pytest tests/data_prep/test_megatron.py"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from data_prep.prepare import prepare
+from pipeline.data_config import DataConfig
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_megatron_core_reads_the_same_tokens_from_every_shard_of_a_store(
+    two_languages: DataConfig, save_tokenizer: Any, tmp_path: Path, dtype: str
+) -> None:
+    data = two_languages.model_copy(update={"token_dtype": dtype, "slice_bytes": 2000})
+    store = prepare(data, save_tokenizer(), 300, tmp_path / "cache", seed=17)
+    for name in ("en", "el"):
+        shards = store.train(name)
+        assert len(shards.prefixes) > 2
+        theirs = [IndexedDataset(str(prefix), mmap=True) for prefix in shards.prefixes]
+        assert all(dataset.index.dtype == np.dtype(dtype) for dataset in theirs)
+        documents = [dataset[i].tolist() for dataset in theirs for i in range(len(dataset))]
+        assert documents == [shards.document(i).tolist() for i in range(shards.num_documents)]
+        assert shards.read(0, len(shards)).tolist() == [i for document in documents for i in document]
+        held_out = IndexedDataset(str(store.folder / name / "held_out"), mmap=True)
+        mine = store.held_out(name)
+        assert [held_out[i].tolist() for i in range(len(held_out))] == [
+            mine.document(i).tolist() for i in range(mine.num_documents)
+        ]
