@@ -85,9 +85,13 @@ def expected(_cluster: Cluster, folder: Path) -> list[float]:
     return undisturbed(_cluster, folder, STEPS)
 
 
-def test_term_to_all_of_a_job(cluster: Cluster, folder: Path, expected: list[float]) -> None:
-    run = Interrupted(cluster, folder, "term")
+def test_term_to_all_of_a_job(cluster: Cluster, folder: Path) -> None:
+    expected = undisturbed(cluster, folder, 2 * STEPS)
+    run = Interrupted(cluster, folder, "term", 2 * STEPS)
     run.wait_for_step(20)
+    state, number, *words = status(cluster, run.path)["stage1"]
+    assert (state, number) == ("running", run.job)
+    assert re.match(r"step [\d,]+ of 600, [\d,]+ tokens/s, [\d:]+ left; limit in [\d:]+ /", " ".join(words))
     cluster.run("scancel", "--signal=TERM", "--full", run.job)
     run.wait_until_done()
     run.check(expected, starts=2)
