@@ -7,17 +7,20 @@ import os
 import re
 import signal
 import socket
+import sys
+import threading
 from collections.abc import MutableMapping
 
 import psutil
 
 from pipeline.cluster.config import ClusterConfig
-from pipeline.errors import UserError
+from pipeline.errors import EXIT_CODE, UserError
 
 Environment = MutableMapping[str, str]
 # DeepSpeed and torch read these; where one is missing, DeepSpeed would try MPI, which ends a rank under srun.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _NOT_A_TASK = 4294967280  # step numbers from here on are SLURM's own: the batch script, an interactive shell
+SECONDS_FOR_MPI = 120.0
 _FIRST_PORT, _NUM_PORTS = 12000, 20000  # below the ports that systems hand out themselves
 
 
@@ -81,6 +84,10 @@ def _become_rank_of_mpirun(environment: Environment) -> None:
 def _agree_over_mpi(world_size: int) -> tuple[str, int]:
     """Rank 0's address and a free port of it, told over MPI; then MPI is left, and ranks are plain processes."""
     mend = "name the first host yourself: mpirun -x MASTER_ADDR=… -x MASTER_PORT=29500 …"
+    # Started by another MPI than mpi4py's, MPI may wait for ever.
+    timer = threading.Timer(SECONDS_FOR_MPI, _give_up, [f"mpirun: MPI does not start from mpi4py; {mend}"])
+    timer.daemon = True
+    timer.start()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -95,7 +102,13 @@ def _agree_over_mpi(world_size: int) -> tuple[str, int]:
     place = (own_address(), free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
     address, port = MPI.COMM_WORLD.bcast(place, root=0)
     MPI.Finalize()
+    timer.cancel()
     return address, port
+
+
+def _give_up(reason: str) -> None:
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+    os._exit(EXIT_CODE)
 
 
 def own_address() -> str:

@@ -49,7 +49,7 @@ class Interrupted:
     def wait_for_step(self, step: int) -> None:
         wait_for(f"no step {step}: {self.log()}", lambda: len(metrics(self.stage)) >= step, 120)
 
-    def wait_until_done(self, seconds: float = 240) -> None:
+    def wait_until_done(self, seconds: float = 400) -> None:
         wait_for("not done", lambda: self.events() and self.events()[-1].endswith(": done"), seconds)
 
     def log(self) -> str:
@@ -85,9 +85,13 @@ def expected(_cluster: Cluster, folder: Path) -> list[float]:
     return undisturbed(_cluster, folder, STEPS)
 
 
-def test_term_to_all_of_a_job(cluster: Cluster, folder: Path, expected: list[float]) -> None:
-    run = Interrupted(cluster, folder, "term")
+def test_term_to_all_of_a_job(cluster: Cluster, folder: Path) -> None:
+    expected = undisturbed(cluster, folder, 2 * STEPS)
+    run = Interrupted(cluster, folder, "term", 2 * STEPS)
     run.wait_for_step(20)
+    state, number, *words = status(cluster, run.path)["stage1"]
+    assert (state, number) == ("running", run.job)
+    assert re.match(r"step [\d,]+ of 600, [\d,]+ tokens/s, [\d:]+ left; limit in [\d:]+ /", " ".join(words))
     cluster.run("scancel", "--signal=TERM", "--full", run.job)
     run.wait_until_done()
     run.check(expected, starts=2)
@@ -132,10 +136,11 @@ def test_a_node_killed(cluster: Cluster, folder: Path, expected: list[float]) ->
 
 
 def test_usr1_before_the_time_limit(cluster: Cluster, folder: Path) -> None:
-    # Long enough that it isn't done when SLURM sends the signal, a third of a minute after each start.
-    expected = undisturbed(cluster, folder, 4 * STEPS)
-    run = Interrupted(cluster, folder, "usr1", 4 * STEPS, signal_seconds=40, stage1={"nodes": 2, "time": "1"})
-    run.wait_until_done()
+    # Long enough that it isn't done when SLURM sends the signal, half a minute after each start.
+    expected = undisturbed(cluster, folder, 3 * STEPS)
+    jobs = {"nodes": 2, "time": "1"}
+    run = Interrupted(cluster, folder, "usr1", 3 * STEPS, signal_seconds=25, max_restarts=30, stage1=jobs)
+    run.wait_until_done(600)
     run.check(expected, starts=2)
     assert any("USR1 came" in line for line in run.events())
 
