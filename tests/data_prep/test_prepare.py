@@ -204,11 +204,11 @@ from data_prep.tokenize import DocumentEncoder
 from pipeline.config import DataConfig
 
 encode = DocumentEncoder.encode
-def killed_at_greek(self, texts, *dtype):
-    if any("σπίτι" in text for text in texts):
+def killed_at_english(self, texts, *dtype):
+    if any("house" in text for text in texts):
         os.kill(os.getpid(), signal.SIGKILL)
     return encode(self, texts, *dtype)
-DocumentEncoder.encode = killed_at_greek
+DocumentEncoder.encode = killed_at_english
 prepare(DataConfig.model_validate_json(sys.argv[1]), sys.argv[2], 300, Path(sys.argv[3]), 17)
 """
 
