@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
+from pipeline.fetch_datasets import fetch_dataset, key_of, named_datasets, with_commits
 from pipeline.files import read_json, write_json
 
 FILE_NAME = "fetched.json"
@@ -27,9 +28,13 @@ def fetch_run(run: RunConfig) -> None:
     for key, name, asked in _named_models(run):
         models[name] = fetched = _fetch_model(key, name, asked)
         print(f"fetch: {name} at {fetched['commit']}: {fetched['folder']}", flush=True)
-    if not models:
+    datasets = {}
+    for source in named_datasets(run):
+        datasets[key_of(source)] = entry = fetch_dataset(source)
+        print(f"fetch: {key_of(source)} at {entry['commit']}: {entry['files']} files", flush=True)
+    if not models and not datasets:
         print("fetch: the run names nothing on the hub", flush=True)
-    write_json(run.folder / FILE_NAME, {"models": models})
+    write_json(run.folder / FILE_NAME, {"models": models, "datasets": datasets})
 
 
 def with_fetched(run: RunConfig) -> RunConfig:
@@ -41,9 +46,11 @@ def with_fetched(run: RunConfig) -> RunConfig:
     path = run.folder / FILE_NAME
     if not path.is_file():
         return run
-    models: dict[str, Any] = read_json(path)["models"]
+    fetched = read_json(path)
+    models: dict[str, Any] = fetched["models"]
+    data = with_commits(run, fetched["datasets"])
     changes: dict[str, Any] = {}
-    missing = False
+    missing = any(key_of(source) not in fetched["datasets"] for source in named_datasets(run))
     for key, name, asked in _named_models(run):
         entry = models.get(name)
         if entry is None or entry["asked"] != asked:
@@ -53,10 +60,10 @@ def with_fetched(run: RunConfig) -> RunConfig:
         elif key == "model.path":
             changes["model"] = run.model.model_copy(update={"path": entry["folder"], "revision": None})
         else:
-            changes["data"] = run.data.model_copy(update={"tokenizer": entry["folder"]})
+            data["tokenizer"] = entry["folder"]
     if not missing:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return run.model_copy(update=changes)
+        os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    return run.model_copy(update={**changes, "data": run.data.model_copy(update=data)})
 
 
 def _named_models(run: RunConfig) -> list[tuple[str, str, str | None]]:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 
 class Hub(ThreadingHTTPServer):
@@ -54,7 +55,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing."""
 
     def _answer(self, *, with_body: bool) -> None:
-        path = self.path.split("?")[0].strip("/")
+        address = urlsplit(self.path)
+        path, self.query = unquote(address.path).strip("/"), parse_qs(address.query)
         self.server.requests.append(path)
         parts = path.split("/")
         if parts[0] == "api":
@@ -84,14 +86,26 @@ class _Handler(BaseHTTPRequestHandler):
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         names = {path: str(path.relative_to(folder)) for path in files}
         if what == "tree":
-            answer: Any = [
-                {"type": "file", "path": names[path], "size": path.stat().st_size, "oid": _etag(path)}
-                for path in files
-            ]
+            answer: Any = self._tree(folder, "/".join(rest[2:]))
+            if not answer:
+                return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
         else:
             siblings = [{"rfilename": names[path]} for path in files]
             answer = {"id": name, "modelId": name, "sha": folder.name, "siblings": siblings, "private": False}
         return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
+
+    def _tree(self, folder: Path, path: str) -> list[dict[str, Any]]:
+        """What lies in a folder of a commit; with ?recursive, and in its folders."""
+        deep = self.query.get("recursive", ["false"])[0].lower() == "true"
+        return [
+            {
+                "type": "file" if entry.is_file() else "directory",
+                "path": str(entry.relative_to(folder)),
+                "size": entry.stat().st_size if entry.is_file() else 0,
+                "oid": _etag(entry) if entry.is_file() else "0" * 40,
+            }
+            for entry in sorted((folder / path).rglob("*") if deep else (folder / path).glob("*"))
+        ]
 
     def _file(self, kind: str, name: str, revision: str, path: str) -> tuple[int, dict[str, str], bytes]:
         folder = self._commit_folder(kind, name, revision)

@@ -47,10 +47,17 @@ def can_cut_off() -> bool:
 def test_after_fetch_every_step_runs_with_the_network_cut_off(hub: Hub, tmp_path: Path) -> None:
     if not can_cut_off():
         pytest.skip("cutting off the network needs root and namespaces")
-    path = write_run(tmp_path)
+    configs = [f"- {{config_name: {name}, data_files: {name}/*.jsonl}}" for name in ("el", "hu")]
+    card = "\n".join(["---", "configs:", *configs, "---", ""]).encode()
+    path = write_run(tmp_path, data={"new": {name: {"hub": "tiny/text", "config": name} for name in ("el", "hu")}})
     commit = hub.commit("models", "tiny/model", files_of(tmp_path / "model"))
+    texts = {f"{name}/{name}.jsonl": (tmp_path / "text" / f"{name}.jsonl").read_bytes() for name in ("el", "hu")}
+    first = hub.commit("datasets", "tiny/text", {"README.md": card, "other/big.jsonl": b"{}", **texts})
     output = command(*PIPELINE, "fetch", str(path), **variables(hub, tmp_path))
     assert f"fetch: tiny/model at {commit}: " in output
+    assert f"fetch: tiny/text@:el:train at {first}: 2 files" in output
+    assert not list((tmp_path / "hf").rglob("big.jsonl"))
+    hub.commit("datasets", "tiny/text", {"README.md": card})
     asked = len(hub.requests)
     output = command(*CUT_OFF, *PIPELINE, "run", str(path), **variables(hub, tmp_path))
     assert "bits/char" in output
