@@ -11,6 +11,10 @@ from pipeline.expert_plan import ExpertPlan
 from pipeline.model import Stage
 
 
+# Of all tensors: what lies between blocks, and kernels' own. Measured: 7 to 10 % on a CPU, at 1 and 2 ranks.
+ALLOCATOR = 0.08
+
+
 @dataclass(frozen=True)
 class ModelSizes:
     """Parameters of the dense model and its parts.
@@ -91,6 +95,7 @@ def memory_by_kind(
     logits = 2 * batch.tokens * sizes.vocabulary * width  # and their gradient
     kinds["activations"] = activations + logits
     fresh = 0.0 if batch.accumulation > 1 else min(kinds["activations"], trained * width if stage == 1 else 0.0)
+    kinds["allocator"] = ALLOCATOR * (sum(kinds.values()) - process)
     # With one micro-batch a step, its gradients come as its activations go.
     kinds["peak"] = sum(kinds.values()) - fresh
     return kinds
