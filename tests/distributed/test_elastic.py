@@ -177,6 +177,8 @@ def test_resize_writes_what_those_ranks_would_have_saved_and_they_resume_from_it
     _, rows, _ = move(pools, trained, (Topology(2, 2), Topology(4, 2)), number, "fp32", tmp_path / "native")
     native = tmp_path / "native" / tag
     names = {path.name for path in native.glob("*.pt")}
+    # A pool's ranks have also had ep_size 4, and DeepSpeed goes by the largest group that a process has ever made.
+    names -= {f"expp_rank_{ep_rank}_mp_rank_00_optim_states.pt" for ep_rank in (2, 3)}
     assert {path.name for path in target.glob("*.pt")} == names
     key = "optimizer_state_dict" if number == 1 else "optimizer"
     for file in sorted(name for name in names if "optim_states" in name):
