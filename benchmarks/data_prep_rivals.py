@@ -60,11 +60,19 @@ def floor(job: Job) -> Loaded:
     return run
 
 
-def _ours(job: Job, **changes: Any) -> Loaded:
-    import transformers.models.auto.tokenization_auto  # noqa: F401 - loaded before the clock starts
+def _load_transformers(job: Job) -> None:
+    """Load what a tokenizer needs of transformers, which loads its modules when they are first used."""
+    from transformers import AutoTokenizer
 
+    AutoTokenizer.from_pretrained(job.tokenizer)
+
+
+def _ours(job: Job, **changes: Any) -> Loaded:
+    import data_prep.page  # noqa: F401 - loaded before the clock starts
     from data_prep.prepare import prepare
     from pipeline.data_config import DataConfig
+
+    _load_transformers(job)
 
     def run() -> int:
         # Held-out documents are wanted of every set: one in a hundred, which are tokenized as the others are.
@@ -99,6 +107,7 @@ def datasets_map(job: Job) -> Loaded:
     from transformers import AutoTokenizer
 
     disable_progress_bars()
+    _load_transformers(job)
 
     def run() -> int:
         tokenizer = AutoTokenizer.from_pretrained(job.tokenizer)
@@ -167,6 +176,8 @@ def megatron(job: Job) -> Loaded:
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    _load_transformers(job)
 
     def run() -> int:
         builder = IndexedDatasetBuilder(str(job.folder / "theirs.bin"), dtype=np.uint16)

@@ -12,7 +12,7 @@ from data_prep.filtering import PHASE as FILTER
 from data_prep.plan import Json, Work, keys_of
 
 EDGES = "edges"  # the folder of what the joins find
-DOCUMENTS_A_TASK = 4 << 20  # 12 bytes each to read, and as much again a few times to sort
+DOCUMENTS_A_TASK = 1 << 20  # 12 bytes each to read, and as much again a few times to sort
 
 Keys = NDArray[np.uint64]
 

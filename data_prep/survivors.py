@@ -14,7 +14,7 @@ from data_prep.filtering import save_array
 from data_prep.plan import ROW_BITS, Json, Slice, Work, forgettable
 from pipeline.errors import UserError
 
-DOCUMENTS_A_GROUP = 4 << 20  # whose edges one task ties
+DOCUMENTS_A_GROUP = 1 << 20  # whose edges one task ties
 MOST_ROUNDS = 64  # log2 of any number of documents; the algorithm needs a few
 
 
