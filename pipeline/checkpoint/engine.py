@@ -72,13 +72,13 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
             if number is None or not self.layers[layer].experts_train:
                 return {}
             return _renumber(load_tensors(target.with_name(expert_file(layer, number))), slot)
+        if _ROUTER_OPTIMIZER_FILE.search(path):  # all ranks hold the same
+            return load_tensors(target.with_name("expp_rank_0_mp_rank_00_optim_states.pt"))
         if self.saved_by_others is None:
             return load_tensors(target)
         zero_file = _ZERO_FILE.search(path)
         if zero_file:
             return self.saved_by_others.state_for(int(zero_file[1]), self.topology)
-        if _ROUTER_OPTIMIZER_FILE.search(path):  # all ranks hold the same
-            return load_tensors(target.with_name("expp_rank_0_mp_rank_00_optim_states.pt"))
         return {**load_tensors(target), "dp_world_size": self.topology.ranks}
 
     def _file_number(self, layer: int, slot: int) -> int | None:
