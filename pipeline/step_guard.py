@@ -21,6 +21,7 @@ class StepGuard:
         self.skipped = self.in_a_row = 0
         self._optimizer: Any = None
         self._loss_is_finite = True
+        self._norm: float | None = None
 
     def watch(self, engine: Any) -> None:
         """Judge every step of this engine's optimizer from now on."""
@@ -54,7 +55,6 @@ class StepGuard:
             self.in_a_row += 1
         return reason
 
-    @property
     def gives_up(self) -> bool:
         """Whether too many steps in a row were skipped; the count then begins anew."""
         if self.in_a_row < self.settings.stop_after:

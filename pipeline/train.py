@@ -46,7 +46,7 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
             if _validation_due(run, stage.num_steps, trainer.step, trainer.batch_tokens):
                 _validate(trainer, log, saves)
             stopping, save_due = _agree(ranks, stop.requested, saves.due())
-            gives_up = trainer.guard.gives_up
+            gives_up = trainer.guard.gives_up()
             if save_due or stopping or last or gives_up:
                 saves.save(must_be_written=stopping or last or gives_up)
             if gives_up:
@@ -116,7 +116,7 @@ def _figures(trainer: Trainer, log: MetricsLog, saves: Saves, seconds: float) ->
     training_seconds = log.training_seconds()
     memory = torch.tensor([float(peak_memory_bytes(trainer.ranks.device))], device=trainer.ranks.device)
     return {
-        "tag": trainer.tag,
+        "tag": trainer.saved_tag,
         "steps": trainer.step,
         "tokens": trainer.step * trainer.batch_tokens,
         "seconds": seconds,

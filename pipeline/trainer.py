@@ -86,6 +86,7 @@ class Trainer:
         self.batch_tokens = self.stage.global_batch_size * self.stage.sequence_length
         self.step = 0
         self.best_value, self.best_tag = math.inf, ""
+        self.saved_tag = ""  # the newest checkpoint that this course of training has read or written
         inputs.folder.mkdir(parents=True, exist_ok=True)
         variables = list(inputs.run.cluster.environment)
         self.rank_log = RankLog(inputs.folder, ranks.rank, variables, writes=inputs.run.log.ranks)
@@ -280,15 +281,12 @@ class Trainer:
         return f"step{self.step:06d}"
 
     def save(self) -> dict[str, float] | None:
-        """Save a checkpoint unless this step's is there already; how long it took and how large it is.
+        """Save a checkpoint unless this step's was read or written already; how long it took and how large it is.
 
         Raises:
             AgreedError: it can't be written.
         """
-        there: list[Any] = [self.ranks.is_first and self.tag in checkpoint.complete_tags(self.inputs.folder)]
-        if self.ranks.world_size > 1:
-            torch.distributed.broadcast_object_list(there, src=0)
-        if there[0]:
+        if self.saved_tag.partition("-")[0] == self.tag:  # a resized one has its ranks in its name
             return None
         manifest = {
             **self.inputs.identity,
@@ -302,9 +300,11 @@ class Trainer:
             "ep_size": self.topology.ep_size,
             "expert_plan": self.inputs.plan.model_dump(mode="json"),
         }
-        return checkpoint.save_checkpoint(
+        figures = checkpoint.save_checkpoint(
             self.engine, self.inputs.folder, self.tag, manifest, self.inputs.run.checkpoint.keep
         )
+        self.saved_tag = self.tag
+        return figures
 
     def resume(self) -> None:
         """Go on from the newest sound checkpoint, if there is one, whatever number of ranks saved it.
@@ -333,7 +333,7 @@ class Trainer:
         with redirect_stdout(io.StringIO()):
             self.engine.load_checkpoint(str(self.inputs.folder), tag=tag, load_module_strict=False)
         self.engine.checkpoint_engine.saved_by_others = None
-        self.step = manifest["step"]
+        self.step, self.saved_tag = manifest["step"], tag
         if manifest["best_tag"]:
             self.best_value, self.best_tag = manifest["best_value"], manifest["best_tag"]
             if self.ranks.is_first and self.best_tag in checkpoint.complete_tags(self.inputs.folder):

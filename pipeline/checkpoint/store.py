@@ -61,7 +61,7 @@ def save_checkpoint(engine: Any, folder: Path, tag: str, manifest: dict[str, Any
     files.error = None
     if dist.get_rank() == 0:
         _remove_incomplete(folder)
-        shutil.rmtree(folder / tag, ignore_errors=True)
+        _remove(folder / tag)
     dist.barrier()
     engine.save_checkpoint(
         str(folder), tag=tag, client_state={"run": manifest}, save_latest=False, exclude_frozen_parameters=True
@@ -75,13 +75,13 @@ def save_checkpoint(engine: Any, folder: Path, tag: str, manifest: dict[str, Any
             fsync_path(folder / tag)
             write_manifest(folder / tag, {**manifest, "files": dict(sorted(complete.items()))})
             write_text(folder / "latest", tag)
-            prune(folder, keep)
+            prune(folder, tag, keep)
         except OSError as error:
             problem = [_line(error)]
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         if dist.get_rank() == 0:
-            shutil.rmtree(folder / tag, ignore_errors=True)
+            _remove(folder / tag)
         dist.barrier()
         raise AgreedError(f"{folder / tag}: can't be written ({problem[0]}); checkpoints before it are as they were")
     size = sum(entry["bytes"] for entry in complete.values())
@@ -120,16 +120,25 @@ def complete_tags(folder: Path) -> list[str]:
     return [tag for tag in tags(folder) if (folder / tag / MANIFEST).is_file()]
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Delete all but the newest ``keep`` complete checkpoints, the best, and those that another stage refers to."""
-    protected = {*complete_tags(folder)[:keep], *_referred_to(folder)}
+def prune(folder: Path, newest: str, keep: int) -> None:
+    """Delete all but ``newest``, the ``keep`` - 1 before it, the best, and those that another stage refers to.
+
+    What lies beyond ``newest`` is of a course that was given up: training fell back from it, because it was damaged.
+    """
+    kept = [tag for tag in complete_tags(folder) if tag <= newest][:keep]
+    protected = {*kept, *_referred_to(folder)}
     marked = best(folder)
     if marked:
         protected.add(marked["tag"])
     for tag in complete_tags(folder):
         if tag not in protected:
-            (folder / tag / MANIFEST).unlink()
-            shutil.rmtree(folder / tag)
+            _remove(folder / tag)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; one that is cut off on the way is no longer complete."""
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _referred_to(folder: Path) -> set[str]:

@@ -104,6 +104,31 @@ def test_ranks_fall_back_together_and_train_on(pools: Pools, tree: dict[str, Any
     assert [[row["step"] for row in part["rows"]] for part in rows] == [[3, 4], [3, 4]]
 
 
+def test_a_damaged_checkpoint_is_written_again_when_training_comes_to_its_step(
+    pools: Pools, tree: dict[str, Any], folder: Path
+) -> None:
+    before = {path.name: path.read_bytes() for path in (folder / BAD).iterdir()}
+    stage = checkpoint.read_manifest(folder / GOOD)["stage"]
+    flip_a_bit(folder / BAD / checkpoint.main_file())
+    pools[2].run(train_steps, tree, stage, folder, 3, 3, True)
+    assert checkpoint.newest_sound_tag(folder, ALONE) == (BAD, [])
+    after = {path.name: path.read_bytes() for path in (folder / BAD).iterdir()}
+    assert set(after) == set(before)
+    weights = [name for name in before if name.endswith("model_states.pt")]
+    assert all(after[name] == before[name] for name in weights)
+
+
+def test_a_damaged_checkpoint_ahead_does_not_crowd_out_those_that_are_saved_after_falling_back(
+    pools: Pools, tree: dict[str, Any], folder: Path
+) -> None:
+    damaged = (folder / BAD).rename(folder / "step000009")
+    flip_a_bit(damaged / checkpoint.main_file())
+    stage = checkpoint.read_manifest(folder / GOOD)["stage"]
+    keep_one = {**tree, "checkpoint": {**tree["checkpoint"], "keep": 1}}
+    pools[2].run(train_steps, keep_one, stage, folder, 4, 4, True)
+    assert checkpoint.complete_tags(folder) == ["step000004"]
+
+
 def test_what_an_interrupted_save_left_is_removed_by_the_next(
     pools: Pools, tree: dict[str, Any], folder: Path
 ) -> None:
