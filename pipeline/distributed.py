@@ -4,7 +4,6 @@ import datetime
 import os
 import resource
 import signal
-import socket
 import sys
 import warnings
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 import torch.distributed
 
 from pipeline.cluster.rank_environment import EARLY_SIGNALS
+from pipeline.network import free_port
 from pipeline.watchdog import Watchdog
 
 DEFAULT_TIMEOUT_MINUTES = 30.0
@@ -111,13 +111,6 @@ def leave(ranks: Ranks) -> None:
     torch.distributed.destroy_process_group()
     if ranks.watchdog is not None:
         ranks.watchdog.stop()
-
-
-def free_port() -> int:
-    """A TCP port of this host that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -42,11 +42,6 @@ class Watchdog:
         """The rank has come this far."""
         self._where, self._since = where, time.monotonic()
 
-    @property
-    def where(self) -> str:
-        """How far the rank had come."""
-        return self._where
-
     def _watch(self) -> None:
         while not self._done.wait(SECONDS_BETWEEN_LOOKS):
             gone = next((name for process, name in self._launchers if not _alive(process)), None)

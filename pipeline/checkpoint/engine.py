@@ -13,7 +13,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
 from pipeline.checkpoint.optimizer_state import SavedOptimizer, Topology
-from pipeline.checkpoint.tensors import expert_file, load_tensors, save_tensors
+from pipeline.checkpoint.tensors import expert_file, load_tensors, router_optimizer_file, save_tensors
 from pipeline.model import moe_layers
 
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt$")
@@ -73,7 +73,7 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
                 return {}
             return _renumber(load_tensors(target.with_name(expert_file(layer, number))), slot)
         if _ROUTER_OPTIMIZER_FILE.search(path):  # all ranks hold the same
-            return load_tensors(target.with_name("expp_rank_0_mp_rank_00_optim_states.pt"))
+            return load_tensors(target.with_name(router_optimizer_file(0)))
         if self.saved_by_others is None:
             return load_tensors(target)
         zero_file = _ZERO_FILE.search(path)

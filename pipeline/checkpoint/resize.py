@@ -10,14 +10,19 @@ import torch
 
 from pipeline.checkpoint.optimizer_state import SavedOptimizer, Topology
 from pipeline.checkpoint.store import MANIFEST, complete_tags, read_manifest, write_manifest
-from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file, optimizer_file, save_tensors
+from pipeline.checkpoint.tensors import (
+    expert_file,
+    load_tensors,
+    main_file,
+    optimizer_file,
+    router_optimizer_file,
+    save_tensors,
+)
 from pipeline.checkpoint.verify import damaged_files
 from pipeline.errors import UserError
 from pipeline.expert_plan import ExpertPlan
 from pipeline.files import fsync_path, new_folder, sha256_file, write_text
 from pipeline.progress import progress
-
-_ROUTER_OPTIMIZER = "expp_rank_{}_mp_rank_00_optim_states.pt"
 
 
 def resize(folder: Path, topology: Topology) -> Path:
@@ -76,9 +81,9 @@ def _link_experts(folder: Path, target: Path, plan: ExpertPlan) -> None:
 def _write_optimizer(
     folder: Path, target: Path, manifest: dict[str, Any], plan: ExpertPlan, topology: Topology
 ) -> None:
-    if (folder / _ROUTER_OPTIMIZER.format(0)).is_file():  # stage 2: every rank holds all of it
+    if (folder / router_optimizer_file(0)).is_file():  # stage 2: every rank holds all of it
         for ep_rank in range(topology.ep_size):
-            shutil.copyfile(folder / _ROUTER_OPTIMIZER.format(0), target / _ROUTER_OPTIMIZER.format(ep_rank))
+            shutil.copyfile(folder / router_optimizer_file(0), target / router_optimizer_file(ep_rank))
         return
     saved = SavedOptimizer(folder, plan, Topology(manifest["ranks"], manifest["ep_size"]))
     with progress(topology.ranks, "resize", "rank") as bar:

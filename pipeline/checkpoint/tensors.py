@@ -29,6 +29,11 @@ def optimizer_file(rank: int, *, bf16: bool) -> str:
     return f"{'bf16_' if bf16 else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
+def router_optimizer_file(rank: int) -> str:
+    """The file of the routers' optimizer where there is no ZeRO; all ranks' hold the same."""
+    return f"expp_rank_{rank}_mp_rank_00_optim_states.pt"
+
+
 class _HashingWriter:
     """A file for torch.save that hashes what it writes, on another core.
 

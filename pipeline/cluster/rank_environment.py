@@ -6,15 +6,13 @@ Launchers say it in their own words: DeepSpeed and torchrun with RANK, mpirun wi
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 from collections.abc import MutableMapping
 
-import psutil
-
 from pipeline.cluster.config import ClusterConfig
 from pipeline.errors import EXIT_CODE, UserError
+from pipeline.network import free_port, interface_towards, own_address
 
 Environment = MutableMapping[str, str]
 # DeepSpeed and torch read these; where one is missing, DeepSpeed would try MPI, which ends a rank under srun.
@@ -111,28 +109,6 @@ def _give_up(reason: str) -> None:
     os._exit(EXIT_CODE)
 
 
-def own_address() -> str:
-    """An address under which other hosts reach this one: its name's, or the first one that is not local."""
-    try:
-        address = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        address = "127.0.0.1"
-    if not address.startswith("127."):
-        return address
-    for entries in psutil.net_if_addrs().values():
-        for entry in entries:
-            if entry.family == socket.AF_INET and not entry.address.startswith("127."):
-                return str(entry.address)
-    return address
-
-
-def free_port() -> int:
-    """A TCP port of this host that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
-
-
 def first_host(hosts: str) -> str:
     """The first host of SLURM's short form: "node[01-04,7],gpu9" is node01."""
     first = re.match(r"(?:\[[^\]]*\]|[^,\[])+", hosts)
@@ -163,17 +139,3 @@ def threads_per_rank(environment: Environment) -> int:
     bound, all_cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     share = bound if bound < all_cores else all_cores // int(environment.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, share)
-
-
-def interface_towards(host: str) -> str | None:
-    """The network interface that leads to a host; gloo would take the one that this host's name stands for."""
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing
-            own = probe.getsockname()[0]
-    except OSError:
-        return None
-    for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address == own for entry in entries):
-            return str(name)
-    return None

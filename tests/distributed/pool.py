@@ -7,7 +7,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-from pipeline.distributed import free_port
+from pipeline.network import free_port
 
 SECONDS = 240.0
 
