@@ -9,18 +9,15 @@ from types import FrameType
 
 import psutil
 
-from pipeline.distributed import device_type, free_port
-from pipeline.errors import EXIT_CODE, UserError
+from pipeline.distributed import device_type
+from pipeline.errors import EXIT_CODE
+from pipeline.network import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_verb(verb: str, run_file: Path, *, force: bool) -> None:
-    """``python -m pipeline VERB RUN.yaml`` in a process of its own.
-
-    Raises:
-        UserError: it failed; it has said why.
-    """
+    """``python -m pipeline VERB RUN.yaml`` in a process of its own; if it fails, this one ends with its exit code."""
     command = [sys.executable, "-m", "pipeline", verb, str(run_file), *(["--force"] if force else [])]
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     _wait(command, {**os.environ, "PYTHONPATH": path})
@@ -29,8 +26,7 @@ def run_verb(verb: str, run_file: Path, *, force: bool) -> None:
 def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -> None:
     """Run ``deepspeed launch/ENTRY ARGUMENTS`` with so many local ranks, and wait for it.
 
-    Raises:
-        UserError: it failed; the ranks have said why.
+    If it fails, this process ends with its exit code.
     """
     command = [
         str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks),
@@ -69,10 +65,10 @@ def _wait(command: list[str], environment: dict[str, str]) -> None:
     if received and not code:
         print(f"stopped by {signal.Signals(received[0]).name}; the same command goes on from there", flush=True)
         raise SystemExit(0)
-    if code == EXIT_CODE:
-        raise SystemExit(EXIT_CODE)  # it has said its one line
+    if code and code != EXIT_CODE:  # bad input has said its one line
+        print(f"error: {' '.join(command)}: ended with code {code}; see above for why", file=sys.stderr, flush=True)
     if code:
-        raise UserError(f"{' '.join(command)}: ended with code {code}; see above for why")
+        raise SystemExit(code if code > 0 else 128 - code)  # as a shell says it of a signal
 
 
 def _ranks_below(pid: int) -> list[psutil.Process]:

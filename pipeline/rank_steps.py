@@ -41,17 +41,17 @@ class RankSteps(Steps):
         """What can be known of a stage's data before any rank starts.
 
         Raises:
-            UserError: a set has less than a sample, or stage 2's experts of stage 1 are damaged.
+            UserError: a set has less than a sample, or stage 1's checkpoint, which stage 2 needs, is gone.
         """
-        from pipeline.checkpoint import damaged_weights
+        from pipeline.checkpoint import read_manifest
         from pipeline.data import stage_order
 
         stage_order(self.store, self.run.data, self.run.stage(number), self.run.seed)
         if number == 2:
-            folder = self._stage1_checkpoint()
-            bad = damaged_weights(folder)
-            if bad:
-                raise UserError(f"{folder}: {', '.join(bad)} damaged or missing; train stage 1 again with --force")
+            try:
+                read_manifest(self._stage1_checkpoint())
+            except UserError as error:
+                raise UserError(f"{error}; train stage 1 again with --force") from error
 
     def _stage1_checkpoint(self) -> Path:
         """The checkpoint that stage 1 ended with."""
