@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.prepare import tokens_folder
+from data_prep.prepare import plan_run
 from data_prep.store import MANIFEST, TokenStore
 from data_prep.tokenize import decode
 from pipeline.errors import UserError
@@ -21,7 +21,7 @@ def open_store(name: str, overrides: list[str]) -> TokenStore:
     """
     if Path(name).is_dir():
         return TokenStore(Path(name))
-    folder = tokens_folder(load_run(name, overrides)).folder
+    folder = plan_run(load_run(name, overrides)).folder
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{name}: its tokens are not in {folder}; prepare them first: python -m data_prep {name}")
     return TokenStore(folder)

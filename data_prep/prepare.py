@@ -23,13 +23,22 @@ SMALL_BYTES = 32 << 20  # of files: less is not worth starting processes for
 
 
 def prepare_run(
-    run: RunConfig, backend: Backend = "auto", workers: int | None = None, *, force: bool = False
+    run: RunConfig,
+    backend: Backend = "auto",
+    workers: int | None = None,
+    *,
+    force: bool = False,
+    planned: Planned | None = None,
 ) -> TokenStore | None:
-    """`prepare` for a whole run: its tokenizer (the model's, unless `data.tokenizer` names one) and vocabulary."""
-    return _prepare(_inputs(run), backend, workers, force)
+    """`prepare` for a whole run: its tokenizer (the model's, unless `data.tokenizer` names one) and vocabulary.
+
+    Args:
+        planned: what `plan_run` gave, where it is known already.
+    """
+    return _prepare(_inputs(run), backend, workers, force, planned)
 
 
-def tokens_folder(run: RunConfig) -> Planned:
+def plan_run(run: RunConfig) -> Planned:
     """The plan of a run's tokens, with the folder that `prepare_run` puts them in, whether they are there or not."""
     inputs = _inputs(run)
     with open_executor("local", _workers(inputs.data, None)) as executor:
@@ -72,13 +81,15 @@ def prepare(
     return store
 
 
-def _prepare(inputs: Inputs, backend: Backend, workers: int | None, force: bool) -> TokenStore | None:
+def _prepare(
+    inputs: Inputs, backend: Backend, workers: int | None, force: bool, planned: Planned | None = None
+) -> TokenStore | None:
     """The store; None in an MPI rank that did tasks for another."""
     with open_executor(backend, _workers(inputs.data, workers)) as executor:
         if executor is None:
             return None
         inputs.cache_dir.mkdir(parents=True, exist_ok=True)
-        planned = make_plan(inputs, executor)
+        planned = planned or make_plan(inputs, executor)
         check_tokenizer(inputs, planned.encoder, force)
         return _work_out(planned, executor)
 

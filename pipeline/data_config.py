@@ -20,12 +20,11 @@ class CapsConfig(Section):
         return self.max_documents, self.max_tokens, self.max_characters
 
 
-class SourceConfig(CapsConfig):
+class PlaceConfig(CapsConfig):
     """Where text lies: ``path`` is a file, a folder or a glob; ``hub`` is a Hugging Face dataset, read as a stream.
 
     ``hub`` takes ``config``, ``split`` and ``revision`` (a commit, so that the text stays the same). ``text_field`` is
     the field or column with the text. A ``.txt`` file is one document, or with ``text_unit: line`` one a line.
-    ``weight`` is the source's share of its set's samples; without it, sources share by their tokens.
     """
 
     path: str | None = None
@@ -35,6 +34,11 @@ class SourceConfig(CapsConfig):
     revision: str | None = None
     text_field: str = "text"
     text_unit: Literal["file", "line"] = "file"
+
+
+class SourceConfig(PlaceConfig):
+    """One source. ``weight`` is its share of its set's samples; without it, sources share by their tokens."""
+
     weight: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
@@ -46,20 +50,13 @@ class SourceConfig(CapsConfig):
         return self
 
 
-class SetConfig(CapsConfig):
-    """One named set of text: one source (``path`` or ``hub`` and its fields, given here), or a list of ``sources``.
+class SetConfig(PlaceConfig):
+    """One named set of text: one place, given here, or a list of ``sources``.
 
     ``language`` is the set's name unless given; ``language_label`` is what a language identifier calls it, where that
     differs. ``weight`` is the set's share of a stage's tokens. The caps are the set's own, over all its sources.
     """
 
-    path: str | None = None
-    hub: str | None = None
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    text_field: str = "text"
-    text_unit: Literal["file", "line"] = "file"
     sources: list[SourceConfig] = []
     language: str = ""
     language_label: str = ""
@@ -79,8 +76,8 @@ class SetConfig(CapsConfig):
     @property
     def source_list(self) -> list[SourceConfig]:
         """The sources, also where the set is its only one."""
-        keys = ("path", "hub", "config", "split", "revision", "text_field", "text_unit")
-        return self.sources or [SourceConfig(**{key: getattr(self, key) for key in keys})]
+        place = set(PlaceConfig.model_fields) - set(CapsConfig.model_fields)  # the caps are the set's own
+        return self.sources or [SourceConfig(**self.model_dump(include=place))]
 
 
 class HeldOutConfig(Section):

@@ -8,9 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from data_prep.hub import name_of
 from pipeline.config import RunConfig
 from pipeline.errors import UserError
-from pipeline.fetch_datasets import fetch_dataset, key_of, named_datasets, with_commits
+from pipeline.fetch_datasets import fetch_dataset, named_datasets, with_commits
 from pipeline.files import read_json, write_json
 
 FILE_NAME = "fetched.json"
@@ -30,8 +31,8 @@ def fetch_run(run: RunConfig) -> None:
         print(f"fetch: {name} at {fetched['commit']}: {fetched['folder']}", flush=True)
     datasets = {}
     for source in named_datasets(run):
-        datasets[key_of(source)] = entry = fetch_dataset(source)
-        print(f"fetch: {key_of(source)} at {entry['commit']}: {entry['files']} files", flush=True)
+        datasets[name_of(source)] = entry = fetch_dataset(source)
+        print(f"fetch: {name_of(source)} at {entry['commit']}: {entry['files']} files", flush=True)
     if not models and not datasets:
         print("fetch: the run names nothing on the hub", flush=True)
     write_json(run.folder / FILE_NAME, {"models": models, "datasets": datasets})
@@ -50,7 +51,7 @@ def with_fetched(run: RunConfig) -> RunConfig:
     models: dict[str, Any] = fetched["models"]
     data = with_commits(run, fetched["datasets"])
     changes: dict[str, Any] = {}
-    missing = any(key_of(source) not in fetched["datasets"] for source in named_datasets(run))
+    missing = any(name_of(source) not in fetched["datasets"] for source in named_datasets(run))
     for key, name, asked in _named_models(run):
         entry = models.get(name)
         if entry is None or entry["asked"] != asked:

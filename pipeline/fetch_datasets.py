@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from data_prep.hub import HubSource, hub_sources, is_folder
+from data_prep.hub import HubSource, hub_source, hub_sources, is_folder, name_of
 from pipeline.config import RunConfig
 from pipeline.data_config import SetConfig, SourceConfig
 from pipeline.errors import UserError
@@ -14,11 +14,6 @@ CARD_FILES = ("README.md", ".gitattributes", "dataset_infos.json")  # they say w
 def named_datasets(run: RunConfig) -> list[HubSource]:
     """What the run names on the hub, without folders."""
     return [source for source in hub_sources(run) if not is_folder(source.hub)]
-
-
-def key_of(source: HubSource) -> str:
-    """What fetched.json holds a dataset under."""
-    return f"{source.hub}@{source.revision or ''}:{source.config or ''}:{source.split}"
 
 
 def fetch_dataset(source: HubSource) -> dict[str, Any]:
@@ -42,7 +37,7 @@ def fetch_dataset(source: HubSource) -> dict[str, Any]:
     except Exception as error:  # noqa: BLE001 - the clients raise their own, requests' and OSError
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
-            f"data: the hub does not give {key_of(source)} ({reason}); check hub, config, split and revision, log in "
+            f"data: the hub does not give {name_of(source)} ({reason}); check hub, config, split and revision, log in "
             "with: hf auth login, and fetch on a host with a network"
         ) from error
     return {"commit": info.sha, "files": len(files)}
@@ -66,7 +61,7 @@ def with_commits(run: RunConfig, fetched: dict[str, dict[str, Any]]) -> dict[str
     def pinned(source: Any) -> Any:
         if source.hub is None:
             return source
-        entry = fetched.get(key_of(HubSource(source.hub, source.config, source.split, source.revision)))
+        entry = fetched.get(name_of(hub_source(source)))
         return source if entry is None else source.model_copy(update={"revision": entry["commit"]})
 
     def pinned_set(entry: SetConfig) -> SetConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 from data_prep.hashes import RememberedHashes
 from data_prep.planning import Planned
-from data_prep.prepare import prepare_run, tokens_folder
+from data_prep.prepare import plan_run, prepare_run
 from data_prep.store import TokenStore
 from pipeline.allocation import allocate, clamp_similarity, most_similar_layers
 from pipeline.config import RunConfig
@@ -85,11 +85,11 @@ class Steps:
     def tokenize(self) -> None:
         """Text to token shards in the cache."""
         started = time.monotonic()
-        planned = tokens_folder(self.run)
+        planned = plan_run(self.run)
         inputs = _tokenize_inputs(planned)
         if self._tokens_are_there(planned):
             return
-        store = prepare_run(self.run, "local", force=self.force)
+        store = prepare_run(self.run, "local", force=self.force, planned=planned)
         assert store is not None
         write_json(self.folder.path / "data_statistics.json", store.statistics.model_dump(mode="json"))
         sets = {
@@ -101,7 +101,7 @@ class Steps:
 
     def tokenize_is_done(self) -> bool:
         """Whether the tokens of these texts, with these settings, are there."""
-        return self._tokens_are_there(tokens_folder(self.run))
+        return self._tokens_are_there(plan_run(self.run))
 
     def _tokens_are_there(self, planned: Planned) -> bool:
         return self.done("tokenize", _tokenize_inputs(planned)) and (planned.folder / "manifest.json").is_file()
