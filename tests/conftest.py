@@ -2,6 +2,19 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+TOGETHER = ("cluster", "distributed")  # folders whose tests share what takes long to start
+APART = ("launch", "faults")  # each test starts its own processes
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where tests run in two processes, say which of them go to the same one: by default, those of a file."""
+    for item in items:
+        folder = item.path.parent.name
+        group = folder if folder in TOGETHER else item.name if folder in APART else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))

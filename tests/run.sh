@@ -14,4 +14,5 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest -q ${select[@]+"${select[@]}"} "$@"
+# Two at once: half of the time goes to starting Python, which one core does.
+exec "$python" -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder ${select[@]+"${select[@]}"} "$@"

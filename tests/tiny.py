@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -131,6 +132,16 @@ def run_tree(folder: Path, **changes: Any) -> dict[str, Any]:
     for key, value in changes.items():
         tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) and isinstance(value, dict) else value
     return tree
+
+
+def write_run(folder: Path, *, prepared: bool = False, **changes: Any) -> Path:
+    """A tiny run's YAML, with all steps still to do, or done up to upcycling."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if prepared:
+        prepared_run(folder, distinct_experts=False, **changes)
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(run_tree(folder, **changes)), encoding="utf-8")
+    return path
 
 
 def prepared_run(folder: Path, *, distinct_experts: bool = True, **changes: Any) -> RunConfig:

@@ -5,32 +5,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tests.cluster.cluster import Cluster
-from tests.tiny import prepared_run, run_tree
+from tests.tiny import write_run
 
 PIPELINE = ("python", "-m", "pipeline")
 
 
-def write_run(folder: Path, **changes: Any) -> Path:
-    """A tiny run's YAML for two ranks, all its steps still to do."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tree = run_tree(
-        folder, **({"parallel": {"ranks": 2, "ep_size": 2}, "log": {"ranks": True, "tensorboard": False}} | changes)
-    )
-    tree["cluster"] = {"environment": {"OMP_NUM_THREADS": 1}, **tree.get("cluster", {})}
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    return path
-
-
-def write_prepared_run(folder: Path, **changes: Any) -> Path:
-    """A tiny run's YAML, done up to upcycling."""
-    path = write_run(folder, **changes)
-    tree = yaml.safe_load(path.read_text())
-    prepared_run(folder, distinct_experts=False, **{key: value for key, value in tree.items() if key != "name"})
-    return path
+def write_cluster_run(folder: Path, *, prepared: bool = False, **changes: Any) -> Path:
+    """A tiny run's YAML for two ranks, all its steps still to do, or done up to upcycling."""
+    settings = {"parallel": {"ranks": 2, "ep_size": 2}, "log": {"ranks": True, "tensorboard": False}} | changes
+    settings["cluster"] = {"environment": {"OMP_NUM_THREADS": 1}, **settings.get("cluster", {})}
+    return write_run(folder, prepared=prepared, **settings)
 
 
 def copy_run(folder: Path, name: str) -> list[str]:

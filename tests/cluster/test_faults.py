@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.cluster.cluster import Cluster, wait_for
-from tests.cluster.runs import PIPELINE, copy_run, losses, metrics, rank_rows, status, write_prepared_run
+from tests.cluster.runs import PIPELINE, copy_run, losses, metrics, rank_rows, status, write_cluster_run
 
 pytestmark = pytest.mark.slow
 STEPS = 300  # some 20 seconds
@@ -68,7 +68,7 @@ class Interrupted:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny run, done up to upcycling."""
     folder = tmp_path_factory.mktemp("faults")
-    write_prepared_run(folder, stage1=SHORT, checkpoint={"every_steps": 50, "every_minutes": None})
+    write_cluster_run(folder, prepared=True, stage1=SHORT, checkpoint={"every_steps": 50, "every_minutes": None})
     return folder
 
 

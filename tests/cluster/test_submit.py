@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from tests.cluster.cluster import Cluster, wait_for
-from tests.cluster.runs import PIPELINE, metrics, status, write_run
+from tests.cluster.runs import PIPELINE, metrics, status, write_cluster_run
 
 JOBS = ["tokenize", "prepare", "stage1", "stage2", "evaluate"]
 TWO_NODES = {"every_job": {"nodes": 2, "time": "10"}, "stage1": {"gpus_per_node": 1}, "signal_seconds": 30}
@@ -16,7 +16,7 @@ def submitted(output: str) -> dict[str, str]:
 
 
 def test_submit_runs_the_whole_chain_and_status_tells_the_truth(cluster: Cluster, tmp_path: Path) -> None:
-    path = write_run(tmp_path, cluster=TWO_NODES)
+    path = write_cluster_run(tmp_path, cluster=TWO_NODES)
     folder = tmp_path / "runs" / "tiny"
     shown = cluster.run(*PIPELINE, "submit", str(path), "--dry-run")
     assert not (folder / "jobs").exists()
@@ -56,7 +56,7 @@ def test_submit_runs_the_whole_chain_and_status_tells_the_truth(cluster: Cluster
 
 
 def test_a_step_that_fails_leaves_its_successors_cancelled(cluster: Cluster, tmp_path: Path) -> None:
-    path = write_run(tmp_path, cluster=TWO_NODES)
+    path = write_cluster_run(tmp_path, cluster=TWO_NODES)
     with open(tmp_path / "text" / "en.jsonl", "a") as file:
         file.write("no JSON\n")
     jobs = submitted(cluster.run(*PIPELINE, "submit", str(path)))

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.cluster import Cluster, wait_for
-from tests.cluster.runs import copy_run, losses, rank_rows, samples_of_ranks, write_prepared_run
+from tests.cluster.runs import copy_run, losses, rank_rows, samples_of_ranks, write_cluster_run
 
 WAYS = {
     "bash": "bash launch/train.sh",
@@ -25,7 +25,7 @@ AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny run, done up to upcycling, and the hostfile."""
     folder = tmp_path_factory.mktemp("ways")
-    write_prepared_run(folder, cluster={"environment": VARIABLES})
+    write_cluster_run(folder, prepared=True, cluster={"environment": VARIABLES})
     (folder / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
     return folder
 

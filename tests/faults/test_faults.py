@@ -7,31 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from pipeline import checkpoint
 from pipeline.checkpoint import damaged_files
 from pipeline.metrics import read_rows
 from tests.faults.disk import SmallDisk, small_disk
 from tests.faults.processes import Launch
-from tests.tiny import run_tree, save_model
+from tests.tiny import save_model, write_run
 
 STEPS = 400
 
 
-def write_run(folder: Path, **changes: Any) -> Path:
-    """A tiny run of two ranks and many steps."""
-    tree = run_tree(
-        folder,
-        parallel={"ranks": 2, "ep_size": 2, "micro_batch_size": 2},
-        stage1={"tokens": 8 * 32 * STEPS},
-        deepspeed="ds_configs/bf16_zero1.json",
-    )
+def write_long_run(folder: Path, **changes: Any) -> Path:
+    """A tiny run of two ranks and many steps, done up to upcycling."""
+    settings: dict[str, Any] = {
+        "parallel": {"ranks": 2, "ep_size": 2, "micro_batch_size": 2},
+        "stage1": {"tokens": 8 * 32 * STEPS},
+        "deepspeed": "ds_configs/bf16_zero1.json",
+    }
     for key, value in changes.items():
-        tree[key] = {**tree[key], **value} if isinstance(tree.get(key), dict) else value
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    return path
+        settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
+    return write_run(folder, prepared=True, **settings)
 
 
 def train(path: Path) -> Launch:
@@ -59,7 +55,7 @@ def launches() -> Iterator[list[Launch]]:
 
 
 def test_a_second_launch_on_the_same_run_refuses_and_the_first_goes_on(tmp_path: Path, launches: list[Launch]) -> None:
-    path = write_run(tmp_path)
+    path = write_long_run(tmp_path)
     launches.append(train(path))
     wait_for(lambda: steps_done(path) >= 2, launches[0])
     second = Launch(["run", str(path)], tmp_path / "second.log")
@@ -79,7 +75,7 @@ def test_a_second_launch_on_the_same_run_refuses_and_the_first_goes_on(tmp_path:
 def test_ranks_whose_launcher_died_end_within_30_seconds_and_the_lock_is_free(
     launcher: str, tmp_path: Path, launches: list[Launch]
 ) -> None:
-    path = write_run(tmp_path)
+    path = write_long_run(tmp_path)
     launches.append(train(path))
     wait_for(lambda: steps_done(path) >= 2, launches[0])
     victim = launches[0].launcher(launcher)
@@ -95,7 +91,7 @@ def test_ranks_whose_launcher_died_end_within_30_seconds_and_the_lock_is_free(
 
 @pytest.mark.slow
 def test_a_stuck_rank_ends_the_run_and_the_one_that_waits_says_where(tmp_path: Path, launches: list[Launch]) -> None:
-    path = write_run(tmp_path, parallel={"timeout_minutes": 0.1})
+    path = write_long_run(tmp_path, parallel={"timeout_minutes": 0.1})
     launches.append(train(path))
     wait_for(lambda: steps_done(path) >= 2, launches[0])
     launches[0].ranks()[1].send_signal(signal.SIGSTOP)
@@ -117,7 +113,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(
     if_full: str, tmp_path: Path, disk: SmallDisk, launches: list[Launch]
 ) -> None:
     save_model(tmp_path / "model", hidden_size=128, intermediate_size=1024)  # checkpoints of 34 MB
-    path = write_run(
+    path = write_long_run(
         tmp_path,
         output_dir=str(disk.folder),
         stage1={"tokens": 8 * 32 * 12},

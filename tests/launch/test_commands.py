@@ -7,13 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import yaml
 
-from tests.tiny import run_tree
+from tests.tiny import write_run
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -30,14 +28,6 @@ def command(*words: str, code: int = 0, seconds: float = 280, **environment: str
     )  # fmt: skip
     assert done.returncode == code, done.stdout
     return done.stdout
-
-
-def write_run(folder: Path, **changes: Any) -> Path:
-    """A tiny run's YAML, with all steps still to do."""
-    tree = run_tree(folder, **changes)
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    return path
 
 
 def test_train_sh_is_valid_bash_and_python() -> None:
@@ -86,7 +76,7 @@ def test_run_does_everything_on_two_ranks_and_a_second_run_skips_it(tmp_path: Pa
 
 
 def test_stage_2_refuses_damaged_experts_of_stage_1_by_name(tmp_path: Path) -> None:
-    path = write_run(tmp_path)
+    path = write_run(tmp_path, prepared=True)
     command(sys.executable, "-m", "pipeline", "run", str(path), "--until", "stage1")
     expert = tmp_path / "runs" / "tiny" / "stage1" / "step000006" / "layer_0_expert_1_mp_rank_00_model_states.pt"
     expert.write_bytes(expert.read_bytes()[:-1])
@@ -98,10 +88,10 @@ def test_stage_2_refuses_damaged_experts_of_stage_1_by_name(tmp_path: Path) -> N
 def test_a_signal_to_the_command_saves_stops_all_ranks_and_the_next_run_goes_on(tmp_path: Path) -> None:
     path = write_run(
         tmp_path,
+        prepared=True,
         parallel={"ranks": 2, "ep_size": 2},
         stage1={"tokens": 8 * 32 * 150, "sequence_length": 32, "global_batch_size": 8},
     )
-    command(sys.executable, "-m", "pipeline", "run", str(path), "--until", "upcycle")
     words = [sys.executable, "-m", "pipeline", "run", str(path), "--until", "stage1"]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     metrics = tmp_path / "runs" / "tiny" / "stage1" / "metrics.jsonl"
@@ -128,8 +118,7 @@ def test_a_signal_to_the_command_saves_stops_all_ranks_and_the_next_run_goes_on(
 
 @pytest.mark.parametrize("launcher", [["deepspeed"], ["bash"]], ids=["deepspeed", "bash"])
 def test_train_sh_trains_stage_1(launcher: list[str], tmp_path: Path) -> None:
-    path = write_run(tmp_path)
-    command(sys.executable, "-m", "pipeline", "run", str(path), "--until", "upcycle")
+    path = write_run(tmp_path, prepared=True)
     words = [str(BIN / "deepspeed"), "--master_port", "29611"] if launcher == ["deepspeed"] else launcher
     output = command(*words, "launch/train.sh", str(path), "--stage", "1", DS_ACCELERATOR="cpu")
     assert "6 steps of 8 x 32 tokens on 1 ranks" in output

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.launch.test_commands import command, write_run
+from tests.launch.test_commands import command
+from tests.tiny import write_run
 
 STEPS = [8, 16, 24, 32, 40, 48]  # in samples
 
@@ -16,6 +17,7 @@ STEPS = [8, 16, 24, 32, 40, 48]  # in samples
 def test_a_stage_that_goes_on_keeps_its_wandb_run_and_repeats_no_step(tmp_path: Path) -> None:
     path = write_run(
         tmp_path,
+        prepared=True,
         log={"tensorboard": True, "csv": True, "wandb": True},
         checkpoint={"every_steps": 4, "every_minutes": None},
     )

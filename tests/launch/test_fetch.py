@@ -6,13 +6,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.hub_server import Hub, running_hub
 from tests.launch.test_commands import command
-from tests.tiny import run_tree
+from tests.tiny import write_run
 
 PIPELINE = (sys.executable, "-m", "pipeline")
 CUT_OFF = ("unshare", "--net", "bash", "-c", 'ip link set lo up && exec "$@"', "_")
@@ -28,12 +29,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def write_run(folder: Path, **changes: object) -> Path:
+def write_hub_run(folder: Path, **changes: Any) -> Path:
     """A tiny run whose model is on the hub."""
-    tree = run_tree(folder, **{"model": {"path": "tiny/model"}, "parallel": {"ranks": 2, "ep_size": 2}, **changes})
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_run(folder, **{"model": {"path": "tiny/model"}, "parallel": {"ranks": 2, "ep_size": 2}, **changes})
 
 
 def variables(hub: Hub, folder: Path) -> dict[str, str]:
@@ -49,7 +47,7 @@ def test_after_fetch_every_step_runs_with_the_network_cut_off(hub: Hub, tmp_path
         pytest.skip("cutting off the network needs root and namespaces")
     configs = [f"- {{config_name: {name}, data_files: {name}/*.jsonl}}" for name in ("el", "hu")]
     card = "\n".join(["---", "configs:", *configs, "---", ""]).encode()
-    path = write_run(tmp_path, data={"new": {name: {"hub": "tiny/text", "config": name} for name in ("el", "hu")}})
+    path = write_hub_run(tmp_path, data={"new": {name: {"hub": "tiny/text", "config": name} for name in ("el", "hu")}})
     commit = hub.commit("models", "tiny/model", files_of(tmp_path / "model"))
     texts = {f"{name}/{name}.jsonl": (tmp_path / "text" / f"{name}.jsonl").read_bytes() for name in ("el", "hu")}
     first = hub.commit("datasets", "tiny/text", {"README.md": card, "other/big.jsonl": b"{}", **texts})
@@ -66,7 +64,7 @@ def test_after_fetch_every_step_runs_with_the_network_cut_off(hub: Hub, tmp_path
 
 
 def test_what_was_fetched_stays_though_the_hub_moves_on(hub: Hub, tmp_path: Path) -> None:
-    path = write_run(tmp_path)
+    path = write_hub_run(tmp_path)
     files = files_of(tmp_path / "model")
     first = hub.commit("models", "tiny/model", {**files, "pytorch_model.bin": b"old weights", "model.onnx": b"other"})
     command(*PIPELINE, "fetch", str(path), **variables(hub, tmp_path))
@@ -85,14 +83,14 @@ def test_what_was_fetched_stays_though_the_hub_moves_on(hub: Hub, tmp_path: Path
 
 
 def test_a_name_that_the_hub_does_not_have_is_one_line(hub: Hub, tmp_path: Path) -> None:
-    path = write_run(tmp_path, model={"path": "tiny/nothing"})
+    path = write_hub_run(tmp_path, model={"path": "tiny/nothing"})
     output = command(*PIPELINE, "fetch", str(path), code=2, **variables(hub, tmp_path))
     assert [line for line in output.splitlines() if line.startswith("error: ")] == output.strip().splitlines()[-1:]
     assert "model.path: the hub does not give tiny/nothing" in output
 
 
 def test_what_was_fetched_and_is_gone_is_named(hub: Hub, tmp_path: Path) -> None:
-    path = write_run(tmp_path)
+    path = write_hub_run(tmp_path)
     hub.commit("models", "tiny/model", files_of(tmp_path / "model"))
     command(*PIPELINE, "fetch", str(path), **variables(hub, tmp_path))
     (tmp_path / "hf").rename(tmp_path / "moved")
