@@ -115,6 +115,7 @@ class Benchmark:
         ranks, trainer = self.ranks, self.trainer
         if ranks.is_first:
             shutil.rmtree(self.tag, ignore_errors=True)
+        trainer.saved_tag = ""  # else it would not be saved again
         with PeakMemory() as memory:
             self.times["save"].append(timed(ranks, trainer.save))
         self.peak = max(self.peak, memory.peak)

@@ -1,7 +1,7 @@
 """python -m data_prep RUN.yaml: tokenize a run's text into the cache, by itself.
 
-Alone it uses this machine's cores; under mpirun, MPI ranks; in a SLURM array task, it shares the work with the other
-tasks. `python -m data_prep inspect RUN.yaml` shows samples of its shards as text, `verify` checks them.
+Alone it uses this machine's cores; under mpirun, MPI ranks; as one of SLURM's tasks (srun, or an array), it shares the
+work with the others. `python -m data_prep inspect RUN.yaml` shows samples of its shards as text, `verify` checks them.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Which executor a process uses: MPI under mpirun, claims in a SLURM array task, else processes on this machine."""
+"""Which executor a process uses: MPI under mpirun, claims among SLURM's tasks, else processes on this machine."""
 
 import os
 import threading
@@ -12,6 +12,7 @@ from typing import Literal, cast
 
 from data_prep.claims import VOID_SECONDS, Claims
 from data_prep.executor import PoolExecutor, num_cores
+from pipeline.cluster.rank_environment import is_srun_task
 from pipeline.errors import UserError
 
 Backend = Literal["auto", "local", "mpi", "array"]
@@ -25,7 +26,12 @@ def backend_here() -> Backend:
         return "mpi"
     if "PMIX_RANK" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         return "mpi"
-    return "array" if "SLURM_ARRAY_TASK_ID" in os.environ else "local"
+    return "array" if "SLURM_ARRAY_TASK_ID" in os.environ or shares_an_srun() else "local"
+
+
+def shares_an_srun() -> bool:
+    """Whether srun has started this process and others beside it."""
+    return is_srun_task(os.environ) and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 @contextmanager
@@ -46,16 +52,19 @@ def open_executor(backend: Backend = "auto", workers: int | None = None) -> Iter
     with ExitStack() as stack:
         executor = stack.enter_context(_local(num_cores() if workers is None else workers))
         if chosen == "array":
-            claims = stack.enter_context(Claims(_array_owner(), void_seconds=_void_seconds()))
-            executor.claim = claims.tasks
+            owner, executor.show = _place_among_tasks()
+            executor.claim = stack.enter_context(Claims(owner, void_seconds=_void_seconds())).tasks
         yield executor
 
 
-def _array_owner() -> str:
-    number = os.environ.get("SLURM_ARRAY_TASK_ID")
-    if number is None:
-        raise UserError("--executor array: SLURM_ARRAY_TASK_ID is not set; start it with sbatch --array=0-63")
-    return f"{os.environ.get('SLURM_ARRAY_JOB_ID', '0')}_{number}"
+def _place_among_tasks() -> tuple[str, bool]:
+    """This task's name, the same after a restart, and whether it shows what they do: of srun's, the first does."""
+    if shares_an_srun():
+        number = os.environ["SLURM_PROCID"]
+        return f"{os.environ['SLURM_JOB_ID']}.{number}", number == "0"
+    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+        raise UserError("--executor array: no task of SLURM's; start it with srun, or sbatch --array=0-63")
+    return f"{os.environ.get('SLURM_ARRAY_JOB_ID', '0')}_{os.environ['SLURM_ARRAY_TASK_ID']}", True
 
 
 def _void_seconds() -> float:

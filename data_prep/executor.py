@@ -1,4 +1,4 @@
-"""Runs the tasks of a phase, handed out one by one: on local processes, MPI ranks or SLURM array tasks.
+"""Runs the tasks of a phase, handed out one by one: on local processes, MPI ranks or SLURM's tasks.
 
 A task writes its results under their names whole, and then its marker with its figures; a task whose marker is there
 is not done again. What a task writes depends on the plan alone, so that it makes no difference who does it, in which
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from data_prep.plan import Work, check_disk
-from pipeline.errors import UserError
+from pipeline.errors import OwnError, UserError
 from pipeline.files import write_json
 from pipeline.progress import progress
 
@@ -121,6 +121,7 @@ class PoolExecutor:
     num_workers: int = 1
     claim: Callable[[Phase], Iterator[int]] | None = None
     show: bool = True
+    tasks_done: int = 0
     peak_memory: int = 0  # of any process, in bytes
 
     @property
@@ -129,7 +130,17 @@ class PoolExecutor:
         return self.claim is None
 
     def run(self, phase: Phase) -> None:
-        """Run what is not done yet."""
+        """Run what is not done yet.
+
+        Raises:
+            OwnError: a mistake in a task, where other jobs do the others.
+        """
+        try:
+            self._run(phase)
+        except UserError as error:
+            raise error if self.is_alone else OwnError(*error.args) from error
+
+    def _run(self, phase: Phase) -> None:
         done = [task for task in phase.tasks if phase.marker(task).is_file()]
         total = sum(_weight(phase, task) for task in phase.tasks)
         unit = "byte" if phase.weights else "task"
@@ -139,6 +150,7 @@ class PoolExecutor:
             tasks = self.claim(phase) if self.claim else (t for t in phase.tasks if not phase.is_done(t))
             for done_now in self._results(phase, tasks):
                 bar.update(_weight(phase, done_now.task))
+                self.tasks_done += 1
                 self.peak_memory = max(self.peak_memory, done_now.peak_memory, peak_memory())
 
     def _results(self, phase: Phase, tasks: Iterable[int]) -> Iterator[Done]:

@@ -1,6 +1,7 @@
 """Text sets to a TokenStore in the cache: planned, worked out by whatever executor there is, and done once."""
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,10 +39,10 @@ def prepare_run(
     return _prepare(_inputs(run), backend, workers, force, planned)
 
 
-def plan_run(run: RunConfig) -> Planned:
+def plan_run(run: RunConfig, backend: Backend = "local") -> Planned:
     """The plan of a run's tokens, with the folder that `prepare_run` puts them in, whether they are there or not."""
     inputs = _inputs(run)
-    with open_executor("local", _workers(inputs.data, None)) as executor:
+    with open_executor(backend, _workers(inputs.data, None)) as executor:
         assert executor is not None
         return make_plan(inputs, executor)
 
@@ -114,9 +115,10 @@ def _work_out(planned: Planned, executor: PoolExecutor) -> TokenStore:
     with _lock(folder, shared=executor.claim is not None):
         if (folder / MANIFEST).is_file():
             shutil.rmtree(work.folder, ignore_errors=True)
-            print(f"tokens: {folder} is there already, skipped", flush=True)
+            if executor.show:
+                print(f"tokens: {folder} is there already, skipped", flush=True)
             return TokenStore(folder)
-        if plan.fraction < plan.data.held_out.fraction:
+        if plan.fraction < plan.data.held_out.fraction and executor.show:
             print(
                 f"tokens: data.held_out.fraction is lowered to {plan.fraction:.2g}, so that no more than "
                 f"data.held_out.max_megabytes={plan.data.held_out.max_megabytes} of text are held out",
@@ -135,8 +137,10 @@ def _work_out(planned: Planned, executor: PoolExecutor) -> TokenStore:
                 raise
         store = TokenStore(folder)
         shutil.rmtree(work.folder, ignore_errors=True)
-    print_summary(store)
-    print(f"tokens: {folder} (peak memory of a process {executor.peak_memory / 1e9:.2f} GB)", flush=True)
+    if executor.show:
+        print_summary(store)
+    share = "" if executor.is_alone else f"{executor.tasks_done} tasks done on {os.uname().nodename}, "
+    print(f"tokens: {folder} ({share}peak memory of a process {executor.peak_memory / 1e9:.2f} GB)", flush=True)
     return store
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline import checkpoint_verbs
 from pipeline.cluster.config import JOBS, ClusterConfig
-from pipeline.cluster.rank_environment import become_rank, listen_early, set_variables
-from pipeline.errors import EXIT_CODE, AgreedError, BusyError, UserError
+from pipeline.cluster.rank_environment import become_rank, is_first_rank, listen_early, set_variables
+from pipeline.errors import EXIT_CODE, AgreedError, BusyError, OwnError, UserError
 from pipeline.fetch import with_fetched
 from pipeline.run_file import load_run
 from pipeline.run_folder import STEPS, RunFolder
@@ -96,8 +96,7 @@ def main(arguments: list[str]) -> int:
 
     if run is None:
         return commands.check(options)
-    is_first = os.environ.get("RANK", "0") == "0"
-    writes = is_first and options.verb not in WITHOUT_LOCK
+    writes = is_first_rank() and options.verb not in WITHOUT_LOCK
     with RunLock(run.folder) if writes else nullcontext():
         if writes:
             RunFolder.create(run)
@@ -116,10 +115,9 @@ def command_line(*, launched: bool = False) -> int:
             become_rank()
         return main(sys.argv[1:])
     except UserError as error:
-        joined = _has_joined() and not isinstance(error, AgreedError)
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or joined:
-            line = f"error: {f'rank {rank}: ' if joined and rank != '0' else ''}{error}"
+        own = isinstance(error, OwnError) or (_has_joined() and not isinstance(error, AgreedError))
+        if is_first_rank() or own:
+            line = f"error: {'' if is_first_rank() else 'rank ' + os.environ['RANK'] + ': '}{error}"
             print(line, file=sys.stderr, flush=True)
             # For the batch script: to try again is no use.
             if "STEP_ERROR" in os.environ and not isinstance(error, BusyError):

@@ -1,10 +1,10 @@
 """What the verbs of the command line do."""
 
-import os
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.cluster.rank_environment import is_first_rank
 from pipeline.config import RunConfig
 from pipeline.distributed import device_type, environment_world_size, join, leave, under_launcher
 from pipeline.launcher import run_verb, start_ranks
@@ -49,9 +49,9 @@ def train_stages(run: RunConfig, steps: RankSteps, stages: list[int]) -> int:
         run.stage(number)
         world_size = environment_world_size() if under_launcher() else run.parallel.ranks
         steps.check_parallel(world_size, device_type())
-        if steps.stage_is_done(number, say=_is_first()):
+        if steps.stage_is_done(number, say=is_first_rank()):
             continue
-        if _is_first():
+        if is_first_rank():
             steps.check_stage(number)
         if under_launcher():
             ranks = join(run.parallel.timeout_minutes)
@@ -67,7 +67,7 @@ def train_stages(run: RunConfig, steps: RankSteps, stages: list[int]) -> int:
 
 def evaluate_on_ranks(run: RunConfig, steps: RankSteps, tag: str | None) -> int:
     """Evaluate: as a rank under a launcher, or by starting the run's ranks."""
-    if tag is None and steps.evaluate_is_done(say=_is_first()):
+    if tag is None and steps.evaluate_is_done(say=is_first_rank()):
         return 0
     checkpoints = steps.checkpoints_to_score(tag)  # names a mistake before any rank starts
     if under_launcher():
@@ -81,10 +81,6 @@ def evaluate_on_ranks(run: RunConfig, steps: RankSteps, tag: str | None) -> int:
     return 0
 
 
-def _is_first() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def train(run: RunConfig, options: Namespace) -> int:
     """Train the stage that is named, or all."""
     stages = [options.stage] if options.stage else [1, 2] if run.stage2 else [1]
@@ -95,14 +91,14 @@ def evaluate(run: RunConfig, options: Namespace) -> int:
     """Score the last checkpoints, or the one named; then write the report if asked to."""
     steps = RankSteps(run, force=options.force, redo=True)
     code = evaluate_on_ranks(run, steps, options.checkpoint)
-    if options.report and _is_first():
+    if options.report and is_first_rank():
         steps.report()
     return code
 
 
 def one_step(run: RunConfig, options: Namespace) -> int:
     """A step that one process does."""
-    getattr(RankSteps(run, force=options.force, redo=True), options.verb)()
+    getattr(RankSteps(run, force=options.force, redo=True, quiet=not is_first_rank()), options.verb)()
     return 0
 
 

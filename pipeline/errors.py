@@ -18,6 +18,10 @@ class AgreedError(UserError):
     """One that all ranks have agreed on and raise alike: the first one says it."""
 
 
+class OwnError(UserError):
+    """One that this process alone has met, in its share of the work: it says it itself."""
+
+
 def exit_on_user_error(main: Callable[[], int]) -> int:
     """Run ``main``; a :class:`UserError` becomes one line on stderr and exit code 2."""
     try:

@@ -6,11 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data_prep.backends import Backend, shares_an_srun
 from data_prep.hashes import RememberedHashes
 from data_prep.planning import Planned
 from data_prep.prepare import plan_run, prepare_run
 from data_prep.store import TokenStore
 from pipeline.allocation import allocate, clamp_similarity, most_similar_layers
+from pipeline.cluster.rank_environment import is_first_rank
 from pipeline.config import RunConfig
 from pipeline.ds_config import read_ds_config, training_dtype
 from pipeline.errors import UserError
@@ -83,14 +85,17 @@ class Steps:
         return done
 
     def tokenize(self) -> None:
-        """Text to token shards in the cache."""
+        """Text to token shards in the cache; tasks that srun started on several nodes share the work."""
         started = time.monotonic()
-        planned = plan_run(self.run)
+        backend: Backend = "array" if shares_an_srun() else "local"
+        planned = plan_run(self.run, backend)
         inputs = _tokenize_inputs(planned)
         if self._tokens_are_there(planned):
             return
-        store = prepare_run(self.run, "local", force=self.force, planned=planned)
+        store = prepare_run(self.run, backend, force=self.force, planned=planned)
         assert store is not None
+        if not is_first_rank():
+            return
         write_json(self.folder.path / "data_statistics.json", store.statistics.model_dump(mode="json"))
         sets = {
             name: entry.model_dump(mode="json", exclude={"sources", "shards"}) for name, entry in store.sets.items()

@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.section import Positive, Section
 
 JOBS = ("tokenize", "prepare", "stage1", "stage2", "evaluate")
-SINGLE = ("tokenize", "prepare")
 _TIME = re.compile(r"^(\d+-)?\d+(:\d+){0,2}$")
 
 
@@ -70,6 +69,7 @@ class ClusterConfig(Section):
     ``environment`` are variables that each process of the run gets, whatever launched it; they override the shell's.
     ``restart``: a job that is stopped before its step is done is requeued; where that is forbidden, ``chain``
     submits ``max_restarts`` further jobs that take its place. ``signal_seconds`` before the time limit it saves.
+    Several nodes of ``tokenize`` share the text.
     """
 
     environment: dict[str, str] = {}
@@ -97,16 +97,17 @@ class ClusterConfig(Section):
     def _check(self) -> "ClusterConfig":
         if self.tokenize.gpus_per_node:
             raise ValueError("tokenize.gpus_per_node: tokenizing uses no GPU; remove it")
-        for name in SINGLE:
-            if self.job(name).world_size > 1:
-                raise ValueError(f"{name}.nodes: the job is one process; give it nodes: 1 and more cpus_per_rank")
+        if self.job("prepare").world_size > 1:
+            raise ValueError("prepare.nodes: the job is one process; give it nodes: 1 and more cpus_per_rank")
+        if self.job("tokenize").tasks_per_node > 1:
+            raise ValueError("tokenize.ranks_per_node: one process uses a node's cores; give it 1, and more nodes")
         return self
 
     def job(self, name: str) -> JobConfig:
         """What a job asks for: its own keys, and those of ``every_job`` that it does not give."""
         own: JobConfig = getattr(self, name)
         shared = {key: getattr(self.every_job, key) for key in self.every_job.model_fields_set}
-        if name in SINGLE:  # of one process, and at most one GPU, whatever training takes
+        if name in ("tokenize", "prepare"):  # a process a node, and at most one GPU, whatever training takes
             gpus = 0 if name == "tokenize" else min(1, self.every_job.gpus_per_node)
             shared |= {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": gpus}
         return JobConfig(**{**shared, **{key: getattr(own, key) for key in own.model_fields_set}})

@@ -44,6 +44,11 @@ def become_rank(environment: Environment = os.environ) -> None:
         _become_rank_of_srun(environment)
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or no rank at all: it speaks, and writes what there is one of."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def is_srun_task(environment: Environment) -> bool:
     """Whether srun started this process, rather than a batch script or a shell inside an allocation."""
     step = environment.get("SLURM_STEP_ID", "")

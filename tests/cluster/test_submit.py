@@ -7,7 +7,12 @@ from tests.cluster.cluster import Cluster, wait_for
 from tests.cluster.runs import PIPELINE, metrics, status, write_cluster_run
 
 JOBS = ["tokenize", "prepare", "stage1", "stage2", "evaluate"]
-TWO_NODES = {"every_job": {"nodes": 2, "time": "10"}, "stage1": {"gpus_per_node": 1}, "signal_seconds": 30}
+TWO_NODES = {
+    "every_job": {"nodes": 2, "time": "10"},
+    "tokenize": {"nodes": 2},
+    "stage1": {"gpus_per_node": 1},
+    "signal_seconds": 30,
+}
 
 
 def submitted(output: str) -> dict[str, str]:
@@ -16,7 +21,7 @@ def submitted(output: str) -> dict[str, str]:
 
 
 def test_submit_runs_the_whole_chain_and_status_tells_the_truth(cluster: Cluster, tmp_path: Path) -> None:
-    path = write_cluster_run(tmp_path, cluster=TWO_NODES)
+    path = write_cluster_run(tmp_path, cluster=TWO_NODES, data={"slice_bytes": 1024})
     folder = tmp_path / "runs" / "tiny"
     shown = cluster.run(*PIPELINE, "submit", str(path), "--dry-run")
     assert not (folder / "jobs").exists()
@@ -49,6 +54,9 @@ def test_submit_runs_the_whole_chain_and_status_tells_the_truth(cluster: Cluster
     assert rows["stage1"][1] == jobs["stage1"]
     assert "tokens/s," in rows["stage1"]
     assert rows["stage1"][-1] == str(folder / "jobs" / "stage1.log")
+    tokenized = re.findall(r"\((\d+) tasks done on (node\d), ", (folder / "jobs" / "tokenize.log").read_text())
+    assert sorted(node for _, node in tokenized) == ["node1", "node2"]
+    assert sum(int(number) for number, _ in tokenized) > 2
     assert [row["step"] for row in metrics(folder / "stage2")] == [1, 2, 3, 4, 5, 6]
     last = cluster.run(*PIPELINE, "submit", str(path))
     assert last.count("done, not submitted") == 5
