@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -36,19 +37,21 @@ def timed(ranks: Ranks, action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def raw_write(folder: Path, rank: int, sizes: list[int], content: bytearray) -> None:
-    """As many files of as many bytes as this rank saves, each synced; then the folder."""
-    view = memoryview(content)
-    for number, size in enumerate(sizes):
+def raw_write(folder: Path, rank: int, contents: list[bytes]) -> None:
+    """The files that this rank saves, each written and synced; then the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, content in enumerate(contents):
+        view = memoryview(content)
         with open(folder / f"{rank}-{number}", "wb", buffering=0) as file:
-            for start in range(0, size, AT_ONCE):
-                file.write(view[: min(AT_ONCE, size - start)])
+            for start in range(0, len(view), AT_ONCE):
+                file.write(view[start : start + AT_ONCE])
             os.fsync(file.fileno())
     fsync_path(folder)
 
 
-def raw_read(folder: Path, rank: int, buffer: bytearray) -> None:
+def raw_read(folder: Path, rank: int) -> None:
     """Read this rank's raw files."""
+    buffer = bytearray(AT_ONCE)
     for path in sorted(folder.glob(f"{rank}-*")):
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):
@@ -101,7 +104,6 @@ class Benchmark:
         self.trainer = Trainer(inputs, ranks)
         self.trainer.train_step()
         self.raw = self.folder / "raw"
-        self.raw.mkdir(parents=True, exist_ok=True)
         self.times: dict[str, list[float]] = {name: [] for name in ("save", "raw write", "load", "raw read")}
         self.peak = 0
 
@@ -111,23 +113,29 @@ class Benchmark:
         return self.trainer.inputs.folder / self.trainer.tag
 
     def round(self) -> None:
-        """Save, write raw, load, read raw."""
+        """Save, write raw, load, read raw. Both kinds of files are new: what was there before is deleted."""
         ranks, trainer = self.ranks, self.trainer
-        if ranks.is_first:
-            shutil.rmtree(self.tag, ignore_errors=True)
+        self._delete(self.tag)
         trainer.saved_tag = ""  # else it would not be saved again
         with PeakMemory() as memory:
             self.times["save"].append(timed(ranks, trainer.save))
         self.peak = max(self.peak, memory.peak)
-        sizes = [entry["bytes"] for entry in trainer.engine.checkpoint_engine.files.values()]
-        content = bytearray(os.urandom(AT_ONCE))
-        self.times["raw write"].append(timed(ranks, lambda: raw_write(self.raw, ranks.rank, sizes, content)))
+        contents = [(self.tag / name).read_bytes() for name in trainer.engine.checkpoint_engine.files]
+        self._delete(self.raw)
+        self.times["raw write"].append(timed(ranks, partial(raw_write, self.raw, ranks.rank, contents)))
+        del contents
         for path in (self.tag, self.raw):
             if ranks.is_first:
                 forget(path)
             ranks.wait()
         self.times["load"].append(timed(ranks, self._load))
-        self.times["raw read"].append(timed(ranks, lambda: raw_read(self.raw, ranks.rank, content)))
+        self.times["raw read"].append(timed(ranks, lambda: raw_read(self.raw, ranks.rank)))
+
+    def _delete(self, folder: Path) -> None:
+        if self.ranks.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.sync()
+        self.ranks.wait()
 
     def _load(self) -> None:
         with redirect_stdout(StringIO()):
