@@ -51,6 +51,8 @@ def compare(options: argparse.Namespace, files: list[Path], cores: int, unit: st
             result = measure(name, options, files, cores)
             if result is not None:
                 found[name].append(result)
+                line = f"{unit} on {cores}, round {number + 1} of {options.rounds}, {name}: {result[unit]:.1f} s"
+                print(line, file=sys.stderr, flush=True)
     rows: dict[str, dict[str, float]] = {}
     print(f"\n{unit} on {cores} core{'s' if cores > 1 else ''}, median of {options.rounds} rounds")
     for name, results in found.items():
