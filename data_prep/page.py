@@ -22,6 +22,7 @@ def write_page(store: TokenStore) -> Path:
         part_of=part_of,
         reasons={reason: title for reason, (title, _) in REASONS.items()},
         charts=charts,
+        lost_any=any(entry.dropped or entry.bad_rows.rows for entry in statistics.sets.values()),
     )
     path = store.folder / FILE_NAME
     write_text(path, page)
