@@ -169,5 +169,8 @@ def _vocab_size(run: RunConfig) -> int:
         config = AutoConfig.from_pretrained(path, revision=run.model.revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model.path: no model configuration at {path} ({reason}); name a folder or hub id") from error
+        raise UserError(
+            f"model.path: no model configuration at {path} ({reason}); name a folder, or a hub id, which "
+            "python -m pipeline fetch RUN.yaml downloads"
+        ) from error
     return int(config.get_text_config().vocab_size)

@@ -87,13 +87,18 @@ def main(arguments: list[str]) -> int:
     """Do what the command line says."""
     options = parse(arguments)
     if options.verb in checkpoint_verbs.VERBS:
+        from pipeline.distributed import device_type
+
+        device_type()
         return checkpoint_verbs.run(options)
     run = load_run(options.run, options.set) if options.run else None
     set_variables(run.cluster if run else ClusterConfig())
     if run and options.verb != "fetch":
         run = with_fetched(run)
     from pipeline import commands  # imports torch, which reads the variables
+    from pipeline.distributed import device_type
 
+    device_type()
     if run is None:
         return commands.check(options)
     writes = is_first_rank() and options.verb not in WITHOUT_LOCK
