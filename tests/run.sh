@@ -14,5 +14,5 @@ fi
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-# Two at once: half of the time goes to starting Python, which one core does.
+# Two at once, as most of the time goes to starting Python on one core; -n 0 runs them in this process.
 exec "$python" -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder ${select[@]+"${select[@]}"} "$@"
