@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from deepspeed.checkpoint.constants import ZERO_STAGE
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
@@ -58,7 +59,7 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
             module = {name: tensor for name, tensor in state_dict["module"].items() if name in self.trained}
             state_dict = {**state_dict, "module": module}
         try:
-            self.files[target.name] = save_tensors(state_dict, target)
+            self.files[target.name] = save_tensors(_without_enum(state_dict), target)
         except OSError as error:
             self.error = error
 
@@ -86,6 +87,14 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
         rank, local = divmod(slot, self.layers[layer].num_local_experts)
         numbers = self.layers[layer].placement[rank]
         return numbers[local] - 1 if local < len(numbers) else None
+
+
+def _without_enum(state: dict[str, Any]) -> dict[str, Any]:
+    """ZeRO's stage as a number: Python before 3.11.4 pickles an enum's member as a call, which is not loaded."""
+    optimizer = state.get("optimizer_state_dict")
+    if not isinstance(optimizer, dict) or ZERO_STAGE not in optimizer:
+        return state
+    return {**state, "optimizer_state_dict": {**optimizer, ZERO_STAGE: int(optimizer[ZERO_STAGE])}}
 
 
 def _renumber(state: dict[str, Any], number: int) -> dict[str, Any]:

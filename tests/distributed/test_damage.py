@@ -184,6 +184,14 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "was-run").exists()
 
 
+def test_a_checkpoint_holds_no_enum_which_older_pythons_pickle_as_code(folder: Path) -> None:
+    files = sorted((folder / BAD).glob("*.pt"))
+    assert files
+    known = {"deepspeed.runtime.fp16.loss_scaler.LossScaler", "deepspeed.utils.tensor_fragment.fragment_address"}
+    for path in files:
+        assert set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) <= known, path.name
+
+
 def test_inspect_says_what_a_checkpoint_is(folder: Path) -> None:
     assert verify_text(folder / GOOD).startswith(f"{folder / GOOD}: sound (")
     assert find_tag(folder) == folder / BAD
