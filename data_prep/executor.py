@@ -138,7 +138,9 @@ class PoolExecutor:
         try:
             self._run(phase)
         except UserError as error:
-            raise error if self.is_alone else OwnError(*error.args) from error
+            if self.is_alone:
+                raise
+            raise OwnError(*error.args) from error
 
     def _run(self, phase: Phase) -> None:
         done = [task for task in phase.tasks if phase.marker(task).is_file()]

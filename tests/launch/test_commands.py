@@ -134,6 +134,19 @@ def test_a_users_mistake_is_one_line_and_exit_code_2_under_the_launcher_too(tmp_
     ]
 
 
+def test_a_task_of_srun_that_is_not_the_first_names_the_mistake_in_its_share_of_the_text(tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    with open(tmp_path / "text" / "en.jsonl", "a") as file:
+        file.write("no JSON\n")
+    task = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1",
+            "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "node1"}  # fmt: skip
+    # The first task is not here: this one does all of the text.
+    output = command(sys.executable, "launch/train.sh", "tokenize", str(path), code=2, **task)
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, output
+    assert errors[0].startswith(f"error: rank 1: {tmp_path}/text/en.jsonl, row 61: ")
+
+
 def test_help_says_what_each_verb_reads_and_writes() -> None:
     for verb in ("run", "tokenize", "similarity", "allocate", "upcycle", "train", "evaluate", "report"):
         text = command(sys.executable, "-m", "pipeline", verb, "--help")
