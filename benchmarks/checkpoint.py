@@ -18,12 +18,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from pipeline.distributed import Ranks, join, leave
-from pipeline.files import fsync_path, write_json
-from pipeline.rank_steps import RankSteps
-from pipeline.run_file import load_run
-from pipeline.table import aligned
-from pipeline.trainer import StageInputs, Trainer
+from common.files import fsync_path, write_json
+from common.text_table import aligned
+from pipeline.config.load import load_run
+from pipeline.distributed.process_group import Ranks, join, leave
+from pipeline.run.rank_steps import RankSteps
+from pipeline.training.trainer import StageInputs, Trainer
 
 AT_ONCE = 8 << 20  # bytes
 

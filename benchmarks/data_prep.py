@@ -17,8 +17,8 @@ from typing import Any
 from benchmarks.data_prep_rivals import RIVALS
 from benchmarks.data_reads import measure_reads
 from benchmarks.text import fetch_text
-from data_prep.executor import num_cores
-from pipeline.errors import UserError, exit_on_user_error
+from common.errors import UserError, exit_on_user_error
+from data_prep.executor.pool import num_cores
 
 ELSEWHERE = ("datatrove",)  # packages that may live in another Python
 

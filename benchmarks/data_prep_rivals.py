@@ -68,9 +68,9 @@ def _load_transformers(job: Job) -> None:
 
 
 def _ours(job: Job, **changes: Any) -> Loaded:
-    import data_prep.page  # noqa: F401 - loaded before the clock starts
+    import data_prep.statistics.page  # noqa: F401 - loaded before the clock starts
+    from data_prep.config import DataConfig
     from data_prep.prepare import prepare
-    from pipeline.data_config import DataConfig
 
     _load_transformers(job)
 

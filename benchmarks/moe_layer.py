@@ -78,7 +78,7 @@ def two_dense(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Contend
 
 def ours(name: str, trains: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Contender:
     """This project's layer on one rank. ``trains``: all, new experts (stage 1) or router alone (stage 2)."""
-    from pipeline.moe import MoELayer
+    from pipeline.model.moe import MoELayer
 
     layer = MoELayer(
         dense_mlp(sizes, dtype, device),
@@ -247,8 +247,8 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the process group's backend follows what is visible
-    from pipeline.distributed import join, leave
-    from pipeline.files import write_json
+    from common.files import write_json
+    from pipeline.distributed.process_group import join, leave
 
     ranks = join()
     device = ranks.device

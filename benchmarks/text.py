@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from common.files import write_text
 from data_prep.demo import download
 from data_prep.demo.extract import help_page
-from pipeline.files import write_text
 
 # About 100 MB of .jsonl; Latin, Greek, Cyrillic, Devanagari, Chinese, Japanese and Korean script.
 LANGUAGES = (

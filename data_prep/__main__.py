@@ -7,10 +7,10 @@ work with the others. `python -m data_prep inspect RUN.yaml` shows samples of it
 import argparse
 import sys
 
-from data_prep.backends import BACKENDS
+from common.errors import exit_on_user_error
+from data_prep.executor.launch import BACKENDS
 from data_prep.prepare import prepare_run
-from pipeline.errors import exit_on_user_error
-from pipeline.run_file import load_run
+from pipeline.config.load import load_run
 
 VERBS = ("prepare", "inspect", "verify")
 
@@ -38,7 +38,7 @@ def main() -> int:
     if verb == "prepare":
         prepare_run(load_run(options.run, options.set), options.executor, options.workers, force=options.force)
         return 0
-    from data_prep.inspect import inspect_store, open_store
+    from data_prep.statistics.show_samples import inspect_store, open_store
 
     store = open_store(options.run, options.set)
     if verb == "verify":

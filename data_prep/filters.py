@@ -6,8 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.data_config import FiltersConfig, SetConfig
-from pipeline.errors import UserError
+from common.errors import UserError
+from data_prep.config import FiltersConfig, SetConfig
 
 IDENTIFIED_CHARACTERS = 3000  # of a document's head; more hardly changes what an identifier says
 

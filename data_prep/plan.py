@@ -14,12 +14,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from data_prep.documents import Reading
-from data_prep.pieces import Piece
-from data_prep.tokenize import TokenizerSpec
-from pipeline.data_config import DataConfig, SetConfig
-from pipeline.errors import UserError
-from pipeline.files import read_json, write_json
+from common.errors import UserError
+from common.files import read_json, write_json
+from data_prep.config import DataConfig, SetConfig
+from data_prep.reading.documents import Reading
+from data_prep.reading.file_splits import Piece
+from data_prep.tokenizer import TokenizerSpec
 
 ROW_BITS = 32
 Group = Literal["old", "new", "watch", "benchmark"]

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from data_prep.backends import Backend, open_executor
-from data_prep.executor import PoolExecutor
+from common.errors import UserError
+from data_prep.config import DataConfig
+from data_prep.executor.launch import Backend, open_executor
+from data_prep.executor.pool import PoolExecutor
 from data_prep.filters import Filters
-from data_prep.phases import run_phases
+from data_prep.make_plan import Inputs, Planned, check_tokenizer, make_plan
+from data_prep.phases.order import run_phases
 from data_prep.plan import Work, forget_plans
-from data_prep.planning import Inputs, Planned, check_tokenizer, make_plan
-from data_prep.sources import source_files
+from data_prep.reading.sources import source_files
+from data_prep.statistics.summary import print_summary
 from data_prep.store import MANIFEST, TokenStore
-from data_prep.summary import print_summary
-from pipeline.config import RunConfig
-from pipeline.data_config import DataConfig
-from pipeline.errors import UserError
+from pipeline.config.run import RunConfig
 
 SMALL_BYTES = 32 << 20  # of files: less is not worth starting processes for
 

@@ -18,8 +18,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import UserError
-from pipeline.files import fsync_path
+from common.errors import UserError
+from common.files import fsync_path
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1

@@ -7,11 +7,11 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from common.errors import UserError
+from common.files import read_json, sha256_file
+from common.progress import progress
 from data_prep.shards import Shard, ShardSequence
-from data_prep.statistics import PartStatistics
-from pipeline.errors import UserError
-from pipeline.files import read_json, sha256_file
-from pipeline.progress import progress
+from data_prep.statistics.tally import PartStatistics
 
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.json"

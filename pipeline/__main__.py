@@ -6,15 +6,15 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+from common.errors import EXIT_CODE, AgreedError, BusyError, OwnError, UserError
+from common.launch_environment import become_rank, is_first_rank, listen_early, set_variables
 from pipeline import checkpoint_verbs
-from pipeline.cluster.config import JOBS, ClusterConfig
-from pipeline.cluster.rank_environment import become_rank, is_first_rank, listen_early, set_variables
-from pipeline.errors import EXIT_CODE, AgreedError, BusyError, OwnError, UserError
-from pipeline.fetch import with_fetched
-from pipeline.run_file import load_run
-from pipeline.run_folder import STEPS, RunFolder
-from pipeline.run_lock import RunLock
-from pipeline.watchdog import EXIT_STUCK, LOST_PEER
+from pipeline.config.cluster import JOBS, ClusterConfig
+from pipeline.config.load import load_run
+from pipeline.distributed.watchdog import EXIT_STUCK, LOST_PEER
+from pipeline.run.fetch import with_fetched
+from pipeline.run.run_folder import STEPS, RunFolder
+from pipeline.run.run_lock import RunLock
 
 VERBS = {
     "run": "every step that is not done yet, in order.\nReads the run's YAML; writes output_dir/NAME/.",
@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
     """Do what the command line says."""
     options = parse(arguments)
     if options.verb in checkpoint_verbs.VERBS:
-        from pipeline.distributed import device_type
+        from pipeline.distributed.process_group import device_type
 
         device_type()
         return checkpoint_verbs.run(options)
@@ -96,7 +96,7 @@ def main(arguments: list[str]) -> int:
     if run and options.verb != "fetch":
         run = with_fetched(run)
     from pipeline import commands  # imports torch, which reads the variables
-    from pipeline.distributed import device_type
+    from pipeline.distributed.process_group import device_type
 
     device_type()
     if run is None:

@@ -4,12 +4,12 @@ from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.cluster.rank_environment import is_first_rank
-from pipeline.config import RunConfig
-from pipeline.distributed import device_type, environment_world_size, join, leave, under_launcher
-from pipeline.launcher import run_verb, start_ranks
-from pipeline.rank_steps import RankSteps
-from pipeline.run_folder import STEPS
+from common.launch_environment import is_first_rank
+from pipeline.config.run import RunConfig
+from pipeline.distributed.launcher import run_verb, start_ranks
+from pipeline.distributed.process_group import device_type, environment_world_size, join, leave, under_launcher
+from pipeline.run.rank_steps import RankSteps
+from pipeline.run.run_folder import STEPS
 
 
 def run_all(run: RunConfig, options: Namespace) -> int:
@@ -120,7 +120,7 @@ def status(run: RunConfig, _options: Namespace) -> int:
 
 def fetch(run: RunConfig, _options: Namespace) -> int:
     """What the run names on the hub."""
-    from pipeline.fetch import fetch_run
+    from pipeline.run.fetch import fetch_run
 
     fetch_run(run)
     return 0

@@ -15,6 +15,6 @@ APART = ("launch", "faults")  # each test starts its own processes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where tests run in two processes, say which of them go to the same one: by default, those of a file."""
     for item in items:
-        folder = item.path.parent.name
+        folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
         group = folder if folder in TOGETHER else item.name if folder in APART else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))

@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from common.errors import exit_on_user_error
 from data_prep.demo.inputs import LANGUAGES, fetch_inputs
-from pipeline.config import RunConfig
-from pipeline.errors import exit_on_user_error
-from pipeline.run_file import load_run
+from pipeline.config.load import load_run
+from pipeline.config.run import RunConfig
 
 
 def main() -> int:

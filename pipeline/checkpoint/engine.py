@@ -15,7 +15,7 @@ from torch import nn
 
 from pipeline.checkpoint.optimizer_state import SavedOptimizer, Topology
 from pipeline.checkpoint.tensors import expert_file, load_tensors, router_optimizer_file, save_tensors
-from pipeline.model import moe_layers
+from pipeline.model.backbone import moe_layers
 
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt$")
 _EXPERT_KEY = re.compile(r"(\.deepspeed_experts\.)(\d+)(\.)")

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
 from pipeline.checkpoint.store import MANIFEST, complete_tags, read_manifest
 from pipeline.checkpoint.verify import damaged_files
-from pipeline.errors import UserError
-from pipeline.expert_plan import ExpertPlan
+from pipeline.model.expert_plan import ExpertPlan
 
 _KINDS = {
     "experts": ("layer_", "_model_states.pt"),

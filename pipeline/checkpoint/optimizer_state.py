@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from common.errors import UserError
 from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file, optimizer_file
-from pipeline.errors import UserError
-from pipeline.expert_plan import ExpertPlan
-from pipeline.moe.layer import expert_group_name
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.moe.layer import expert_group_name
 
-ROUTERS, EXPERTS = 0, 1  # the parameter groups, in pipeline.model.parameter_groups' order
+ROUTERS, EXPERTS = 0, 1  # the parameter groups, in pipeline.model.backbone.parameter_groups' order
 FP32 = "fp32"  # the master weights; other fields are the optimizer's own, such as exp_avg
 ALIGNMENT = 2  # elements a partition: DeepSpeed's nccl_start_alignment_factor
 

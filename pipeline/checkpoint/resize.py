@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from common.errors import UserError
+from common.files import fsync_path, new_folder, sha256_file, write_text
+from common.progress import progress
 from pipeline.checkpoint.optimizer_state import SavedOptimizer, Topology
 from pipeline.checkpoint.store import MANIFEST, complete_tags, read_manifest, write_manifest
 from pipeline.checkpoint.tensors import (
@@ -19,10 +22,7 @@ from pipeline.checkpoint.tensors import (
     save_tensors,
 )
 from pipeline.checkpoint.verify import damaged_files
-from pipeline.errors import UserError
-from pipeline.expert_plan import ExpertPlan
-from pipeline.files import fsync_path, new_folder, sha256_file, write_text
-from pipeline.progress import progress
+from pipeline.model.expert_plan import ExpertPlan
 
 
 def resize(folder: Path, topology: Topology) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 
 from deepspeed import comm as dist
 
-from pipeline.errors import AgreedError, UserError
-from pipeline.files import content_key, fsync_path, json_text, read_json, write_json, write_text
+from common.errors import AgreedError, UserError
+from common.files import content_key, fsync_path, json_text, read_json, write_json, write_text
 
 MANIFEST = "manifest.json"
 _CHECKSUM = "checksum"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import UserError
+from common.errors import UserError
 
 WRITE_AT_ONCE = 8 << 20  # bytes
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch.distributed
 
+from common.errors import AgreedError, UserError
+from common.files import sha256_file
 from pipeline.checkpoint.store import MANIFEST, complete_tags, read_manifest, tags
-from pipeline.distributed import Ranks
-from pipeline.errors import AgreedError, UserError
-from pipeline.files import sha256_file
+from pipeline.distributed.process_group import Ranks
 
 
 def damaged_files(folder: Path, names: Iterable[str] | None = None) -> list[str]:

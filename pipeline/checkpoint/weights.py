@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from common.errors import UserError
 from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file
-from pipeline.errors import UserError
-from pipeline.model import moe_layers
-from pipeline.moe import MoELayer
+from pipeline.model.backbone import moe_layers
+from pipeline.model.moe import MoELayer
 
 
 def local_expert_names(model: nn.Module) -> dict[tuple[int, int], str]:

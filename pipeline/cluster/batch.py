@@ -3,11 +3,11 @@
 import shlex
 import sys
 
+from common.errors import UserError, exit_on_user_error
 from pipeline.__main__ import VERBS, parse
 from pipeline.cluster.jobs import Job
-from pipeline.config import RunConfig
-from pipeline.errors import UserError, exit_on_user_error
-from pipeline.run_file import load_run
+from pipeline.config.load import load_run
+from pipeline.config.run import RunConfig
 
 
 def step_settings(job: Job, restart: str, attempt: int = 0) -> dict[str, str]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.distributed import Ranks, leave
-from pipeline.table import aligned
+from common.text_table import aligned
+from pipeline.distributed.process_group import Ranks, leave
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 # What may differ from node to node.

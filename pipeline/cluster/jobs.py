@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cluster.config import JOBS, JobConfig
-from pipeline.config import RunConfig
+from pipeline.config.cluster import JOBS, JobConfig
+from pipeline.config.run import RunConfig
 
 STEPS_OF_JOB = {
     "tokenize": ("tokenize",),

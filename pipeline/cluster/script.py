@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.cluster.batch import step_settings
 from pipeline.cluster.jobs import Job
-from pipeline.launcher import ROOT
+from pipeline.distributed.launcher import ROOT
 
 
 def batch_script(job: Job, attempt: int = 0) -> str:
@@ -56,7 +56,7 @@ def rank_command(job: Job) -> str:
 
 def write_script(job: Job, attempt: int = 0) -> Path:
     """Write the script beside the run; further jobs of a chain have their number in the name."""
-    from pipeline.files import write_text
+    from common.files import write_text
 
     path = job.script if not attempt else job.script.with_suffix(f".{attempt}.sh")
     write_text(path, batch_script(job, attempt))

@@ -5,15 +5,15 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from common.errors import UserError
+from common.files import read_json
+from common.text_table import aligned
 from pipeline.cluster import slurm
 from pipeline.cluster.jobs import STEPS_OF_JOB, Job, jobs_of
 from pipeline.cluster.submit import steps_done
 from pipeline.cluster.submitted import read_submitted
-from pipeline.errors import UserError
-from pipeline.files import read_json
-from pipeline.metrics import METRICS_FILE, read_rows
-from pipeline.rank_steps import RankSteps
-from pipeline.table import aligned
+from pipeline.run.rank_steps import RankSteps
+from pipeline.training.metrics import METRICS_FILE, read_rows
 
 RECENT = 50  # steps whose mean time tells how long the rest takes
 

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 
+from common.errors import UserError
 from pipeline.cluster import slurm
-from pipeline.cluster.config import JOBS
 from pipeline.cluster.jobs import Job, jobs_of
 from pipeline.cluster.script import batch_script, write_script
 from pipeline.cluster.submitted import active_states, read_submitted, write_submitted
-from pipeline.config import RunConfig
-from pipeline.errors import UserError
-from pipeline.rank_steps import RankSteps
-from pipeline.run_folder import RunFolder
+from pipeline.config.cluster import JOBS
+from pipeline.config.run import RunConfig
+from pipeline.run.rank_steps import RankSteps
+from pipeline.run.run_folder import RunFolder
 
 
 def submit_run(steps: RankSteps, *, until: str, dry_run: bool) -> None:

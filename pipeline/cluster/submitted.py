@@ -1,8 +1,8 @@
 """Which of SLURM's jobs stand for the run's: jobs/submitted.json."""
 
+from common.files import read_json, write_json
 from pipeline.cluster import slurm
-from pipeline.config import RunConfig
-from pipeline.files import read_json, write_json
+from pipeline.config.run import RunConfig
 
 FILE_NAME = "submitted.json"
 

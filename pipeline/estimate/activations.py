@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.expert_plan import ExpertPlan
-from pipeline.model import Stage, decoder_layers, install_moe_layers, moe_layers, train_only
+from pipeline.model.backbone import Stage, decoder_layers, install_moe_layers, moe_layers, train_only
+from pipeline.model.expert_plan import ExpertPlan
 
 TOKENS = 256
 VOCABULARY = 256

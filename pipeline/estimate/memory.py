@@ -7,8 +7,8 @@ import torch
 
 from pipeline.checkpoint.optimizer_state import Topology
 from pipeline.estimate.activations import LayerActivations
-from pipeline.expert_plan import ExpertPlan
-from pipeline.model import Stage
+from pipeline.model.backbone import Stage
+from pipeline.model.expert_plan import ExpertPlan
 
 # Of all tensors: what lies between blocks, and kernels' own. Measured: 7 to 10 % on a CPU, at 1 and 2 ranks.
 ALLOCATOR = 0.08
@@ -144,7 +144,7 @@ def model_sizes(config: Any) -> ModelSizes:
     """Count a config's parameters without making them."""
     from transformers import AutoModelForCausalLM
 
-    from pipeline.model import decoder_layers, find_mlp
+    from pipeline.model.backbone import decoder_layers, find_mlp
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

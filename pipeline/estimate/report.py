@@ -6,11 +6,10 @@ from typing import Any
 import psutil
 import torch
 
-from pipeline.allocation import allocate
+from common.errors import UserError
+from common.text_table import aligned
 from pipeline.checkpoint.optimizer_state import Topology
-from pipeline.config import RunConfig
-from pipeline.ds_config import batch_shape, read_ds_config, training_dtype
-from pipeline.errors import UserError
+from pipeline.config.run import RunConfig
 from pipeline.estimate.activations import measure_layers
 from pipeline.estimate.memory import (
     Batch,
@@ -20,11 +19,12 @@ from pipeline.estimate.memory import (
     model_sizes,
     network_per_token,
 )
-from pipeline.expert_plan import FILE_NAME as PLAN_FILE
-from pipeline.expert_plan import ExpertPlan
-from pipeline.model import Stage, model_config, model_folder, parameter_counts
-from pipeline.run_folder import RunFolder
-from pipeline.table import aligned
+from pipeline.method.allocation import allocate
+from pipeline.model.backbone import Stage, model_config, model_folder, parameter_counts
+from pipeline.model.expert_plan import FILE_NAME as PLAN_FILE
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.run.run_folder import RunFolder
+from pipeline.training.ds_config import batch_shape, read_ds_config, training_dtype
 
 # Gigabytes of memory (10^9 bytes).
 DEVICES = {"a100-40": 42.9, "a100": 85.9, "h100": 85.0, "h200": 151.0, "b200": 192.0, "l40s": 48.3, "mi300x": 206.0,
@@ -143,7 +143,7 @@ class Estimate:
 
     def _measured_speed(self, stage: Stage) -> float | None:
         """Of this run's own steps so far, if they ran on as many ranks."""
-        from pipeline.metrics import METRICS_FILE, read_rows
+        from pipeline.training.metrics import METRICS_FILE, read_rows
 
         folder = self.run.folder / f"stage{stage}"
         rows = [row["tokens_per_second"] for row in read_rows(folder / METRICS_FILE)][1:]

@@ -2,9 +2,9 @@
 
 import plotly.graph_objects as go
 
-from pipeline.expert_plan import ExpertPlan
+from common.html.style import ACCENT, AMBER, CHECKPOINTS, GREEN, GREY, SCALE, figure, label
+from pipeline.model.expert_plan import ExpertPlan
 from pipeline.report.data import Evaluation, Similarity, Stage, StageRouting, stage_label
-from pipeline.report.style import ACCENT, AMBER, CHECKPOINTS, GREEN, GREY, SCALE, figure, label
 
 # Stage 1 is a ring, so that stage 2's dot shows inside it where both agree.
 _MARKERS = {

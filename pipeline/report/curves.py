@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
+from common.html.style import AMBER, CHECKPOINTS, GREY, figure, label
 from pipeline.report.data import Stage, StepRow
-from pipeline.report.style import AMBER, CHECKPOINTS, GREY, figure, label
 
 MAX_POINTS = 600
 _SMOOTHED_SHARE = 0.05

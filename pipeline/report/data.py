@@ -8,13 +8,13 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from common.errors import UserError
+from common.files import read_json
+from common.yaml_reader import parse_yaml
 from data_prep.store import StoreStatistics
-from pipeline import expert_plan
-from pipeline.errors import UserError
-from pipeline.expert_plan import ExpertPlan
-from pipeline.files import read_json
-from pipeline.metrics import METRICS_FILE, VALIDATION_FILE, read_rows
-from pipeline.yaml_reader import parse_yaml
+from pipeline.model import expert_plan
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.training.metrics import METRICS_FILE, VALIDATION_FILE, read_rows
 
 Group = Literal["new", "old", "watch"]
 GROUPS: tuple[Group, ...] = ("new", "old", "watch")

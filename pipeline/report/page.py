@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from pipeline.files import write_text
+from common.files import write_text
+from common.html.render import render
 from pipeline.report import FILE_NAME, summary
 from pipeline.report.data import RunData, read_run
-from pipeline.report.render import render
 from pipeline.report.sections import picture_sections
 
 

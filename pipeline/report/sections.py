@@ -5,11 +5,11 @@ from typing import Literal
 
 import plotly.graph_objects as go
 
-from data_prep import charts as text_charts
-from pipeline.expert_plan import ExpertPlan
+from common.html.style import set_colors
+from data_prep.statistics import charts as text_charts
+from pipeline.model.expert_plan import ExpertPlan
 from pipeline.report import charts, curves
 from pipeline.report.data import RunData, Stage, StageRouting, stage_label
-from pipeline.report.style import set_colors
 
 Width = Literal["full", "half", "third"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.cluster import Cluster
-from tests.tiny import write_run
+from tests.helpers.tiny import write_run
 
 PIPELINE = ("python", "-m", "pipeline")
 

@@ -18,12 +18,12 @@ import pytest
 import zstandard
 from transformers import LlamaConfig
 
+from common.errors import UserError
+from data_prep.config import DataConfig
 from data_prep.prepare import prepare
 from data_prep.store import TokenStore
-from pipeline.data_config import DataConfig
-from pipeline.errors import UserError
 from tests.data_prep.conftest import pages
-from tests.data_prep.jobs import ROOT
+from tests.helpers.preparation_jobs import ROOT
 
 GOOD = [row["text"] for row in pages("el", 40)]
 

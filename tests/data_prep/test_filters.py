@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from common.errors import UserError
+from data_prep.config import DataConfig
 from data_prep.prepare import prepare
 from data_prep.store import TokenStore
-from pipeline.data_config import DataConfig
-from pipeline.errors import UserError
 
 ENGLISH = [f"The river runs slowly past the old stone house number {n}, and nobody knows its name." for n in range(30)]
 GREEK = [

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from data_prep.config import DataConfig
 from data_prep.prepare import prepare
-from pipeline.data_config import DataConfig
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])

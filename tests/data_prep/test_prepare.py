@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from common.errors import UserError
+from common.files import sha256_file
 from data_prep.prepare import prepare
 from data_prep.store import TokenStore
-from data_prep.tokenize import DocumentEncoder
-from pipeline.config import DataConfig
-from pipeline.errors import UserError
-from pipeline.files import sha256_file
+from data_prep.tokenizer import DocumentEncoder
+from pipeline.config.run import DataConfig
 
 
 def changed(data: DataConfig, **settings: object) -> DataConfig:
@@ -174,9 +174,9 @@ def test_the_same_content_a_second_time_is_not_read_hashed_or_encoded(
         raise AssertionError(f"called with {arguments}")
 
     for called in (
-        "data_prep.phases.index_file",
-        "data_prep.tokenizing.read_documents",
-        "data_prep.filtering.read_documents",
+        "data_prep.phases.order.index_file",
+        "data_prep.phases.tokenize.read_documents",
+        "data_prep.phases.filter.read_documents",
     ):
         monkeypatch.setattr(called, forbidden)
     monkeypatch.setattr(DocumentEncoder, "encode", forbidden)
@@ -200,8 +200,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from data_prep.prepare import prepare
-from data_prep.tokenize import DocumentEncoder
-from pipeline.config import DataConfig
+from data_prep.tokenizer import DocumentEncoder
+from pipeline.config.run import DataConfig
 
 encode = DocumentEncoder.encode
 def killed_at_english(self, texts, *dtype):

@@ -9,10 +9,10 @@ import sentencepiece
 from tokenizers import normalizers, processors
 from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
+from common.errors import UserError
+from data_prep.config import DataConfig
 from data_prep.prepare import prepare
-from data_prep.tokenize import DocumentEncoder, decode
-from pipeline.data_config import DataConfig
-from pipeline.errors import UserError
+from data_prep.tokenizer import DocumentEncoder, decode
 from tests.data_prep.conftest import pages
 
 MODELS = sorted((Path(mistral_common.__file__).parent / "data").glob("*.model.v[1-3]"))

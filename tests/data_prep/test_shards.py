@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import UserError
 from data_prep.shards import HEADER, Shard, ShardWriter, shard_paths
-from pipeline.errors import UserError
 
 DOCUMENTS = {
     "uint16": [[0], [65535, 1, 2], [], [7] * 1000, [3, 0]],

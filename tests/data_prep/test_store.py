@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from data_prep.prepare import prepare
 from data_prep.store import TokenStore
-from pipeline.errors import UserError
 
 
 @pytest.fixture

@@ -9,15 +9,15 @@ import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import safe_get_full_grad
 
+from common.errors import UserError
 from pipeline import checkpoint
-from pipeline.config import RunConfig
-from pipeline.distributed import Ranks
-from pipeline.errors import UserError
-from pipeline.model import moe_layers
-from pipeline.run_file import parse_run
-from pipeline.steps import Steps
-from pipeline.train import train_stage
-from pipeline.trainer import StageInputs, Trainer
+from pipeline.config.load import parse_run
+from pipeline.config.run import RunConfig
+from pipeline.distributed.process_group import Ranks
+from pipeline.model.backbone import moe_layers
+from pipeline.run.steps import Steps
+from pipeline.training.train import train_stage
+from pipeline.training.trainer import StageInputs, Trainer
 
 
 def stage_inputs(tree: dict[str, Any], number: int, folder: Path) -> StageInputs:

@@ -9,7 +9,7 @@ import torch
 
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, with_parallel
-from tests.tiny import prepared_run, run_tree
+from tests.helpers.tiny import prepared_run, run_tree
 
 ROOT = Path(__file__).parent.parent.parent
 BUCKETS = [100, 3_000, 20_000, 500_000_000]  # elements: from less than one weight to DeepSpeed's own default

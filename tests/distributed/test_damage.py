@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
+from common.errors import UserError
 from pipeline import checkpoint
 from pipeline.checkpoint.inspect import find_tag, inspect_text, verify_text
-from pipeline.distributed import Ranks
-from pipeline.errors import UserError
+from pipeline.distributed.process_group import Ranks
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, with_parallel
 from tests.faults.disk import small_disk
-from tests.tiny import prepared_run, run_tree
+from tests.helpers.tiny import prepared_run, run_tree
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 GOOD, BAD = "step000002", "step000003"

@@ -11,10 +11,10 @@ import torch
 from pipeline import checkpoint
 from pipeline.checkpoint import SavedOptimizer, Topology
 from pipeline.checkpoint.resize import resize
-from pipeline.expert_plan import ExpertPlan
+from pipeline.model.expert_plan import ExpertPlan
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import move_and_train, train_steps, with_parallel
-from tests.tiny import prepared_run, run_tree
+from tests.helpers.tiny import prepared_run, run_tree
 
 TOPOLOGIES = [Topology(1, 1), Topology(2, 1), Topology(2, 2), Topology(4, 1), Topology(4, 2), Topology(4, 4)]
 PAIRS = list(permutations(TOPOLOGIES, 2))

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
+from common.errors import UserError
 from pipeline.checkpoint import Topology
-from pipeline.errors import UserError
+from pipeline.config.load import parse_run
 from pipeline.estimate.memory import checkpoint_bytes, experts_by_rank, network_per_token
 from pipeline.estimate.report import Estimate
-from pipeline.run_file import parse_run
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import held_bytes, with_parallel
-from tests.tiny import prepared_run, run_tree, save_model
+from tests.helpers.tiny import prepared_run, run_tree, save_model
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from tests.distributed.stages import (
     train_steps,
     with_parallel,
 )
-from tests.tiny import prepared_run, run_tree
+from tests.helpers.tiny import prepared_run, run_tree
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 # (ranks, ep_size, micro-batch): two accumulation steps each, four samples a micro-step over all ranks
@@ -98,7 +98,7 @@ def test_only_what_the_stage_trains_has_changed(results: Any) -> None:
 
 
 def test_old_tokens_fall_unevenly_on_ranks_and_accumulation_steps(tree: dict[str, Any], tmp_path: Path) -> None:
-    from pipeline.data import stage_order
+    from pipeline.training.sample_order import stage_order
     from tests.distributed.stages import stage_inputs
 
     inputs = stage_inputs(tree, 2, tmp_path)

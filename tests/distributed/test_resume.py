@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.metrics import read_rows
+from pipeline.training.metrics import read_rows
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, train_to_the_end, with_parallel
-from tests.tiny import prepared_run, run_tree
+from tests.helpers.tiny import prepared_run, run_tree
 
 
 @pytest.fixture(scope="module")

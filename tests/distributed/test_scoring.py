@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.distributed import Ranks
-from pipeline.evaluate import load_checkpoint, paired_change
-from pipeline.model import load_dense
-from pipeline.run_file import parse_run
-from pipeline.scoring import document_windows, score_set
-from pipeline.steps import Steps
+from pipeline.config.load import parse_run
+from pipeline.distributed.process_group import Ranks
+from pipeline.evaluation.evaluate import load_checkpoint, paired_change
+from pipeline.evaluation.scoring import document_windows, score_set
+from pipeline.model.backbone import load_dense
+from pipeline.run.steps import Steps
 from tests.distributed.conftest import Pools
-from tests.tiny import prepared_run, run_tree
+from tests.helpers.tiny import prepared_run, run_tree
 
 WINDOW = 16
 

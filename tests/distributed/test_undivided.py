@@ -8,7 +8,7 @@ import torch
 
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, with_parallel
-from tests.tiny import prepared_run, run_tree
+from tests.helpers.tiny import prepared_run, run_tree
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 

@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from pipeline import checkpoint
-from pipeline.metrics import METRICS_FILE, read_rows
+from pipeline.training.metrics import METRICS_FILE, read_rows
 from tests.faults.processes import Launch
-from tests.tiny import run_tree, save_model
+from tests.helpers.tiny import run_tree, save_model
 
 VICTIMS = ("rank 0", "rank 1", "both ranks", "launch", "deepspeed")
 SECONDS_TO_END = (

@@ -10,10 +10,10 @@ import pytest
 
 from pipeline import checkpoint
 from pipeline.checkpoint import damaged_files
-from pipeline.metrics import read_rows
+from pipeline.training.metrics import read_rows
 from tests.faults.disk import SmallDisk, small_disk
 from tests.faults.processes import Launch
-from tests.tiny import save_model, write_run
+from tests.helpers.tiny import save_model, write_run
 
 STEPS = 400
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.tiny import write_run
+from tests.helpers.tiny import write_run
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent

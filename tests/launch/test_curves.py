@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.helpers.tiny import write_run
 from tests.launch.test_commands import command
-from tests.tiny import write_run
 
 STEPS = [8, 16, 24, 32, 40, 48]  # in samples
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.hub_server import Hub, running_hub
+from tests.helpers.hub_server import Hub, running_hub
+from tests.helpers.tiny import write_run
 from tests.launch.test_commands import command
-from tests.tiny import write_run
 
 PIPELINE = (sys.executable, "-m", "pipeline")
 CUT_OFF = ("unshare", "--net", "bash", "-c", 'ip link set lo up && exec "$@"', "_")

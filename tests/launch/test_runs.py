@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.allocation import allocate
-from pipeline.config import RunConfig
-from pipeline.ds_config import batch_shape
-from pipeline.expert_plan import ExpertPlan
-from pipeline.run_file import load_run
-from pipeline.similarity import layer_similarity
+from pipeline.config.load import load_run
+from pipeline.config.run import RunConfig
+from pipeline.method.allocation import allocate
+from pipeline.method.similarity import layer_similarity
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.training.ds_config import batch_shape
 from tests.launch.test_commands import ROOT
 
 RUNS = ROOT / "launch" / "runs"

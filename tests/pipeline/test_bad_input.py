@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import yaml
 
+from common.errors import UserError
+from common.files import write_json
 from pipeline.__main__ import main
 from pipeline.checkpoint import write_manifest
-from pipeline.errors import UserError
-from pipeline.expert_plan import ExpertPlan
-from pipeline.files import write_json
-from pipeline.run_file import parse_run
-from pipeline.run_folder import RunFolder
-from pipeline.steps import Steps
-from tests.tiny import prepared_run, run_tree, save_model
+from pipeline.config.load import parse_run
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.run.run_folder import RunFolder
+from pipeline.run.steps import Steps
+from tests.helpers.tiny import prepared_run, run_tree, save_model
 
 Tree = dict[str, Any]
 
@@ -201,7 +201,7 @@ def test_one_line_and_exit_code_2(
 
 
 def test_no_is_norwegian_in_keys_and_values(tmp_path: Path, base: Path) -> None:
-    from pipeline.run_file import load_run
+    from pipeline.config.load import load_run
 
     text = yaml.safe_dump(run_tree(base)).replace("    el:", "    no:\n      path: no.jsonl\n    el:")
     (tmp_path / "run.yaml").write_text(text.replace("lr: 0.01", "lr: 1e-2"), encoding="utf-8")

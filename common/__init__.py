@@ -1,0 +1,1 @@
+"""What all parts of the product stand on; imports nothing of ours."""

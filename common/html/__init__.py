@@ -1,0 +1,1 @@
+"""Pages that load nothing from elsewhere: frame, style and script."""

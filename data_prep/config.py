@@ -1,0 +1,233 @@
+"""The data section of a run: which text, what is done to it, and how it is mixed."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from common.section import Fraction, Positive, Section
+
+
+class CapsConfig(Section):
+    """The most that is taken, whichever is reached first: whole documents, never more."""
+
+    max_documents: Positive | None = None
+    max_tokens: Positive | None = None
+    max_characters: Positive | None = None
+
+    @property
+    def caps(self) -> tuple[int | None, int | None, int | None]:
+        """Documents, tokens, characters."""
+        return self.max_documents, self.max_tokens, self.max_characters
+
+
+class PlaceConfig(CapsConfig):
+    """Where text lies: ``path`` is a file, a folder or a glob; ``hub`` is a Hugging Face dataset, read as a stream.
+
+    ``hub`` takes ``config``, ``split`` and ``revision`` (a commit, so that the text stays the same). ``text_field`` is
+    the field or column with the text. A ``.txt`` file is one document, or with ``text_unit: line`` one a line.
+    """
+
+    path: str | None = None
+    hub: str | None = None
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_field: str = "text"
+    text_unit: Literal["file", "line"] = "file"
+
+
+class SourceConfig(PlaceConfig):
+    """One source. ``weight`` is its share of its set's samples; without it, sources share by their tokens."""
+
+    weight: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "SourceConfig":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("name exactly one of path and hub, as {path: el.jsonl} or {hub: owner/name}")
+        if self.path is not None and (self.config is not None or self.revision is not None):
+            raise ValueError("config and revision are of a hub dataset; give hub instead of path, or leave them out")
+        return self
+
+
+class SetConfig(PlaceConfig):
+    """One named set of text: one place, given here, or a list of ``sources``.
+
+    ``language`` is the set's name unless given; ``language_label`` is what a language identifier calls it, where that
+    differs. ``weight`` is the set's share of a stage's tokens. The caps are the set's own, over all its sources.
+    """
+
+    sources: list[SourceConfig] = []
+    language: str = ""
+    language_label: str = ""
+    weight: float = Field(default=1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "SetConfig":
+        given = [self.path is not None, self.hub is not None, bool(self.sources)]
+        if sum(given) != 1:
+            raise ValueError("path: give exactly one of path, hub and sources, as {path: el.jsonl}")
+        _ = self.source_list
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError("sources: some have a weight and some none; give it to all of them, or to none")
+        return self
+
+    @property
+    def source_list(self) -> list[SourceConfig]:
+        """The sources, also where the set is its only one."""
+        place = set(PlaceConfig.model_fields) - set(CapsConfig.model_fields)  # the caps are the set's own
+        return self.sources or [SourceConfig(**self.model_dump(include=place))]
+
+
+class HeldOutConfig(Section):
+    """Which documents are held out of training: ``fraction`` of them, by a hash of the field ``by``.
+
+    Documents that share the field's value (a page and its translations) fall on the same side;
+    ``by: document`` uses the text itself. The fraction is lowered where it would hold out more than ``max_megabytes``
+    of the run's files. Training documents that contain or nearly copy a held-out or benchmark text are dropped: that
+    is, hold ``near_copy_threshold`` of its word triples (null: none is dropped).
+    """
+
+    by: str = "document"
+    fraction: Fraction = 0.01
+    max_megabytes: Positive = 64
+    near_copy_threshold: float | None = Field(default=0.8, gt=0, le=1)
+
+
+class LanguageFilterConfig(Section):
+    """Drops a document unless ``identifier`` says its set's language with at least this probability.
+
+    ``identifier`` is py3langid (offline, 97 languages) or the path of a fastText model such as GlotLID's model.bin.
+    """
+
+    identifier: str = "py3langid"
+    threshold: float = Field(default=0.5, gt=0, le=1)
+
+
+class NearDuplicatesConfig(Section):
+    """MinHash bands: two documents are joined where all ``rows`` values of one of ``bands`` bands agree.
+
+    That happens with probability 1 - (1 - J^rows)^bands at Jaccard similarity J of their runs of ``shingle`` words:
+    at the defaults (FineWeb's) 0.92 at J = 0.8, 0.56 at 0.7, 0.05 at 0.5.
+    """
+
+    bands: Positive = 14
+    rows: Positive = 8
+    shingle: Positive = 5
+
+
+class FiltersConfig(Section):
+    """What is done to documents and which are dropped; all are off unless given. A watch set is never filtered.
+
+    ``normalize`` is a Unicode normal form; ``fix_text`` repairs mojibake with ftfy; lengths are in characters.
+    Duplicates are found across all sets; of each group of copies the first in the order of sets stays.
+    """
+
+    normalize: Literal["NFC", "NFKC"] | None = None
+    fix_text: bool = False
+    min_characters: Positive | None = None
+    max_characters: Positive | None = None
+    language: LanguageFilterConfig | None = None
+    exact_duplicates: bool = False
+    near_duplicates: NearDuplicatesConfig | None = None
+
+    @property
+    def duplicates(self) -> bool:
+        """Whether duplicates are looked for at all."""
+        return self.exact_duplicates or self.near_duplicates is not None
+
+
+class ReplayConfig(Section):
+    """The most that old sets give to training, together: a share of stage 1's tokens, or tokens, or characters.
+
+    It is split by the sets' weights and drawn over the whole of each corpus, by the run's seed.
+    """
+
+    share: float | None = Field(default=None, gt=0)
+    tokens: Positive | None = None
+    characters: Positive | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ReplayConfig":
+        if sum(value is not None for value in (self.share, self.tokens, self.characters)) != 1:
+            raise ValueError("give exactly one of share, tokens and characters, as {share: 0.009}; or null for all")
+        return self
+
+
+class DataConfig(Section):
+    """The sets: ``old`` languages are kept, ``new`` ones learned, ``watch`` only scored.
+
+    ``benchmarks`` are texts that no training document may contain or copy. ``bad_rows`` says whether a row that can't
+    be read stops the job or is counted and skipped. A task of preparation reads about ``slice_bytes`` of text.
+    ``tokenizer`` is a folder, a hub id or a SentencePiece file. With ``temperature`` T a set's share of samples is
+    weight x tokens^(1/T) instead of weight alone. ``isolate_documents`` resets attention and positions at each
+    document of a packed sample.
+    """
+
+    old: dict[str, SetConfig] = {}
+    new: dict[str, SetConfig]
+    watch: dict[str, SetConfig] = {}
+    benchmarks: dict[str, SourceConfig] = {}
+    held_out: HeldOutConfig = HeldOutConfig()
+    filters: FiltersConfig = FiltersConfig()
+    replay: ReplayConfig | None = ReplayConfig(share=0.009)
+    bad_rows: Literal["stop", "skip"] = "stop"
+    max_document_bytes: Positive = 16 << 20
+    slice_bytes: Positive = 64 << 20
+    tokenizer: str | None = None
+    separator: str = "auto"
+    token_dtype: Literal["auto", "uint16", "int32"] = "auto"
+    temperature: float | None = Field(default=None, gt=0)
+    isolate_documents: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_are_languages(cls, value: Any) -> Any:
+        """A set's language is its name unless it says otherwise; a set given as null is left out."""
+        if not isinstance(value, dict):
+            return value
+        value = dict(value)
+        for group in ("old", "new", "watch"):
+            sets = value.get(group)
+            if sets is None:
+                value.pop(group, None)
+            elif isinstance(sets, dict):
+                value[group] = {
+                    str(name): {**entry, "language": entry.get("language") or str(name)}
+                    if isinstance(entry, dict)
+                    else entry
+                    for name, entry in sets.items()
+                    if entry is not None
+                }
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if not self.new:
+            raise ValueError("new: no set; name at least one language to learn, as new: {el: {path: el.jsonl}}")
+        groups = {"old": self.old, "new": self.new, "watch": self.watch}
+        names: dict[str, str] = {}
+        for group, sets in groups.items():
+            for name in sets:
+                if name in names:
+                    raise ValueError(f"{group}.{name}: the name is used in {names[name]} too; rename one of the sets")
+                if "/" in name or name.startswith("."):
+                    raise ValueError(f"{group}.{name}: a set's name becomes a folder; use letters, digits, - and _")
+                names[name] = group
+        for name, entry in self.watch.items():
+            if any(cap is not None for s in (entry, *entry.sources) for cap in s.caps):
+                raise ValueError(f"watch.{name}: budgets are for training text; a watch set is scored whole")
+        both = {s.language for s in self.old.values()} & {s.language for s in self.new.values()}
+        if both:
+            raise ValueError(f"language {sorted(both)[0]!r} is both old and new; keep it in one of the two")
+        return self
+
+    @property
+    def sets(self) -> dict[str, SetConfig]:
+        """All sets by name, old before new before watch."""
+        return {**self.old, **self.new, **self.watch}
+
+    def group(self, name: str) -> Literal["old", "new", "watch"]:
+        """Which group the set of this name is in."""
+        return "old" if name in self.old else "new" if name in self.new else "watch"

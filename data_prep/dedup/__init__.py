@@ -1,0 +1,1 @@
+"""Copies: of each other, and of held-out text."""

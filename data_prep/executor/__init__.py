@@ -1,0 +1,1 @@
+"""Who runs a task: local processes, MPI ranks or SLURM's tasks."""

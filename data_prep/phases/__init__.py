@@ -1,0 +1,1 @@
+"""The phases of a preparation, a file each."""

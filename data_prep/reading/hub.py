@@ -1,0 +1,133 @@
+"""Hugging Face datasets by name, read as a stream through `datasets`: nothing is converted or copied.
+
+A source says {hub: owner/name, config:, split:, revision:}. Whatever downloads a dataset beforehand, so that nodes
+without a network can read it, uses huggingface_hub's own cache:
+`snapshot_download(hub, repo_type="dataset", revision=revision)`. A dataset that lies there is read from there; one
+that does not is streamed from the hub. `hub` may also be a folder laid out as a dataset repository.
+"""
+
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from common.errors import UserError
+from common.files import content_key, sha256_file
+from data_prep.config import SourceConfig
+from pipeline.config.run import RunConfig
+
+
+class HubSource(NamedTuple):
+    """What identifies one split of a dataset; `revision` is None where the run does not pin it."""
+
+    hub: str
+    config: str | None
+    split: str
+    revision: str | None
+
+
+def hub_sources(run: RunConfig) -> list[HubSource]:
+    """Every hub dataset that a run names, each once, in the run's order."""
+    entries = [source for entry in run.data.sets.values() for source in entry.source_list]
+    return list(dict.fromkeys(hub_source(s) for s in [*entries, *run.data.benchmarks.values()] if s.hub is not None))
+
+
+def hub_source(source: SourceConfig) -> HubSource:
+    """The dataset that a source names."""
+    assert source.hub is not None
+    return HubSource(source.hub, source.config, source.split, source.revision)
+
+
+def is_folder(hub: str) -> bool:
+    """Whether `hub` is a folder here, not a name on the hub."""
+    return Path(hub).is_dir()
+
+
+def pin(source: HubSource) -> HubSource:
+    """The source with the commit that its revision (a branch, a tag, or the default) stands for now.
+
+    Raises:
+        UserError: there is no such dataset, or it is neither in the cache nor can the hub be reached.
+    """
+    if is_folder(source.hub):
+        return source
+    cached = _cached_folder(source)
+    if cached is not None:
+        return source._replace(revision=cached.name)
+    from huggingface_hub import HfApi
+
+    try:
+        found = HfApi().dataset_info(source.hub, revision=source.revision, timeout=30)
+    except Exception as error:  # noqa: BLE001 - the client raises its own, requests' and OSError
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{source.hub}: not in the cache of downloads, and the hub does not give it ({reason}); "
+            "check the name and revision, or fetch it where there is a network"
+        ) from error
+    assert found.sha is not None
+    return source._replace(revision=found.sha)
+
+
+def content_of(source: HubSource) -> str:
+    """What the split's content is named by: its dataset and commit; of a folder, its files' hash."""
+    folder = Path(source.hub)
+    if not is_folder(source.hub):
+        return content_key([source.hub, source.revision, source.config, source.split])
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and ".git" not in file.parts)
+    hashes = {str(file.relative_to(folder)): sha256_file(file) for file in files}
+    return content_key([hashes, source.config, source.split])
+
+
+def count_files(source: HubSource) -> int:
+    """How many data files the split has: the stream's own shards, one a slice."""
+    return int(_stream(source).num_shards)
+
+
+def read_hub(name: str, number: int, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of one data file of a dataset; `name` is what `name_of` gave."""
+    stream = _stream(source_of(name))
+    part = stream.shard(num_shards=stream.num_shards, index=number)
+    known = [column for column in columns if column in (part.column_names or columns)]
+    for row in part.select_columns(known) if known and part.column_names else part:
+        yield dict(row)
+
+
+def name_of(source: HubSource) -> str:
+    """A name that says all of it: hub@revision:config:split."""
+    return f"{source.hub}@{source.revision or ''}:{source.config or ''}:{source.split}"
+
+
+def source_of(name: str) -> HubSource:
+    """What `name_of` named."""
+    rest, config, split = name.rsplit(":", 2)
+    hub, _, revision = rest.rpartition("@")
+    return HubSource(hub, config or None, split, revision or None)
+
+
+def _cached_folder(source: HubSource) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(source.hub, repo_type="dataset", revision=source.revision, local_files_only=True)
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+    return Path(folder)
+
+
+@lru_cache(maxsize=8)
+def _stream(source: HubSource) -> Any:
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from datasets import load_dataset
+
+    cached = None if is_folder(source.hub) else _cached_folder(source)
+    place = source.hub if cached is None else str(cached)
+    revision = source.revision if cached is None and not is_folder(source.hub) else None
+    try:
+        return load_dataset(place, source.config, split=source.split, revision=revision, streaming=True)
+    except Exception as error:  # noqa: BLE001 - datasets raises its own, OSError, ValueError and more
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{name_of(source)}: can't be opened ({reason}); check hub, config, split and revision"
+        ) from error

@@ -1,0 +1,207 @@
+"""A piece of a file to its rows: one small reader a format. None of them ever holds a whole file."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zstandard
+
+from common.errors import UserError
+from data_prep.reading.file_splits import Piece, arrow_batches
+from data_prep.reading.hub import read_hub
+from data_prep.reading.sources import compression_of
+
+BATCH_ROWS = 256
+
+
+class BadRow(Exception):
+    """What is wrong with a row, and how to mend it. With `ends`, nothing after it in its file can be read."""
+
+    def __init__(self, problem: str, *, ends: bool = False) -> None:
+        super().__init__(problem)
+        self.ends = ends
+
+
+Fields = dict[str, Any]
+Row = tuple[int, Fields | BadRow]  # its number in the file, from 1, and its fields or what is wrong with it
+
+
+def read_rows(piece: Piece, columns: list[str], text_field: str, max_bytes: int) -> Iterator[Row]:
+    """Every row of a piece in order; `columns` are the fields that are wanted, where only some can be read.
+
+    A row that can't be read comes as a :class:`BadRow`; if it breaks off the file, it is the last.
+    """
+    path, row = Path(piece.file), piece.first_row - 1
+    try:
+        for row, fields in _rows(piece, path, columns, text_field, max_bytes):
+            yield row, fields
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"{path}: can't be read ({error.strerror}); mend or replace the file") from error
+        reason = " ".join(str(error).split())[:160]
+        yield row + 1, BadRow(f"can't be read from here on ({reason}); mend or replace the file", ends=True)
+
+
+def _rows(piece: Piece, path: Path, columns: list[str], text_field: str, max_bytes: int) -> Iterator[Row]:
+    if piece.format == "parquet":
+        yield from _parquet(piece, columns)
+    elif piece.format == "arrow":
+        yield from _arrow(piece, columns)
+    elif piece.format == "hub":
+        yield from enumerate(read_hub(piece.file, piece.start, columns), start=1)
+    elif piece.format == "text":
+        with _open(path) as stream:
+            content = stream.read(max_bytes + 1)
+            too_long = len(content) > max_bytes
+            yield 1, _too_long(f"over {max_bytes:,}", max_bytes) if too_long else _text(content, text_field)
+    else:
+        read = _json if piece.format == "jsonl" else _text
+        with _open(path) as stream:
+            stop = None if compression_of(path) else piece.stop
+            for row, line in _lines(stream, piece, stop, max_bytes):
+                if isinstance(line, BadRow):
+                    yield row, line
+                elif line.strip():  # a line break at the end is no row
+                    yield row, read(line, text_field)
+
+
+def _open(path: Path) -> IO[bytes]:
+    if compression_of(path) == ".gz":
+        return cast(IO[bytes], gzip.open(path))
+    if compression_of(path) == ".zst":
+        return io.BufferedReader(_WholeZst(path), 1 << 20)
+    return open(path, "rb", buffering=1 << 20)
+
+
+class _WholeZst(io.RawIOBase):
+    """A .zst file's text; unlike the library's own reader, a file that breaks off is an error."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 - closed in close()
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        rest = b""
+        while not self._ready:
+            block = rest or self._file.read(1 << 16)
+            if self._frame.eof:
+                if not block:
+                    return 0
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            elif not block:
+                raise EOFError("the file ends before its last frame does")
+            self._ready = memoryview(self._frame.decompress(block))
+            rest = self._frame.unused_data if self._frame.eof else b""
+            if rest:
+                self._file.seek(-len(rest), io.SEEK_CUR)
+                rest = b""
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _lines(stream: IO[bytes], piece: Piece, stop: int | None, max_bytes: int) -> Iterator[tuple[int, bytes | BadRow]]:
+    """Lines that begin in the piece, with their numbers; of one that is too long, only its length is kept."""
+    position = piece.start
+    if position:
+        position -= 1  # a row that begins at the cut is the piece's, so the byte before decides
+        stream.seek(position)
+        while (skipped := stream.readline(1 << 20)) and not skipped.endswith(b"\n"):
+            position += len(skipped)
+        position += len(skipped)
+    row = piece.first_row
+    while stop is None or position < stop:
+        line = stream.readline(max_bytes + 1)
+        if not line:
+            return
+        position += len(line)
+        if len(line) > max_bytes and not line.endswith(b"\n"):
+            length = len(line)
+            while (more := stream.readline(1 << 20)) and not more.endswith(b"\n"):
+                length += len(more)
+            length += len(more)
+            position += length - len(line)
+            yield row, _too_long(f"{length:,}", max_bytes)
+        else:
+            yield row, line
+        row += 1
+
+
+def _too_long(length: str, max_bytes: int) -> BadRow:
+    return BadRow(f"{length} bytes long, data.max_document_bytes is {max_bytes:,}; split the row or raise the setting")
+
+
+def _decode(content: bytes) -> str | BadRow:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8")
+
+
+def _json(line: bytes, text_field: str) -> Fields | BadRow:
+    text = _decode(line)
+    if isinstance(text, BadRow):
+        return text
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        nul = "it holds NUL bytes; " if "\0" in text else ""
+        return BadRow(f"not JSON ({nul}{error}); mend the row")
+    if not isinstance(fields, dict):
+        return BadRow(f'not a JSON object; write rows as {{"{text_field}": …}}')
+    return fields
+
+
+def _text(content: bytes, text_field: str) -> Fields | BadRow:
+    text = _decode(content)
+    return text if isinstance(text, BadRow) else {text_field: text}
+
+
+def _parquet(piece: Piece, columns: list[str]) -> Iterator[Row]:
+    with pq.ParquetFile(piece.file, buffer_size=1 << 20) as file:
+        known = [name for name in columns if name in file.schema_arrow.names] or file.schema_arrow.names[:1]
+        row = piece.first_row
+        groups = range(piece.start, piece.stop)
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=known, use_threads=False):
+            yield from _batch_rows(batch, row)
+            row += batch.num_rows
+
+
+def _arrow(piece: Piece, columns: list[str]) -> Iterator[Row]:
+    row = piece.first_row
+    for batch in arrow_batches(Path(piece.file), piece.start, piece.stop):
+        known = [name for name in columns if name in batch.schema.names] or batch.schema.names[:1]
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            part = batch.select(known).slice(start, BATCH_ROWS)
+            yield from _batch_rows(part, row)
+            row += part.num_rows
+
+
+def _batch_rows(batch: pa.RecordBatch, first_row: int) -> Iterator[Row]:
+    try:
+        rows: list[Fields | BadRow] = batch.to_pylist()
+    except UnicodeDecodeError:
+        rows = [_one_row(batch, number) for number in range(batch.num_rows)]
+    yield from enumerate(rows, start=first_row)
+
+
+def _one_row(batch: pa.RecordBatch, number: int) -> Fields | BadRow:
+    try:
+        return cast(Fields, batch.slice(number, 1).to_pylist()[0])
+    except UnicodeDecodeError as error:
+        return BadRow(f"not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8")

@@ -1,0 +1,1 @@
+"""What was read, kept and dropped, as figures, text and a page."""

@@ -1,0 +1,1 @@
+"""Every key of a run, checked once."""

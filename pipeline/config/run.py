@@ -1,0 +1,222 @@
+"""RunConfig: everything that a run's YAML may say, checked once, where it is read."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from common.errors import UserError
+from common.section import Fraction, Positive, Section
+from data_prep.config import DataConfig
+from pipeline.config.cluster import ClusterConfig
+
+
+class ModelConfig(Section):
+    """The dense model: a folder, or a hub id with a revision."""
+
+    path: str
+    revision: str | None = None
+
+
+class SimilarityConfig(Section):
+    """How many ``tokens`` a language are read (paper: 100,000), in samples of ``sequence_length``."""
+
+    tokens: Positive = 100_000
+    sequence_length: Positive = 512
+    not_positive: Literal["error", "clamp"] = "error"
+
+
+class ExpertsConfig(Section):
+    """How many experts each layer gets, and how a token chooses among them.
+
+    ``num_new`` is the budget of new experts over all layers; ``delta`` is LayerMoE's own knob;
+    ``counts`` (with ``allocation: explicit``) lists each layer's experts, the original included.
+    ``classifier_layers`` is a number (the most similar layers) or a list of layers; 0 is none.
+    """
+
+    allocation: Literal["layerwise", "uniform", "explicit"] = "layerwise"
+    num_new: int | None = None
+    delta: float | None = None
+    counts: list[int] | None = None
+    rounding: Literal["ceil", "largest_remainder"] = "ceil"
+    top_k: Positive = 2
+    classifier_layers: int | list[int] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExpertsConfig":
+        given = [key for key in ("num_new", "delta", "counts") if getattr(self, key) is not None]
+        allowed = {"layerwise": ("num_new", "delta"), "uniform": ("num_new",), "explicit": ("counts",)}[
+            self.allocation
+        ]
+        if len(given) != 1 or given[0] not in allowed:
+            raise ValueError(
+                f"allocation: {self.allocation} takes exactly one of {' or '.join(allowed)}, got {given or 'none'}"
+            )
+        if self.num_new is not None and self.num_new < 1:
+            raise ValueError(f"num_new: {self.num_new} is below one expert; give at least 1")
+        if self.delta is not None and not self.delta > 0:
+            raise ValueError(f"delta: {self.delta} is not positive; the paper uses 70 for Llama-3.2-3B")
+        if self.delta is not None and self.rounding != "ceil":
+            raise ValueError("delta: is only defined with rounding: ceil; add it; or give num_new instead")
+        for layer, count in enumerate(self.counts or []):
+            if count < 1:
+                raise ValueError(f"counts[{layer}]: {count} is below 1; a layer has at least its original MLP")
+        return self
+
+
+class StageConfig(Section):
+    """What both stages share. ``tokens`` of training, ``global_batch_size`` in samples of ``sequence_length``."""
+
+    tokens: Positive
+    sequence_length: Positive = 1024
+    global_batch_size: Positive = 512
+    lr: float = Field(default=5e-5, gt=0)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.05, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    activation_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "StageConfig":
+        batch = self.global_batch_size * self.sequence_length
+        if self.tokens < batch:
+            raise ValueError(
+                f"tokens: {self.tokens} is less than one batch of {self.global_batch_size} x {self.sequence_length} "
+                f"= {batch}; give more tokens or a smaller global_batch_size"
+            )
+        return self
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps: whole batches only."""
+        return self.tokens // (self.global_batch_size * self.sequence_length)
+
+
+class Stage1Config(StageConfig):
+    """Stage 1: new experts and routers train on the new languages (METHOD: MoE-LPR section 3.2)."""
+
+    balance_weight: float = Field(default=0.01, ge=0)
+    balance_scale: Literal["paper", "reference"] = "paper"
+    balance_statistics: Literal["global", "local"] = "global"
+
+
+class Stage2Config(StageConfig):
+    """Stage 2: routers and classifiers train on a replay of all languages (MoE-LPR section 3.3)."""
+
+    old_share: Fraction = 0.5
+    lpr: Literal["paper", "reference"] = "paper"
+    lpr_weight: float = Field(default=0.1, ge=0)
+    classifier_weight: float = Field(default=0.1, ge=0)
+
+
+class ValidateConfig(Section):
+    """During training: every so many tokens, bits per character on the head of each held-out set."""
+
+    every_tokens: Positive | None = None
+    max_tokens_per_set: Positive = 4096
+
+
+class EvaluateConfig(Section):
+    """At the end: whole held-out documents in fixed windows of so many tokens."""
+
+    window: Positive = 1024
+
+
+class CheckpointConfig(Section):
+    """When a checkpoint is saved (always at the end of a stage) and how many are kept beside the best.
+
+    ``if_full`` says what a save that can't be written (a full disk) does to the training: ``stop`` it, or
+    ``continue`` until the next one. The last save of a stage must be written.
+    """
+
+    every_steps: Positive | None = None
+    every_minutes: float | None = Field(default=30.0, gt=0)
+    keep: Positive = 2
+    resume: Literal["auto", "never"] = "auto"
+    if_full: Literal["stop", "continue"] = "stop"
+
+
+class BadStepsConfig(Section):
+    """Which optimizer steps are skipped: a loss or gradient that is not finite, or a gradient norm far too large.
+
+    A step is skipped on all ranks alike if its gradient norm exceeds ``norm_factor`` times the median of the
+    last ``window`` steps' (no limit if null, and none before ``window`` / 4 of them). After ``stop_after``
+    skipped steps in a row the run saves a checkpoint and stops.
+    """
+
+    norm_factor: float | None = Field(default=20.0, gt=1)
+    window: Positive = 100
+    stop_after: Positive = 10
+
+
+class ParallelConfig(Section):
+    """``ranks`` to start when no launcher did; experts are spread over groups of ``ep_size`` ranks.
+
+    A rank that makes no progress for ``timeout_minutes`` ends, and says where it was.
+    """
+
+    ranks: Positive = 1
+    ep_size: Positive = 1
+    micro_batch_size: Positive | Literal["auto"] = "auto"
+    timeout_minutes: float = Field(default=30.0, gt=0)
+
+
+class LogConfig(Section):
+    """Which of DeepSpeed's monitors are on. ``ranks`` notes where each rank ran and what it computed."""
+
+    tensorboard: bool = True
+    csv: bool = False
+    wandb: bool = False
+    wandb_project: str = "moe-lpr"
+    ranks: bool = False
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: Path = Path("runs")
+    cache_dir: Path = Path("cache")
+    seed: int = Field(default=17, ge=0)
+    model: ModelConfig
+    data: DataConfig
+    similarity: SimilarityConfig = SimilarityConfig()
+    experts: ExpertsConfig
+    stage1: Stage1Config
+    stage2: Stage2Config | None = None
+    validate_: ValidateConfig = Field(default=ValidateConfig(), alias="validate")
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    bad_steps: BadStepsConfig = BadStepsConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    deepspeed: Path = Path("ds_configs/bf16_zero1.json")
+    log: LogConfig = LogConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if not self.data.old and (self.stage2 is not None or self.experts.allocation == "layerwise"):
+            reason = "stage2 replays" if self.stage2 is not None else "allocation: layerwise compares with"
+            raise ValueError(
+                f"data.old: no set, but {reason} old languages; add one, as old: {{en: {{path: en.jsonl}}}}"
+            )
+        return self
+
+    def stage(self, number: int) -> Stage1Config | Stage2Config:
+        """A stage's settings.
+
+        Raises:
+            UserError: the run has no such stage.
+        """
+        stage = self.stage1 if number == 1 else self.stage2
+        if stage is None:
+            raise UserError("stage2: the run has no such section; add it, or train --stage 1")
+        return stage
+
+    @property
+    def folder(self) -> Path:
+        """Where this run's results lie."""
+        return self.output_dir / self.name

@@ -1,0 +1,1 @@
+"""Ranks: starting, joining, watching and ending them."""

@@ -1,0 +1,79 @@
+"""Starting ranks on this machine through the real DeepSpeed launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from common.errors import EXIT_CODE
+from common.hosts import free_port
+from pipeline.distributed.process_group import device_type
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_verb(verb: str, run_file: Path, *, force: bool) -> None:
+    """``python -m pipeline VERB RUN.yaml`` in a process of its own; if it fails, this one ends with its exit code."""
+    command = [sys.executable, "-m", "pipeline", verb, str(run_file), *(["--force"] if force else [])]
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    _wait(command, {**os.environ, "PYTHONPATH": path})
+
+
+def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -> None:
+    """Run ``deepspeed launch/ENTRY ARGUMENTS`` with so many local ranks, and wait for it.
+
+    If it fails, this process ends with its exit code.
+    """
+    command = [
+        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks),
+        "--master_port", str(free_port()), "--log_level", "error", str(ROOT / "launch" / entry), *arguments,
+    ]  # fmt: skip
+    threads = max(1, (os.cpu_count() or 1) // num_ranks)
+    environment = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": device_type(), **os.environ}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    _wait(command, environment)
+
+
+def _wait(command: list[str], environment: dict[str, str]) -> None:
+    """Run a command to its end.
+
+    A signal to stop, Ctrl-C too, goes to the ranks themselves, which save and end; DeepSpeed's launchers would
+    leave them running or cut them off. A second one ends everything at once.
+    """
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    received: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        ranks = _ranks_below(process.pid)
+        if len(received) == 1 and ranks:
+            for rank in ranks:
+                rank.terminate()
+        else:
+            os.killpg(process.pid, signal.SIGTERM)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if received and not code:
+        print(f"stopped by {signal.Signals(received[0]).name}; the same command goes on from there", flush=True)
+        raise SystemExit(0)
+    if code and code != EXIT_CODE:  # bad input has said its one line
+        print(f"error: {' '.join(command)}: ended with code {code}; see above for why", file=sys.stderr, flush=True)
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)  # as a shell says it of a signal
+
+
+def _ranks_below(pid: int) -> list[psutil.Process]:
+    """The ranks that a launcher has started."""
+    try:
+        return [child for child in psutil.Process(pid).children(recursive=True) if "RANK" in child.environ()]
+    except psutil.Error:
+        return []

@@ -1,0 +1,138 @@
+"""Bits per character over held-out documents, spread over the ranks."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from data_prep.store import TokenStore
+from pipeline.distributed.process_group import Ranks
+from pipeline.method.losses import routing_statistics, token_losses
+from pipeline.model.backbone import moe_layers
+
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
+
+LENGTH_MULTIPLE = 64  # padded up to: kernels are made once for each length
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive tokens of one document: each is scored given those before it in the window."""
+
+    document: int
+    ids: np.ndarray
+
+
+@dataclass
+class SetScore:
+    """What a model made of one set.
+
+    Attributes:
+        bits: [documents] fp64, summed over each document's scored tokens.
+        characters: [documents].
+        share_0, probability_0: a layer with a router: share of tokens that use expert 0, mean G_0.
+        classified_old: a layer: share of tokens that the classifier calls old.
+    """
+
+    bits: np.ndarray
+    characters: np.ndarray
+    share_0: list[float] = field(default_factory=list)
+    probability_0: list[float] = field(default_factory=list)
+    classified_old: list[float] = field(default_factory=list)
+
+    @property
+    def bits_per_character(self) -> float:
+        """Over all documents together."""
+        return float(self.bits.sum() / self.characters.sum())
+
+
+def document_windows(store: TokenStore, name: str, window: int, max_tokens: int | None = None) -> list[Window]:
+    """Whole documents in consecutive windows of at most ``window`` inputs.
+
+    A document begins after its BOS, or after the document separator where the tokenizer has none, so its
+    first token is scored too; the separator at its end is not.
+
+    Args:
+        max_tokens: stop after the first document that reaches so many tokens.
+    """
+    shard = store.held_out(name)
+    windows: list[Window] = []
+    tokens = 0
+    for document in range(shard.num_documents):
+        ids = shard.document(document)[:-1].astype(np.int64)
+        if not store.begins_with_bos:
+            ids = np.concatenate([[store.separator_id], ids])
+        for start in range(0, len(ids) - 1, window):
+            windows.append(Window(document, ids[start : start + window + 1]))
+        tokens += len(ids) - 1
+        if max_tokens is not None and tokens >= max_tokens:
+            break
+    return windows
+
+
+def make_batches(windows: list[Window], tokens_per_batch: int) -> list[list[Window]]:
+    """Windows of like length together; the same batches whatever the number of ranks."""
+    batches: list[list[Window]] = []
+    for window in sorted(windows, key=lambda w: (-len(w.ids), w.document)):
+        if batches and (len(batches[-1]) + 1) * (len(batches[-1][0].ids) - 1) <= tokens_per_batch:
+            batches[-1].append(window)
+        else:
+            batches.append([window])
+    return batches
+
+
+@torch.inference_mode()
+def score_set(
+    model: nn.Module, store: TokenStore, name: str, ranks: Ranks, *, window: int, max_tokens: int | None = None
+) -> SetScore:
+    """Score a set's held-out documents; every rank gets the whole result.
+
+    All ranks make the same number of forward passes (with expert parallelism they meet in each), so a
+    rank that has no batch left runs one token that counts for nothing.
+    """
+    windows = document_windows(store, name, window, max_tokens)
+    batches = make_batches(windows, TOKENS_PER_BATCH[ranks.device.type])
+    num_documents = max(w.document for w in windows) + 1
+    layers = moe_layers(model)
+    bits = torch.zeros(num_documents, dtype=torch.float64)
+    routing = torch.zeros(len(layers), 4, dtype=torch.float64)
+    for start in range(0, len(batches), ranks.world_size):
+        ranks.at(f"scoring {name}, batch {start // ranks.world_size + 1}")
+        mine = batches[start + ranks.rank] if start + ranks.rank < len(batches) else []
+        _score_batch(model, mine, store.separator_id, ranks.device, bits)
+        mask = _mask(mine).flatten().to(ranks.device)
+        for index, layer in enumerate(layers):
+            assert layer.routing is not None
+            sums = routing_statistics(layer.routing, mask)
+            layer.routing = None
+            keys = ("tokens", "on_expert_0", "probability_0", "classified_old")
+            routing[index] += torch.stack([sums[key] for key in keys]).cpu().double()
+    packed = ranks.sum(torch.cat([bits, routing.flatten()]).to(ranks.device)).cpu()
+    bits, routing = packed[:num_documents], packed[num_documents:].view(len(layers), 4)
+    shares = (routing[:, 1:] / routing[:, :1].clamp(min=1)).T.tolist() if layers else [[], [], []]
+    documents = store.held_out_documents(name)[:num_documents]
+    return SetScore(bits.numpy(), np.array([d.characters for d in documents]), *shares)
+
+
+def _mask(batch: list[Window]) -> torch.Tensor:
+    """[B, L]: true where a token is an input that counts."""
+    if not batch:
+        return torch.zeros(1, 1, dtype=torch.bool)
+    longest = max(len(w.ids) - 1 for w in batch)
+    longest += -longest % LENGTH_MULTIPLE
+    return torch.arange(longest).unsqueeze(0) < torch.tensor([[len(w.ids) - 1] for w in batch])
+
+
+def _score_batch(model: nn.Module, batch: list[Window], filler: int, device: torch.device, bits: torch.Tensor) -> None:
+    """One forward pass; adds each window's bits to its document's."""
+    mask_BL = _mask(batch)
+    rows = torch.full((mask_BL.shape[0], mask_BL.shape[1] + 1), filler)
+    for row, window in zip(rows, batch, strict=False):
+        row[: len(window.ids)] = torch.from_numpy(window.ids)
+    logits_BLV = model(input_ids=rows[:, :-1].to(device), use_cache=False).logits
+    for window, logits_LV, labels_L in zip(batch, logits_BLV, rows[:, 1:].to(device), strict=False):
+        length = len(window.ids) - 1
+        nats = token_losses(logits_LV[:length], labels_L[:length]).double().sum()
+        bits[window.document] += float(nats) / math.log(2)

@@ -1,0 +1,1 @@
+"""The two papers, a section a file."""

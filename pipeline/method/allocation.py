@@ -1,0 +1,145 @@
+"""How many experts each layer gets (LayerMoE, arXiv 2505.22582, section 3.2)."""
+
+import math
+from dataclasses import dataclass
+
+from common.errors import UserError
+from pipeline.config.run import ExpertsConfig
+
+SMALLEST_SIMILARITY = 1e-3
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """``counts[layer]`` experts, the original included; ``delta`` if the paper's formula gave them."""
+
+    counts: list[int]
+    delta: float | None
+    note: str
+
+
+def allocate(experts: ExpertsConfig, num_layers: int, similarity: list[float] | None) -> Allocation:
+    """Divide the budget over the layers as the run says.
+
+    Args:
+        experts: the run's section.
+        num_layers: L.
+        similarity: S_l a layer (positive); only ``layerwise`` needs it.
+
+    Raises:
+        UserError: a list of the wrong length, a budget that can't be met, a similarity that is not positive.
+    """
+    if experts.allocation == "explicit":
+        counts = list(experts.counts or [])
+        if len(counts) != num_layers:
+            raise UserError(
+                f"experts.counts: {len(counts)} numbers, but the model has {num_layers} layers; give one each"
+            )
+        return Allocation(counts, None, f"explicit: {sum(counts) - num_layers} new experts")
+    if experts.allocation == "uniform":
+        shares = [1 / num_layers] * num_layers
+    else:
+        shares = inverse_shares(similarity or [])
+        if len(shares) != num_layers:
+            raise UserError(f"similarity: {len(shares)} layers, but the model has {num_layers}; measure it again")
+    if experts.delta is not None:
+        counts = ceil_counts(shares, experts.delta)
+        return Allocation(counts, experts.delta, f"delta {experts.delta:g}: {sum(counts) - num_layers} new experts")
+    total = num_layers + (experts.num_new or 0)
+    if experts.rounding == "largest_remainder":
+        counts = largest_remainder_counts(shares, total)
+        return Allocation(counts, None, f"{total - num_layers} new experts, the budget exactly")
+    delta = delta_for_total(shares, total)
+    counts = ceil_counts(shares, delta)
+    short = total - sum(counts)
+    note = f"delta {delta:.6g}: {sum(counts) - num_layers} new experts, " + (
+        "the budget exactly" if short == 0 else f"{short} below the budget, as close as rounding up comes"
+    )
+    return Allocation(counts, delta, note)
+
+
+def inverse_shares(similarity: list[float]) -> list[float]:
+    """(1/S_l) / sum_k (1/S_k) a layer: the less alike the languages, the larger the share (section 3.2).
+
+    Raises:
+        UserError: names the first layer whose similarity is not positive.
+    """
+    for layer, value in enumerate(similarity):
+        if not value > 0:
+            raise UserError(
+                f"similarity: layer {layer} has S = {value:.6g}, which is not positive, so 1/S has no meaning; "
+                "use experts.allocation=uniform, or similarity.not_positive=clamp"
+            )
+    total = math.fsum(1 / value for value in similarity)
+    return [1 / value / total for value in similarity]
+
+
+def clamp_similarity(similarity: list[float]) -> tuple[list[float], list[int]]:
+    """Raise values that are not positive to ``SMALLEST_SIMILARITY``; also returns the layers that changed."""
+    changed = [layer for layer, value in enumerate(similarity) if not value >= SMALLEST_SIMILARITY]
+    return [value if value >= SMALLEST_SIMILARITY else SMALLEST_SIMILARITY for value in similarity], changed
+
+
+def ceil_counts(shares: list[float], delta: float) -> list[int]:
+    """N_l = ceil(share_l * delta), the paper's rounding."""
+    return [math.ceil(share * delta) for share in shares]
+
+
+def delta_for_total(shares: list[float], total: int) -> float:
+    """The delta whose ceil() counts come closest to ``total`` from below.
+
+    sum ceil(share * delta) grows in steps at delta = k / share; the search walks those steps.
+
+    Raises:
+        UserError: even the smallest delta gives more than ``total``.
+    """
+    steps = sorted({k / share for share in shares for k in range(total + 1)})
+    best = None
+    for low, high in zip(steps, steps[1:], strict=False):
+        delta = (low + high) / 2
+        if sum(ceil_counts(shares, delta)) > total:
+            break
+        best = delta
+    if best is None:
+        raise UserError(f"experts.num_new: {total - len(shares)} is too few for rounding up; use largest_remainder")
+    return best
+
+
+def largest_remainder_counts(shares: list[float], total: int) -> list[int]:
+    """Counts that sum to ``total``, at least 1 each: whole shares first, the rest by the largest remainders.
+
+    A layer whose share is below 1 gets 1; what is left is shared among the others again.
+    """
+    counts = [0] * len(shares)
+    free = list(range(len(shares)))
+    while True:
+        rest = total - (len(shares) - len(free))
+        weight = math.fsum(shares[layer] for layer in free)
+        quotas = {layer: shares[layer] / weight * rest for layer in free}
+        below = [layer for layer in free if quotas[layer] < 1]
+        if not below:
+            break
+        for layer in below:
+            counts[layer] = 1
+        free = [layer for layer in free if layer not in below]
+    for layer in free:
+        counts[layer] = math.floor(quotas[layer])
+    missing = total - sum(counts)
+    by_remainder = sorted(free, key=lambda layer: (-(quotas[layer] - math.floor(quotas[layer])), layer))
+    for layer in by_remainder[:missing]:
+        counts[layer] += 1
+    return counts
+
+
+def most_similar_layers(similarity: list[float], counts: list[int], how_many: int) -> list[int]:
+    """The ``how_many`` routed layers with the highest similarity: they get a classifier (section 3.3).
+
+    Raises:
+        UserError: fewer layers have a router.
+    """
+    routed = [layer for layer, count in enumerate(counts) if count > 1]
+    if how_many > len(routed):
+        raise UserError(
+            f"experts.classifier_layers: {how_many} layers asked for, but only {len(routed)} have a router"
+        )
+    return sorted(sorted(routed, key=lambda layer: (-similarity[layer], layer))[:how_many])

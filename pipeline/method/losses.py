@@ -1,0 +1,158 @@
+"""The losses: next token, load balancing, language priors routing (LPR), routing classifier.
+
+All are fp32. Sums are divided by counts of the *global* batch, which are known before the first
+backward of a step, so that the mean over ranks and accumulation steps is the loss of the whole batch,
+however unevenly tokens fall.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch import distributed as dist
+
+from pipeline.model.moe.router import NEW, OLD, Routing
+
+BYTES_AT_ONCE = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits held at a time: a cache's worth on a CPU
+
+
+def _row_pieces(logits_TV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of the logits, and of tensors beside them, a few at a time."""
+    num_rows = max(1, BYTES_AT_ONCE[logits_TV.device.type] // (4 * logits_TV.shape[1]))
+    yield from zip(*(tensor.split(num_rows) for tensor in (logits_TV, *others)), strict=True)
+
+
+@torch.no_grad()
+def token_losses(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """Cross-entropy of each token, [T] fp32, in nats; for scoring, without gradients."""
+    pieces = _row_pieces(logits_TV, labels_T)
+    return torch.cat([F.cross_entropy(logits.float(), labels, reduction="none") for logits, labels in pieces])
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy in fp32 that never holds all logits in fp32.
+
+    The gradient, softmax - one-hot, is made in the forward, a few rows at a time, in the logits' dtype:
+    one exponential an element instead of two, and the memory of one copy of the logits instead of five.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
+        total = torch.zeros((), device=logits_TV.device)
+        gradient_TV = torch.empty_like(logits_TV)
+        for logits_RV, labels_R, weights_R, gradient_RV in _row_pieces(logits_TV, labels_T, weights_T, gradient_TV):
+            log_probabilities_RV = logits_RV.float().log_softmax(-1)
+            index_R1 = labels_R.unsqueeze(-1)
+            total -= (log_probabilities_RV.gather(-1, index_R1).squeeze(-1) * weights_R).sum()
+            softmax_RV = log_probabilities_RV.exp_()
+            softmax_RV.scatter_add_(-1, index_R1, -torch.ones_like(index_R1, dtype=softmax_RV.dtype))
+            gradient_RV.copy_(softmax_RV.mul_(weights_R.unsqueeze(-1)))
+        ctx.save_for_backward(gradient_TV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_TV,) = ctx.saved_tensors
+        return gradient_TV.mul_(gradients[0].to(gradient_TV.dtype)), None, None
+
+
+def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
+    """Cross-entropy of the next token, summed over the tokens where ``mask`` is true (all without one)."""
+    weights_BL = torch.ones_like(labels_BL) if mask_BL is None else mask_BL
+    return _CrossEntropy.apply(logits_BLV.flatten(0, 1), labels_BL.flatten(), weights_BL.flatten().float())
+
+
+def load_balancing_loss(
+    routings: Sequence[Routing],
+    *,
+    mask_T: Tensor | None = None,
+    scale: Literal["paper", "reference"] = "paper",
+    statistics: Literal["global", "local"] = "global",
+) -> Tensor:
+    """N * sum_i f_i P_i, the mean over layers (Switch; MoE-LPR section 3.2, eq. 5). 1 when uniform.
+
+    f_i is the share of choices that fall on expert i, P_i the mean router probability. Over several
+    ranks f is all-reduced and P stays local, so that the mean over ranks is exactly the loss of all
+    their tokens together, and so is its gradient.
+
+    Args:
+        routings: one a layer that has a router.
+        mask_T: true for tokens that count; padding never does.
+        scale: the reference implementation is K times the paper's (2 when uniform).
+        statistics: ``local`` computes f from this rank's tokens alone, as the reference does.
+    """
+    top_k = routings[0].ids_TK.shape[1]
+    num_tokens = routings[0].scores_TE.shape[0]
+    ones = routings[0].scores_TE.new_ones(num_tokens) if mask_T is None else mask_T.float()
+    counts = [_choices(routing, ones) for routing in routings]
+    statistic = torch.cat([*counts, ones.sum().view(1)])
+    num_ranks = 1
+    if statistics == "global" and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(statistic)
+        num_ranks = dist.get_world_size()
+    tokens = statistic[-1].clamp(min=1.0)
+    losses = []
+    for routing, count_E in zip(routings, statistic[:-1].split([len(c) for c in counts]), strict=True):
+        f_E = count_E / (top_k * tokens)
+        p_E = (routing.scores_TE * ones.unsqueeze(-1)).sum(0) / (tokens / num_ranks)
+        losses.append(len(f_E) * (f_E * p_E).sum())
+    loss = torch.stack(losses).mean()
+    return loss * top_k if scale == "reference" else loss
+
+
+@torch.no_grad()
+def _choices(routing: Routing, ones_T: Tensor) -> Tensor:
+    """How many of the counted tokens' choices fall on each expert, [E], fp32."""
+    num_experts = routing.scores_TE.shape[1]
+    weights = (ones_T.unsqueeze(-1) * routing.taken_TK).flatten()
+    return torch.zeros(num_experts, device=ones_T.device).index_add_(0, routing.ids_TK.flatten(), weights)
+
+
+def lpr_loss(routings: Sequence[Routing], old_T: Tensor, form: Literal["paper", "reference"] = "paper") -> Tensor:
+    """Language priors routing: - log G_0 of old languages' tokens (MoE-LPR section 3.3, eq. 6).
+
+    Summed over the tokens where ``old`` is true, the mean over layers. Without any such token it is 0
+    and its gradient is zero. ``reference`` feeds the probabilities to another softmax, as the
+    reference implementation does: it can't reach 0.
+    """
+    losses = []
+    for routing in routings:
+        scores = routing.logits_TE if form == "paper" else routing.scores_TE
+        losses.append(-(F.log_softmax(scores, dim=-1)[:, 0] * old_T).sum())
+    return torch.stack(losses).mean()
+
+
+def classifier_loss(routings: Sequence[Routing], old_T: Tensor, mask_T: Tensor | None = None) -> Tensor:
+    """Cross-entropy of the true language group, summed over tokens, the mean over layers with a classifier.
+
+    LayerMoE section 3.3. Zero where no layer has a classifier.
+    """
+    target_T = torch.where(old_T, OLD, NEW)
+    losses = []
+    for routing in routings:
+        if routing.class_logits_TC is not None:
+            loss_T = F.cross_entropy(routing.class_logits_TC, target_T, reduction="none")
+            losses.append(loss_T.sum() if mask_T is None else (loss_T * mask_T).sum())
+    return torch.stack(losses).mean() if losses else torch.zeros((), device=old_T.device)
+
+
+def routing_statistics(routing: Routing, mask_T: Tensor) -> dict[str, Any]:
+    """Sums over the counted tokens of one layer, for metrics.
+
+    Returns:
+        ``tokens``; ``on_expert_0``: tokens whose output uses expert 0; ``probability_0``: sum of G_0;
+        ``classified_old``: tokens that the classifier sends to expert 0 alone; ``choices``: [E].
+    """
+    mask = mask_T.float()
+    on_expert_0 = ((routing.ids_TK == 0) & routing.taken_TK).any(-1)
+    logits = routing.class_logits_TC
+    old = torch.zeros_like(mask) if logits is None else (logits[:, OLD] > logits[:, NEW]).float()
+    return {
+        "tokens": mask.sum(),
+        "on_expert_0": (on_expert_0.float() * mask).sum(),
+        "probability_0": (routing.scores_TE.detach()[:, 0] * mask).sum(),
+        "classified_old": (old * mask).sum(),
+        "choices": _choices(routing, mask),
+    }

@@ -1,0 +1,135 @@
+"""How alike languages look to each layer (LayerMoE, arXiv 2505.22582, section 3.1), in one pass over the tokens."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common.errors import UserError
+from common.files import read_json, write_json
+from common.progress import progress
+from pipeline.model.backbone import decoder_layers, find_mlp
+
+FILE_NAME = "similarity.json"
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Similarities of languages by layer.
+
+    Attributes:
+        old, new: languages.
+        tokens: how many tokens of each language were read.
+        pairs: for "a&b" (and "a&a"), the mean cosine over all pairs of tokens, a layer.
+        by_layer: S_l.
+    """
+
+    old: list[str]
+    new: list[str]
+    tokens: dict[str, int]
+    pairs: dict[str, list[float]]
+    by_layer: list[float]
+
+    def save(self, path: Path) -> None:
+        """Write as JSON."""
+        write_json(path, self.__dict__)
+
+    @classmethod
+    def load(cls, path: Path) -> "Similarity":
+        """Read what :meth:`save` wrote."""
+        try:
+            return cls(**read_json(path))
+        except TypeError as error:
+            raise UserError(f"{path}: not a similarity file ({error}); measure it again") from error
+
+
+class MeanUnitVectors:
+    """One fp64 running sum of unit vectors a layer: all that the similarity needs of any number of tokens.
+
+    The mean of all pairwise cosines between two languages' tokens is the dot product of their mean
+    unit vectors, so Q tokens cost O(Q h), and no hidden state is kept.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = decoder_layers(model)
+        self.sums: list[Tensor | None] = [None] * len(self.layers)
+        self.tokens = 0
+        self._limit = 0
+
+    def __enter__(self) -> "MeanUnitVectors":
+        self._handles = [
+            getattr(layer, find_mlp(layer)).register_forward_pre_hook(self._hook(index))
+            for index, layer in enumerate(self.layers)
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, index: int) -> Any:
+        def add(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x_TD = inputs[0].flatten(0, -2)[: self._limit].double()
+            total_D = nn.functional.normalize(x_TD, dim=-1).sum(0)
+            previous = self.sums[index]
+            self.sums[index] = total_D if previous is None else previous + total_D
+
+        return add
+
+    def add(self, model: nn.Module, ids_BL: Tensor, limit: int) -> int:
+        """Run the model and take in its first ``limit`` tokens; returns how many they were."""
+        self._limit = min(limit, ids_BL.numel())
+        model(input_ids=ids_BL, use_cache=False)
+        self.tokens += self._limit
+        return self._limit
+
+    def means(self) -> np.ndarray:
+        """[L, D] fp64: the mean unit vector of each layer's MLP inputs."""
+        assert self.tokens
+        return torch.stack([s for s in self.sums if s is not None]).cpu().numpy() / self.tokens
+
+
+@torch.inference_mode()
+def mean_unit_vectors(
+    model: nn.Module, batches: Iterable[np.ndarray], tokens: int, description: str
+) -> MeanUnitVectors:
+    """Stream token ids [B, L] through the model until ``tokens`` of them are counted."""
+    device = next(model.parameters()).device
+    with MeanUnitVectors(model) as vectors, progress(tokens, description, "token") as bar:
+        for batch in batches:
+            ids_BL = torch.from_numpy(batch.astype(np.int64)).to(device)
+            bar.update(vectors.add(model, ids_BL, tokens - vectors.tokens))
+            if vectors.tokens >= tokens:
+                break
+    return vectors
+
+
+def similarity_of(means: dict[str, np.ndarray], tokens: dict[str, int], old: list[str], new: list[str]) -> Similarity:
+    """All pairs' similarities, and S_l = (mean over new-new pairs + mean over new-old pairs) / 2.
+
+    With one new language there are no new-new pairs: the pairs of its own tokens take their place
+    (the paper has no such case).
+
+    Args:
+        means: for each language, [L, D].
+    """
+    assert old and new
+    languages = [*old, *new]
+    keys = [*combinations(languages, 2), *((language, language) for language in languages)]
+    pairs = {f"{a}&{b}": (means[a] * means[b]).sum(-1).tolist() for a, b in keys}
+    new_new = [f"{a}&{b}" for a, b in combinations(new, 2)] or [f"{new[0]}&{new[0]}"]
+    return Similarity(
+        old, new, tokens, pairs, layer_similarity(pairs, new_new, [f"{a}&{b}" for a in old for b in new])
+    )
+
+
+def layer_similarity(pairs: dict[str, list[float]], new_new: list[str], old_new: list[str]) -> list[float]:
+    """S_l (section 3.2): the mean of the two kinds of pairs' means."""
+    within = np.mean([pairs[key] for key in new_new], axis=0)
+    across = np.mean([pairs[key] for key in old_new], axis=0)
+    return ((within + across) / 2).tolist()

@@ -1,0 +1,177 @@
+"""A dense Hugging Face model into a native DeepSpeed-MoE checkpoint (MoE-LPR, arXiv 2408.11396, section 3.1)."""
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from common.errors import UserError
+from common.files import new_folder, sha256_file, write_text
+from common.progress import progress
+from pipeline.checkpoint import expert_file, main_file, read_weights, save_tensors, write_manifest
+from pipeline.model.backbone import decoder_layers, empty_model, find_mlp, install_moe_layers, load_dense, moe_layers
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.moe.experts import fused_weights
+
+TAG = "upcycled"
+HF_FOLDER = "hf"  # config and tokenizer, so that a run does not need the dense model any more
+TOLERANCE = 1e-4  # of the largest logit; what fp32 rounding leaves is two orders of magnitude below
+_HF_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.model", "vocab.json",
+             "merges.txt", "chat_template*", "added_tokens.json")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The receipt: how far the upcycled model's logits are from the dense model's, in fp32, on real text."""
+
+    max_abs_logit_difference: float
+    max_abs_logit: float
+    tolerance: float
+    tokens: int
+
+    @property
+    def holds(self) -> bool:
+        """Whether the difference is within the tolerance."""
+        return self.max_abs_logit_difference <= self.tolerance
+
+
+def upcycle(
+    dense: Path, plan: ExpertPlan, samples: np.ndarray, target: Path, *, seed: int, model_hash: str
+) -> dict[str, Any]:
+    """Write the upcycled checkpoint to ``target`` and return its manifest's figures.
+
+    ``target`` holds the native checkpoint under ``upcycled/``, config and tokenizer under ``hf/``, and a
+    manifest: the dense model's hash, the plan with its ancestry, the parity receipt, each file's sha256.
+
+    Args:
+        dense: folder of the dense model.
+        samples: token ids of real text [B, L] for the receipt.
+        target: the folder to make; it appears only when all of it is written and the receipt is good.
+        seed: of the routers' Xavier-normal initialisation.
+        model_hash: of the dense model's files.
+
+    Raises:
+        UserError: the model's MLPs can't become experts, or the logits differ.
+    """
+    dtype = getattr(torch, str(_config_dtype(dense)))
+    with new_folder(target) as folder:
+        shape = _write_weights(dense, plan, folder / TAG, dtype=dtype, seed=seed)
+        (folder / HF_FOLDER).mkdir()
+        for pattern in _HF_FILES:
+            for file in dense.glob(pattern):
+                if file.is_file():
+                    shutil.copyfile(file, folder / HF_FOLDER / file.name)
+        write_text(folder / "latest", TAG)
+        parity = measure_parity(dense, folder, plan, samples)
+        if not parity.holds:
+            raise UserError(
+                f"upcycle: the upcycled model's logits differ from the dense model's by "
+                f"{parity.max_abs_logit_difference:.3g} (allowed: {parity.tolerance:.3g}); nothing was written: "
+                "the model computes something that its decoder layers' MLPs do not show"
+            )
+        figures = {"parity": {**asdict(parity), "holds": parity.holds}, **shape}
+        files = {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+            for path in sorted((folder / TAG).iterdir())
+        }
+        write_manifest(
+            folder,
+            {"model": model_hash, "plan": plan.model_dump(mode="json"), "seed": seed, **figures, "files": files},
+        )
+    return figures
+
+
+def _config_dtype(dense: Path) -> str:
+    from pipeline.model.backbone import model_config
+
+    config = model_config(dense)
+    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+
+
+@torch.no_grad()
+def _write_weights(dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    """The native layout: one file of everything that is not an expert, and a file an expert."""
+    folder.mkdir()
+    model = load_dense(dense, dtype)
+    layers = decoder_layers(model)
+    mlps = {layer: getattr(layers[layer], find_mlp(layers[layer])) for layer in plan.moe_layers if layer < len(layers)}
+    dense_parameters = sum(p.numel() for p in model.parameters())
+    first_mlp = getattr(layers[0], find_mlp(layers[0]))
+    install_moe_layers(model, plan)
+    generator = torch.Generator().manual_seed(seed)
+    with progress(sum(plan.num_new), "upcycle", "expert") as bar:
+        for moe_layer, (index, layer) in enumerate(zip(plan.moe_layers, moe_layers(model), strict=True)):
+            layer.router.reset(generator)
+            weights = fused_weights(mlps[index])
+            prefix = next(name for name, module in model.named_modules() if module is layer)
+            for file_number in range(plan.num_new[index]):
+                names = f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{file_number}"
+                state = {f"{names}.{name}": weight for name, weight in weights.items()}
+                save_tensors(state, folder / expert_file(moe_layer, file_number))
+                bar.update(1)
+    state = {name: tensor for name, tensor in model.state_dict().items() if ".deepspeed_experts." not in name}
+    save_tensors(
+        {"module": _without_aliases(model, state), "num_experts": [n for n in plan.num_new if n], "dp_world_size": 1},
+        folder / main_file(),
+    )
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "dense_parameters": dense_parameters,
+        "mlp_parameters": sum(p.numel() for p in first_mlp.parameters()),
+        "hidden_size": first_mlp.gate_proj.in_features,
+    }
+
+
+def _without_aliases(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Leave out names that share another's parameter, such as a tied output head."""
+    return {name: state[name] for name, _ in model.named_parameters() if name in state} | {
+        name: state[name] for name, _ in model.named_buffers() if name in state
+    }
+
+
+def load_upcycled(
+    folder: Path,
+    plan: ExpertPlan,
+    dtype: torch.dtype,
+    *,
+    ep_size: int = 1,
+    ep_rank: int = 0,
+    classifiers: bool = False,
+) -> PreTrainedModel:
+    """The MoE model with its upcycled weights, each rank with its own experts only.
+
+    Raises:
+        UserError: a file is missing or does not hold what the plan says.
+    """
+    model = empty_model(folder / HF_FOLDER, dtype)
+    install_moe_layers(model, plan, ep_size=ep_size, ep_rank=ep_rank, classifiers=classifiers)
+    model.tie_weights()
+    missing = read_weights(model, folder / TAG)
+    missing = {name for name in missing if not name.endswith(".gate.classifier.weight")}
+    if missing:
+        raise UserError(
+            f"{folder}: lacks {sorted(missing)[0]} and {len(missing) - 1} more; upcycle again with --force"
+        )
+    return model
+
+
+@torch.inference_mode()
+def measure_parity(dense: Path, folder: Path, plan: ExpertPlan, samples: np.ndarray) -> Parity:
+    """Compare logits of the dense model with those of the upcycled one, read back from its files, in fp32."""
+    ids_BL = torch.from_numpy(samples.astype(np.int64))
+    model = load_dense(dense, torch.float32)
+    expected = [model(input_ids=row.unsqueeze(0), use_cache=False).logits for row in ids_BL]
+    del model
+    upcycled = load_upcycled(folder, plan, torch.float32)
+    difference = largest = 0.0
+    for row, logits in zip(ids_BL, expected, strict=True):
+        difference = max(
+            difference, float((upcycled(input_ids=row.unsqueeze(0), use_cache=False).logits - logits).abs().max())
+        )
+        largest = max(largest, float(logits.abs().max()))
+    return Parity(difference, largest, TOLERANCE * max(largest, 1.0), ids_BL.numel())

@@ -1,0 +1,189 @@
+"""The Hugging Face base, its MoE layers, and which parameters train in which stage."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
+
+from common.errors import UserError
+from pipeline.config.run import ModelConfig
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.moe import MoELayer
+
+Stage = Literal[1, 2]
+transformers_logging.disable_progress_bar()  # ours says more
+_GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+def model_folder(model: ModelConfig) -> Path:
+    """The model's folder; a hub id is looked up in the local cache, or fetched where a hub is reached.
+
+    Raises:
+        UserError: it is neither a folder with a config.json nor a hub id that can be had.
+    """
+    folder = Path(model.path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"model.path: {folder} holds no config.json; name a Hugging Face model's folder")
+        return folder
+    if folder.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1:
+        raise UserError(f"model.path: {model.path} does not exist; name a Hugging Face model's folder or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+        return Path(snapshot_download(model.path, revision=model.revision, local_files_only=offline))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise UserError(
+            f"model.path: {model.path} is no folder here, and the hub does not give it ({type(error).__name__}); "
+            "fetch it where there is a network, or name a folder"
+        ) from error
+
+
+def model_config(folder: Path) -> Any:
+    """The model's Hugging Face config."""
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.path: {folder}: transformers can't read its config ({error})".splitlines()[0]
+        ) from error
+
+
+def load_dense(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load a dense causal language model and check that its MLPs can become experts."""
+    model_config(folder)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {folder}: can't be loaded ({error})".splitlines()[0]) from error
+    for layer in decoder_layers(model):
+        find_mlp(layer)
+    return move(model, device).eval()
+
+
+def move(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
+    """``model.to(device)``; transformers' own signature confuses type checkers."""
+    nn.Module.to(model, device)
+    return model
+
+
+def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The architecture that a folder's config describes, weights not set, without dropout."""
+    config = model_config(folder)
+    if getattr(config, "attention_dropout", 0.0):
+        config.attention_dropout = 0.0  # nothing random happens in training: a resumed run is the same run
+    with no_init_weights():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The model's list of decoder layers."""
+    layers = getattr(getattr(model, "base_model", model), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise UserError(
+            f"model.path: {type(model).__name__} has no list of decoder layers with gate_proj/up_proj/down_proj MLPs; "
+            "Llama, Qwen2, Qwen3, Mistral and Gemma do"
+        )
+    return layers
+
+
+def find_mlp(layer: nn.Module) -> str:
+    """The name of a decoder layer's gated MLP.
+
+    Raises:
+        UserError: the layer has none, or one whose projections are not plain linear maps.
+    """
+    for name, child in layer.named_children():
+        if all(isinstance(getattr(child, part, None), nn.Linear) for part in _GATED) and hasattr(child, "act_fn"):
+            return name
+    names = ", ".join(f"{name}: {type(child).__name__}" for name, child in layer.named_children())
+    raise UserError(
+        f"model.path: {type(layer).__name__} has no MLP with gate_proj, up_proj and down_proj ({names}); "
+        "such a model can't be upcycled: use Llama, Qwen2, Qwen3, Mistral, Gemma or one built like them"
+    )
+
+
+def install_moe_layers(
+    model: PreTrainedModel, plan: ExpertPlan, *, ep_size: int = 1, ep_rank: int = 0, classifiers: bool = False
+) -> dict[int, MoELayer]:
+    """Put MoE layers where the plan has new experts; layers of one expert stay dense.
+
+    The new experts' weights are not set. Returned are the MoE layers by decoder layer.
+
+    Raises:
+        UserError: the plan is of another number of layers.
+    """
+    layers = decoder_layers(model)
+    if len(layers) != plan.num_layers:
+        raise UserError(
+            f"expert plan: made for {plan.num_layers} layers, but the model has {len(layers)}; allocate again"
+        )
+    installed: dict[int, MoELayer] = {}
+    for index, placement in plan.placement(ep_size).items():
+        name = find_mlp(layers[index])
+        installed[index] = MoELayer(
+            getattr(layers[index], name),
+            num_experts=plan.counts[index],
+            top_k=plan.top_k,
+            placement=placement,
+            ep_rank=ep_rank,
+            has_classifier=classifiers and index in plan.classifier_layers,
+        )
+        setattr(layers[index], name, installed[index])
+    return installed
+
+
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The MoE layers, in order."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def train_only(model: nn.Module, stage: Stage) -> None:
+    """Stage 1 trains new experts and routers, stage 2 routers and classifiers only (MoE-LPR section 3)."""
+    model.requires_grad_(False)
+    for layer in moe_layers(model):
+        layer.router.requires_grad_(True)
+        layer.local_experts.requires_grad_(stage == 1)
+        layer.experts_train = stage == 1
+        if stage == 1 and layer.router.classifier is not None:
+            layer.router.classifier.requires_grad_(False)
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """Explicit optimizer groups: routers first, then experts.
+
+    DeepSpeed's own split of MoE parameters walks a set of strings, so that its order can differ from
+    rank to rank.
+    """
+    dense = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "allreduce")]
+    experts = [p for p in model.parameters() if p.requires_grad and hasattr(p, "allreduce")]
+    groups: list[dict[str, Any]] = [{"params": dense, "name": "routers"}]
+    if experts:
+        groups.append({"params": experts, "name": experts[0].group_name, "moe": True})  # type: ignore[attr-defined]
+    return groups
+
+
+def parameter_counts(dense_total: int, mlp: int, hidden_size: int, plan: ExpertPlan) -> dict[str, int]:
+    """Parameters before and after, in all and those active for one token that is routed to K experts.
+
+    Args:
+        dense_total: parameters of the dense model.
+        mlp: parameters of one layer's MLP.
+        hidden_size: D.
+    """
+    routers = sum(hidden_size * plan.counts[layer] for layer in plan.moe_layers)
+    routers += 2 * hidden_size * len(plan.classifier_layers)
+    return {
+        "dense": dense_total,
+        "total": dense_total + mlp * sum(plan.num_new) + routers,
+        "active": dense_total + mlp * (plan.top_k - 1) * len(plan.moe_layers) + routers,
+        "stage1_trained": mlp * sum(plan.num_new) + routers - 2 * hidden_size * len(plan.classifier_layers),
+        "stage2_trained": routers,
+    }

@@ -1,0 +1,170 @@
+"""ExpertPlan: how many experts each layer has, where they lie and came from. The one place that checks them."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from common.errors import UserError
+from common.files import content_key, read_json, write_json
+
+FILE_NAME = "expert_plan.json"
+
+
+class Round(BaseModel):
+    """One expansion of the model: round 0 is the dense model, round 1 the first group of new languages.
+
+    ``num_new[layer]`` experts were added in this round; they are numbered after those of earlier rounds.
+    ``source`` is the expert they were copied from.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    languages: tuple[str, ...]
+    num_new: tuple[Annotated[int, Field(ge=0)], ...]
+    source: Literal["mlp", "expert 0"]
+
+
+class ExpertPlan(BaseModel):
+    """The plan that flows from allocation to upcycling, model, checkpoint and export.
+
+    ``counts[layer]`` is N_l of METHOD 1: all experts of the layer, the original MLP (expert 0) included.
+    A layer of one expert is dense: it has no router.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    counts: tuple[int, ...]
+    top_k: int
+    classifier_layers: tuple[int, ...] = ()
+    rounds: tuple[Round, ...]
+    similarity: tuple[float, ...] | None = None
+
+    def model_post_init(self, _context: object) -> None:
+        """Check what the fields promise each other.
+
+        Raises:
+            UserError: names the layer and the number that do not fit.
+        """
+        for layer, count in enumerate(self.counts):
+            if count < 1:
+                raise UserError(
+                    f"expert plan: layer {layer} has {count} experts; a layer has at least its original MLP"
+                )
+            if 1 < count < self.top_k:
+                raise UserError(
+                    f"experts.top_k: {self.top_k} is more than the {count} experts of layer {layer}; "
+                    f"lower top_k, or give the layer {self.top_k} experts or one"
+                )
+            total = sum(r.num_new[layer] for r in self.rounds if layer < len(r.num_new))
+            if total != count:
+                raise UserError(f"expert plan: layer {layer} has {count} experts, but its rounds add up to {total}")
+        if any(len(r.num_new) != len(self.counts) for r in self.rounds):
+            raise UserError(f"expert plan: a round does not list {len(self.counts)} layers; allocate again")
+        if sum(self.num_new) < 1:
+            raise UserError("expert plan: no layer has a new expert; raise experts.num_new")
+        for layer in self.classifier_layers:
+            if not 0 <= layer < len(self.counts):
+                raise UserError(
+                    f"experts.classifier_layers: {layer} is not a layer of this model (0 to {len(self.counts) - 1})"
+                )
+            if self.counts[layer] < 2:
+                raise UserError(f"experts.classifier_layers: layer {layer} is dense, it has no router; leave it out")
+
+    @classmethod
+    def first_expansion(
+        cls,
+        counts: list[int],
+        *,
+        old: list[str],
+        new: list[str],
+        top_k: int,
+        classifier_layers: list[int],
+        similarity: list[float] | None = None,
+    ) -> "ExpertPlan":
+        """The plan of a dense model's first expansion."""
+        rounds = (
+            Round(languages=tuple(old), num_new=(1,) * len(counts), source="mlp"),
+            Round(languages=tuple(new), num_new=tuple(max(0, count - 1) for count in counts), source="expert 0"),
+        )
+        return cls(
+            counts=tuple(counts),
+            top_k=top_k,
+            classifier_layers=tuple(sorted(classifier_layers)),
+            rounds=rounds,
+            similarity=None if similarity is None else tuple(similarity),
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model, dense ones included."""
+        return len(self.counts)
+
+    @property
+    def num_new(self) -> tuple[int, ...]:
+        """Experts beyond the original MLP, a layer."""
+        return tuple(count - 1 for count in self.counts)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers with a router. DeepSpeed's file names count these, not all layers."""
+        return tuple(layer for layer, count in enumerate(self.counts) if count > 1)
+
+    @property
+    def key(self) -> str:
+        """A content key: equal plans have equal keys. The similarities that led here do not count."""
+        return content_key(self.model_dump(mode="json", exclude={"similarity"}))
+
+    @property
+    def experts_key(self) -> str:
+        """A content key of what stage 1 depends on: classifiers come with stage 2."""
+        return content_key(self.model_dump(mode="json", exclude={"similarity", "classifier_layers"}))
+
+    def placement(self, ep_size: int) -> dict[int, list[list[int]]]:
+        """Which new experts lie on which rank of an expert-parallel group.
+
+        The experts of a layer are dealt as evenly as they go; the ranks that hold fewer so far come
+        first for the odd ones, so over the whole model the fullest and the emptiest rank differ by
+        at most one expert.
+
+        Args:
+            ep_size: ranks in an expert-parallel group.
+
+        Returns:
+            For each MoE layer, for each rank, the numbers of its experts (1 and up; 0 is the original MLP,
+            which lies on every rank).
+
+        Raises:
+            UserError: the model has fewer new experts than ranks, so that a rank would hold none.
+        """
+        if sum(self.num_new) < ep_size:
+            raise UserError(
+                f"parallel.ep_size: {ep_size} ranks, but the model has {sum(self.num_new)} new experts, "
+                f"so that a rank would hold none; use an ep_size of at most {sum(self.num_new)}"
+            )
+        held = [0] * ep_size
+        result: dict[int, list[list[int]]] = {}
+        for layer in self.moe_layers:
+            each, odd = divmod(self.num_new[layer], ep_size)
+            favoured = sorted(range(ep_size), key=lambda rank: (held[rank], rank))[:odd]
+            numbers = iter(range(1, self.counts[layer]))
+            result[layer] = []
+            for rank in range(ep_size):
+                size = each + (rank in favoured)
+                held[rank] += size
+                result[layer].append([next(numbers) for _ in range(size)])
+        return result
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON."""
+        write_json(path, self.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, path: Path) -> "ExpertPlan":
+        """Read a plan; a damaged or foreign file is a :class:`UserError`."""
+        try:
+            return cls.model_validate(read_json(path))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(str(part) for part in problem["loc"])
+            raise UserError(f"{path}: {where}: {problem['msg']}; allocate again") from error

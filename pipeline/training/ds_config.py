@@ -1,0 +1,136 @@
+"""The DeepSpeed config of a stage: the file that the run names, filled in from the run."""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import UserError
+from common.files import read_json
+from pipeline.config.run import LogConfig, RunConfig, StageConfig
+
+_FILLED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "scheduler",
+)
+TOKENS_PER_MICRO_BATCH = {"cpu": 1024, "cuda": 8192}
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """Read and check a DeepSpeed config.
+
+    Raises:
+        UserError: it is missing, fills in what the run decides, or asks for what can't work here.
+    """
+    if not path.is_file():
+        raise UserError(f"deepspeed: {path} does not exist; name a file such as ds_configs/bf16_zero1.json")
+    config = read_json(path)
+    for key in _FILLED:
+        if key in config:
+            raise UserError(f"{path}: {key} comes from the run's stage1 and stage2; remove it here")
+    if config.get("fp16", {}).get("enabled"):
+        raise UserError(f"{path}: fp16 is not supported; use bf16, or neither for fp32")
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage", 0) != 1:
+        raise UserError(
+            f"{path}: zero_optimization.stage is {zero.get('stage', 0)}; use 1: DeepSpeed clips experts wrongly at 0, "
+            "can hang with 2 where ranks hold unequal experts, and refuses MoE with 3"
+        )
+    if zero.get("overlap_comm", False):
+        raise UserError(
+            f"{path}: zero_optimization.overlap_comm can hang where ranks hold unequal experts; set it to false"
+        )
+    is_bf16 = config.get("bf16", {}).get("enabled", False)
+    if is_bf16 and config.get("data_types", {}).get("grad_accum_dtype") != "fp32":
+        raise UserError(
+            f'{path}: bf16 needs "data_types": {{"grad_accum_dtype": "fp32"}}, or gradients lose small parts'
+        )
+    return config
+
+
+def training_dtype(config: dict[str, Any]) -> torch.dtype:
+    """bf16 or fp32."""
+    return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How a global batch is spread: each of ``accumulation`` micro-steps takes ``micro_batch`` samples a rank.
+
+    Where that is more than the global batch, the last micro-steps hold samples that count for nothing.
+    """
+
+    micro_batch: int
+    accumulation: int
+
+
+def batch_shape(run: RunConfig, stage: StageConfig, world_size: int, device: str) -> BatchShape:
+    """The run's micro-batch; or the one within a token budget a device that adds the fewest empty samples.
+
+    Raises:
+        UserError: the micro-batch is more than a rank's share of the global batch.
+    """
+    share = -(-stage.global_batch_size // world_size)
+    wanted = run.parallel.micro_batch_size
+    if wanted != "auto":
+        if wanted > share:
+            raise UserError(
+                f"parallel.micro_batch_size: {wanted} is more than the {share} samples a rank has of a global batch "
+                f"of {stage.global_batch_size}; use at most {share}, or auto"
+            )
+        return BatchShape(wanted, -(-share // wanted))
+    most = min(share, max(1, TOKENS_PER_MICRO_BATCH[device] // stage.sequence_length))
+    shapes = [BatchShape(size, -(-share // size)) for size in range(most, 0, -1)]
+    return min(shapes, key=lambda shape: (shape.micro_batch * shape.accumulation, shape.accumulation))
+
+
+def fill_ds_config(
+    config: dict[str, Any],
+    run: RunConfig,
+    stage: StageConfig,
+    *,
+    stage_number: int,
+    world_size: int,
+    shape: BatchShape,
+) -> dict[str, Any]:
+    """The config that DeepSpeed gets.
+
+    Stage 2 trains the few router weights only: they stay in fp32, without ZeRO (DeepSpeed's ZeRO asserts
+    that trained experts exist), beside frozen weights in the run's precision.
+    """
+    filled = dict(config)
+    filled["train_batch_size"] = world_size * shape.micro_batch * shape.accumulation
+    filled["train_micro_batch_size_per_gpu"] = shape.micro_batch
+    filled["gradient_accumulation_steps"] = shape.accumulation
+    filled["gradient_clipping"] = stage.gradient_clipping
+    optimizer = filled.get("optimizer", {"type": "AdamW", "params": {}})
+    parameters = {"lr": stage.lr, "betas": list(stage.betas), "eps": stage.eps, "weight_decay": stage.weight_decay}
+    filled["optimizer"] = {**optimizer, "params": {**optimizer.get("params", {}), **parameters}}
+    if stage_number == 2:
+        for key in ("bf16", "data_types", "zero_optimization"):
+            filled.pop(key, None)
+    return filled | monitors(run.log, run.folder, f"stage{stage_number}")
+
+
+def check_monitors(log: LogConfig) -> None:
+    """Raises :class:`UserError` where a monitor is on whose package is not there."""
+    for name, wanted in (("tensorboard", log.tensorboard), ("wandb", log.wandb)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise UserError(f"log.{name}: the package {name} is not installed; pip install {name}, or set it to false")
+
+
+def monitors(log: LogConfig, folder: Path, job: str) -> dict[str, Any]:
+    """DeepSpeed's monitor sections."""
+    sections: dict[str, Any] = {}
+    if log.tensorboard:
+        sections["tensorboard"] = {"enabled": True, "output_path": str(folder / "tensorboard"), "job_name": job}
+    if log.csv:
+        sections["csv_monitor"] = {"enabled": True, "output_path": str(folder / "csv"), "job_name": job}
+    if log.wandb:
+        sections["wandb"] = {"enabled": True, "project": log.wandb_project, "group": folder.name}
+    return sections

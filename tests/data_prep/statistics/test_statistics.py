@@ -1,0 +1,108 @@
+"""Figures of a set, its page, and what inspect and verify print.
+
+Run: pytest tests/data_prep/statistics/test_statistics.py
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import UserError
+from data_prep.config import DataConfig
+from data_prep.prepare import prepare
+from data_prep.statistics.show_samples import inspect_store, open_store
+from data_prep.statistics.tally import Tally, fertility_warning, part_statistics
+from data_prep.store import TokenStore
+from tests.helpers.preparation_jobs import ROOT
+
+
+@pytest.fixture
+def store(two_languages: DataConfig, save_tokenizer: Any, tmp_path: Path) -> TokenStore:
+    data = two_languages.model_copy(update={"slice_bytes": 2000})
+    return prepare(data, save_tokenizer(), 300, tmp_path / "cache", seed=17)
+
+
+def test_figures_are_those_of_the_documents(store: TokenStore) -> None:
+    for name, entry in store.statistics.sets.items():
+        for part, shards in (
+            (entry.train, store.train(name) if entry.train else None),
+            (entry.held_out, store.held_out(name)),
+        ):
+            if part is None or shards is None:
+                continue
+            assert (part.documents, part.tokens) == (shards.num_documents, shards.num_tokens)
+            text_tokens = part.tokens - part.documents
+            assert part.characters_per_token == pytest.approx(part.characters / text_tokens, abs=1e-4)
+            assert part.bytes_per_token == pytest.approx(part.bytes / text_tokens, abs=1e-4)
+            assert sum(found.documents for found in part.lengths) == part.documents
+            for found in part.lengths:
+                inside = (shards.lengths >= found.least) & (shards.lengths <= found.most)
+                assert inside.sum() == found.documents
+    english = store.statistics.sets["en"].train
+    assert english is not None
+    # Each made-up page has eight words: fertility is tokens over eight a page.
+    assert english.fertility == pytest.approx((english.tokens - english.documents) / (8 * english.documents), abs=1e-3)
+
+
+def test_a_tally_counts_words_by_script_and_merges() -> None:
+    parts = [Tally(), Tally()]
+    parts[0].add("δύο λέξεις", 7, 1)
+    parts[1].add("透视表中", 9, 1)
+    whole = Tally()
+    for part in parts:
+        whole.merge(part.as_json())
+    statistics = part_statistics(whole)
+    assert statistics.fertility == pytest.approx((6 + 8) / (2 + 4), abs=1e-4)
+    assert statistics.words_without_spaces == pytest.approx(4 / 6, abs=1e-4)
+    assert [(b.least, b.most, b.documents) for b in statistics.lengths] == [(4, 7, 1), (8, 15, 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "warns"),
+    [("two words", 3, False), ("two words", 9, True), ("透视表中", 3, False), ("透视表中", 8, True)],
+)
+def test_a_warning_says_where_the_tokenizer_hardly_knows_a_language(text: str, tokens: int, warns: bool) -> None:
+    tally = Tally()
+    tally.add(text, tokens + 1, 1)
+    warning = fertility_warning("el", "Greek", part_statistics(tally))
+    assert (warning is not None) is warns
+    if warning is not None:
+        assert "hardly knows Greek" in warning
+
+
+def test_the_page_shows_every_set_and_loads_nothing_from_elsewhere(store: TokenStore) -> None:
+    page = (store.folder / "statistics.html").read_text(encoding="utf-8")
+    for name, entry in store.statistics.sets.items():
+        assert f"<td>{name}" in page
+        assert f"{entry.held_out.tokens:,}" in page
+    assert "hardly knows el" in page
+    assert "default-src 'none'" in page
+    assert 'src="http' not in page and 'href="http' not in page.split("<script>", 1)[0]
+    assert page.count('id="chart-') == 3
+
+
+def test_inspect_shows_text_with_its_language(store: TokenStore, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect_store(store, "el", 2, 40)
+    out = capsys.readouterr().out
+    assert out.count("--- el [el] tokens ") == 2
+    assert "σπίτι" in out or "ποτάμι" in out
+    assert "en" not in [line.split()[1].rstrip(":") for line in out.splitlines() if line.startswith(("OLD", "NEW"))]
+    with pytest.raises(UserError, match="--only xx: no such set"):
+        inspect_store(store, "xx", 1, 10)
+    assert open_store(str(store.folder), []).key == store.key
+
+
+@pytest.mark.parametrize("damage", [None, "byte", "index"])
+def test_verify_checks_hashes_and_indices(store: TokenStore, damage: str | None) -> None:
+    path = store.folder / "el" / "train" / ("00001.idx" if damage == "index" else "00001.bin")
+    if damage:
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+    command = [sys.executable, "-m", "data_prep", "verify", str(store.folder)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == (2 if damage else 0), done.stderr
+    assert ("damaged" in done.stderr) if damage else ("every file is as it was written" in done.stdout)

@@ -1,0 +1,83 @@
+"""Budgets over layers, and the plan. Run: pytest tests/pipeline/method/test_allocation.py"""
+
+import pytest
+
+from common.errors import UserError
+from pipeline.config.run import ExpertsConfig
+from pipeline.method.allocation import (
+    allocate,
+    clamp_similarity,
+    inverse_shares,
+    largest_remainder_counts,
+    most_similar_layers,
+)
+from pipeline.model.expert_plan import ExpertPlan
+
+SIMILARITY = [0.1031, 0.2113, 0.4327, 0.3163, 0.1571, 0.6421]
+
+
+@pytest.mark.parametrize("rounding", ["ceil", "largest_remainder"])
+@pytest.mark.parametrize("num_new", [1, 5, 12, 60])
+def test_a_budget_is_met_and_less_alike_layers_get_no_fewer(rounding: str, num_new: int) -> None:
+    allocation = allocate(ExpertsConfig.model_validate({"num_new": num_new, "rounding": rounding}), 6, SIMILARITY)
+    assert sum(allocation.counts) - 6 == num_new
+    by_similarity = [count for _, count in sorted(zip(SIMILARITY, allocation.counts, strict=True))]
+    assert by_similarity == sorted(by_similarity, reverse=True)
+    assert min(allocation.counts) >= 1
+
+
+def test_ceil_says_how_far_off_it_is_where_equal_layers_jump_together() -> None:
+    allocation = allocate(ExpertsConfig(allocation="uniform", num_new=8), 6, None)
+    assert allocation.counts == [2] * 6
+    assert "2 below the budget" in allocation.note
+    exact = allocate(ExpertsConfig(allocation="uniform", num_new=8, rounding="largest_remainder"), 6, None)
+    assert exact.counts == [3, 3, 2, 2, 2, 2]
+
+
+def test_explicit_counts_are_taken_as_they_are() -> None:
+    counts = [2, 3, 4, 5, 6, 8]
+    assert allocate(ExpertsConfig(allocation="explicit", counts=counts), 6, None).counts == counts
+
+
+def test_a_similarity_that_is_not_positive_is_named_or_clamped() -> None:
+    with pytest.raises(UserError, match=r"layer 1 has S = -0.2, which is not positive.*clamp"):
+        inverse_shares([0.1, -0.2, 0.0])
+    clamped, changed = clamp_similarity([0.1, -0.2, 0.0])
+    assert changed == [1, 2]
+    assert clamped[0] == 0.1
+    assert all(value > 0 for value in clamped)
+
+
+def test_shares_below_one_still_get_an_expert() -> None:
+    assert largest_remainder_counts([0.9, 0.05, 0.05], 6) == [4, 1, 1]
+
+
+def test_most_similar_layers_have_a_router() -> None:
+    assert most_similar_layers(SIMILARITY, [2, 2, 2, 2, 2, 1], 2) == [2, 3]
+
+
+def plan(counts: list[int], top_k: int = 2) -> ExpertPlan:
+    return ExpertPlan.first_expansion(counts, old=["en"], new=["el"], top_k=top_k, classifier_layers=[])
+
+
+@pytest.mark.parametrize("ep_size", [1, 2, 3, 4])
+def test_placement_is_balanced_over_the_whole_model_and_loses_no_expert(ep_size: int) -> None:
+    counts = [3, 2, 1, 4, 6, 2, 2]
+    placement = plan(counts).placement(ep_size)
+    held = [sum(len(layer[rank]) for layer in placement.values()) for rank in range(ep_size)]
+    assert max(held) - min(held) <= 1
+    assert set(placement) == {0, 1, 3, 4, 5, 6}
+    for layer, ranks in placement.items():
+        assert [number for rank in ranks for number in rank] == list(range(1, counts[layer]))
+
+
+def test_a_rank_without_any_expert_is_refused() -> None:
+    with pytest.raises(UserError, match="8 ranks, but the model has 2 new experts"):
+        plan([2, 2]).placement(8)
+
+
+def test_keys_follow_content() -> None:
+    assert plan([3, 2]).key == plan([3, 2]).key != plan([2, 3]).key
+    with_classifier = ExpertPlan.first_expansion([3, 2], old=["en"], new=["el"], top_k=2, classifier_layers=[0])
+    assert with_classifier.key != plan([3, 2]).key
+    assert with_classifier.experts_key == plan([3, 2]).experts_key

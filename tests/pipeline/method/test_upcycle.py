@@ -1,0 +1,122 @@
+"""Upcycling keeps the model's function, for every family. Run: pytest tests/pipeline/method/test_upcycle.py"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, OlmoConfig, OlmoForCausalLM
+
+from common.errors import UserError
+from common.files import read_json
+from pipeline import checkpoint
+from pipeline.method.upcycle import load_upcycled, upcycle
+from pipeline.model.backbone import load_dense, moe_layers
+from pipeline.model.expert_plan import ExpertPlan
+from tests.helpers.tiny import FAMILIES, VOCAB_SIZE, save_model, save_tokenizer
+
+SAMPLES = np.random.default_rng(0).integers(0, VOCAB_SIZE, (3, 40))
+
+
+def plan_of(counts: list[int], classifier_layers: tuple[int, ...] = ()) -> ExpertPlan:
+    return ExpertPlan.first_expansion(
+        counts, old=["en"], new=["el"], top_k=2, classifier_layers=list(classifier_layers)
+    )
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.from_numpy(SAMPLES), use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_step_0_logits_equal_the_dense_models(family: str, tmp_path: Path) -> None:
+    dense = save_model(tmp_path / "dense", family)
+    plan = plan_of([3, 2, 1, 4])
+    figures = upcycle(dense, plan, SAMPLES, tmp_path / "upcycled", seed=1, model_hash="x")
+    expected = logits(load_dense(dense, torch.float32))
+    model = load_upcycled(tmp_path / "upcycled", plan, torch.float32)
+    assert [layer.num_experts for layer in moe_layers(model)] == [2, 1, 3]
+    assert float(expected.std()) > 0.1  # a model that says something
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    assert figures["parity"]["holds"]
+    assert figures["parity"]["max_abs_logit_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_equal_experts_of_either_bias_or_activation_act_as_the_mlp(family: str, tmp_path: Path) -> None:
+    options = {"mlp_bias": True} if family == "llama" else {}
+    dense = save_model(tmp_path / "dense", family, **options)
+    plan = plan_of([2, 2, 2, 2])
+    upcycle(dense, plan, SAMPLES, tmp_path / "upcycled", seed=1, model_hash="x")
+    model = load_upcycled(tmp_path / "upcycled", plan, torch.float32)
+    layer = moe_layers(model)[0]
+    x = torch.randn(7, 32)
+    torch.testing.assert_close(layer.local_experts.experts[0](x), layer.base_mlp(x), rtol=1e-5, atol=1e-5)
+
+
+def test_another_model_with_gated_mlps_works_too(tmp_path: Path) -> None:
+    config = OlmoConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    OlmoForCausalLM(config).save_pretrained(tmp_path / "olmo")
+    save_tokenizer(tmp_path / "olmo")
+    assert upcycle(tmp_path / "olmo", plan_of([2, 3]), SAMPLES, tmp_path / "out", seed=1, model_hash="x")["parity"][
+        "holds"
+    ]
+
+
+@pytest.mark.parametrize(("config", "model"), [
+    (GPT2Config(vocab_size=VOCAB_SIZE, n_embd=32, n_layer=2, n_head=4), GPT2LMHeadModel),
+    (MixtralConfig(vocab_size=VOCAB_SIZE, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                   num_attention_heads=4, num_key_value_heads=2, num_local_experts=2), MixtralForCausalLM),
+])  # fmt: skip
+def test_a_model_without_gated_mlps_is_refused_in_one_line(config: Any, model: Any, tmp_path: Path) -> None:
+    model(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="gate_proj") as caught:
+        upcycle(tmp_path / "other", plan_of([2, 2]), SAMPLES, tmp_path / "out", seed=1, model_hash="x")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_receipt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = save_model(tmp_path / "dense")
+    from pipeline.method import upcycle as module
+
+    monkeypatch.setattr(module, "TOLERANCE", 0.0)
+    real = module.fused_weights
+    monkeypatch.setattr(module, "fused_weights", lambda mlp: {k: v * 1.01 for k, v in real(mlp).items()})
+    with pytest.raises(UserError, match="logits differ"):
+        upcycle(dense, plan_of([3, 2, 1, 4]), SAMPLES, tmp_path / "out", seed=1, model_hash="x")
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+def test_the_checkpoint_is_native_and_its_manifest_says_where_it_is_from(tmp_path: Path) -> None:
+    dense = save_model(tmp_path / "dense")
+    plan = plan_of([3, 2, 1, 4])
+    upcycle(dense, plan, SAMPLES, tmp_path / "out", seed=1, model_hash="abc")
+    folder = tmp_path / "out" / (tmp_path / "out" / "latest").read_text()
+    main = checkpoint.load_tensors(folder / "mp_rank_00_model_states.pt")
+    assert main["num_experts"] == [2, 1, 3]
+    assert "lm_head.weight" in main["module"]
+    assert not [name for name in main["module"] if "deepspeed_experts" in name]
+    experts = {
+        f"layer_{layer}_expert_{n}_mp_rank_00_model_states.pt" for layer, c in enumerate((2, 1, 3)) for n in range(c)
+    }
+    assert {p.name for p in folder.glob("layer_*")} == experts
+    manifest = read_json(tmp_path / "out" / "manifest.json")
+    assert manifest["model"] == "abc"
+    assert manifest["plan"]["rounds"][1] == {"languages": ["el"], "num_new": [2, 1, 0, 3], "source": "expert 0"}
+    assert set(manifest["files"]) == {f"upcycled/{name}" for name in experts | {"mp_rank_00_model_states.pt"}}
+    assert checkpoint.damaged_files(tmp_path / "out") == []
+
+
+def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
+    dense = save_model(tmp_path / "dense", tie_word_embeddings=True)
+    plan = plan_of([2, 2, 2, 2])
+    upcycle(dense, plan, SAMPLES, tmp_path / "out", seed=1, model_hash="x")
+    module = checkpoint.load_tensors(tmp_path / "out" / "upcycled" / checkpoint.main_file())["module"]
+    assert "lm_head.weight" not in module
+    model = load_upcycled(tmp_path / "out", plan, torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,0 +1,186 @@
+"""The MoE layer, its classifier, and the losses' edges. Run: pytest tests/pipeline/model/test_moe.py"""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pipeline.method.losses import classifier_loss, load_balancing_loss, lpr_loss, next_token_loss
+from pipeline.model.backbone import install_moe_layers, moe_layers
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.moe.router import NEW, OLD
+
+
+@pytest.fixture
+def model() -> Any:
+    """A tiny Llama with distinct experts (3, 2, 1, 4) and classifiers that call some tokens old."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    plan = ExpertPlan.first_expansion([3, 2, 1, 4], old=["en"], new=["el"], top_k=2, classifier_layers=[0, 3])
+    install_moe_layers(model, plan, classifiers=True)
+    for name, parameter in model.named_parameters():
+        if "deepspeed_moe" in name:
+            parameter.data.normal_(0, 0.3)
+    return model
+
+
+IDS = torch.arange(40).view(2, 20) * 7 % 97
+
+
+def test_changing_a_later_token_never_changes_an_earlier_tokens_output(model: Any) -> None:
+    with torch.no_grad():
+        before = model(input_ids=IDS, use_cache=False).logits
+        changed = IDS.clone()
+        changed[:, 15:] = (changed[:, 15:] + 11) % 97
+        after = model(input_ids=changed, use_cache=False).logits
+    routings = [layer.routing for layer in moe_layers(model)]
+    is_old = routings[0].class_logits_TC[:, OLD] > routings[0].class_logits_TC[:, NEW]
+    assert 0 < is_old.sum() < len(is_old)  # the classifier does something
+    torch.testing.assert_close(after[:, :15], before[:, :15], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(after[:, 15:], before[:, 15:], atol=1e-3)
+
+
+def test_decoding_token_by_token_with_a_cache_equals_the_full_sequence(model: Any) -> None:
+    with torch.no_grad():
+        full = model(input_ids=IDS, use_cache=False).logits
+        cache, steps = None, []
+        for position in range(IDS.shape[1]):
+            output = model(input_ids=IDS[:, position : position + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_classified_as_old_costs_one_mlp_and_is_the_original_mlps_output(model: Any) -> None:
+    layer = moe_layers(model)[0]
+    x = torch.randn(50, 32)
+    counted = []
+    for expert in layer.local_experts.experts:
+        expert.register_forward_hook(lambda _m, inputs, _o: counted.append(len(inputs[0])))
+    with torch.no_grad():
+        y = layer(x)
+        routing = layer.routing
+        is_old = routing.class_logits_TC[:, OLD] > routing.class_logits_TC[:, NEW]
+        assert 0 < is_old.sum() < 50
+        torch.testing.assert_close(y[is_old], layer.base_mlp(x[is_old]), rtol=1e-5, atol=1e-6)
+    new_tokens = int((~is_old).sum())
+    on_0 = int((routing.ids_TK[~is_old] == 0).sum())
+    assert sum(counted) == 2 * new_tokens - on_0
+    assert torch.equal(routing.weights_TK[is_old], torch.tensor([[1.0, 0.0]]).expand(int(is_old.sum()), 2))
+
+
+def test_a_fresh_classifier_changes_nothing(model: Any) -> None:
+    layer = moe_layers(model)[0]
+    x = torch.randn(9, 32)
+    layer.router.classifier.weight.data.zero_()
+    with torch.no_grad():
+        with_classifier = layer(x)
+        layer.router.classifier = None
+        torch.testing.assert_close(layer(x), with_classifier, rtol=0, atol=0)
+
+
+def test_a_micro_batch_without_old_tokens_gives_a_finite_loss_and_no_lpr_gradient(model: Any) -> None:
+    logits = model(input_ids=IDS, use_cache=False).logits
+    routings = [layer.routing for layer in moe_layers(model)]
+    none_old = torch.zeros(IDS.numel(), dtype=torch.bool)
+    for form in ("paper", "reference"):
+        loss = lpr_loss(routings, none_old, form)  # type: ignore[arg-type]
+        assert loss.item() == 0.0
+        gradients = torch.autograd.grad(
+            loss, [layer.router.wg.weight for layer in moe_layers(model)], retain_graph=True
+        )
+        assert all(float(g.abs().max()) == 0.0 for g in gradients)
+    total = next_token_loss(logits, IDS) + lpr_loss(routings, none_old) + classifier_loss(routings, none_old)
+    assert torch.isfinite(total)
+
+
+def test_lpr_pulls_old_tokens_towards_expert_0_and_leaves_others_alone(model: Any) -> None:
+    model(input_ids=IDS, use_cache=False)
+    routing = moe_layers(model)[2].routing
+    old = torch.zeros(IDS.numel(), dtype=torch.bool)
+    old[:5] = True
+    (gradient,) = torch.autograd.grad(lpr_loss([routing], old), routing.logits_TE)
+    assert (gradient[:5, 0] < 0).all()
+    assert (gradient[:5, 1:] > 0).all()
+    assert (gradient[5:] == 0).all()
+
+
+def test_balance_loss_is_1_when_uniform_and_padding_does_not_count(model: Any) -> None:
+    layer = moe_layers(model)[2]
+    layer.router.classifier = None  # stage 1 has none
+    layer.router.wg.weight.data.zero_()
+    layer(torch.randn(64, 32))
+    routing = layer.routing
+    # all scores are equal: P is uniform, so N * sum f_i / N = 1 whatever the choices
+    assert load_balancing_loss([routing]).item() == pytest.approx(1.0)
+    mask = torch.arange(64) < 32
+    layer.router.wg.weight.data.normal_()
+    x = torch.randn(64, 32)
+    layer(x)
+    masked = load_balancing_loss([layer.routing], mask_T=mask)
+    layer(x[:32])
+    assert masked.item() == pytest.approx(load_balancing_loss([layer.routing]).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_chunked_cross_entropy_equals_torchs(masked: bool) -> None:
+    logits = torch.randn(3, 50, 300, dtype=torch.float64).float().requires_grad_()
+    labels = torch.randint(300, (3, 50))
+    mask = torch.rand(3, 50) < 0.6 if masked else None
+    from pipeline.method import losses
+
+    losses.BYTES_AT_ONCE = {"cpu": 4 * 300 * 7, "cuda": 0}  # 7 rows at a time, with a shorter last piece
+    ours = next_token_loss(logits, labels, mask)
+    (gradient,) = torch.autograd.grad(ours * 0.3, logits)
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(3, 50)
+    expected = (each if mask is None else each * mask).sum()
+    (expected_gradient,) = torch.autograd.grad(expected * 0.3, logits)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_layer_is_the_plain_formula(model: Any) -> None:
+    layer = moe_layers(model)[2]
+    layer.router.classifier = None
+    x = torch.randn(30, 32)
+    with torch.no_grad():
+        scores = (x @ layer.router.wg.weight.T).softmax(-1)
+        experts = [layer.base_mlp, *layer.local_experts.experts]
+        expected = torch.zeros_like(x)
+        for token in range(30):
+            chosen = scores[token].topk(2).indices.tolist()
+            for expert in chosen:
+                weight = scores[token, expert] / scores[token, chosen].sum()
+                expected[token] += weight * experts[expert](x[token : token + 1])[0]
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_rows_to_whole_blocks_changes_no_result(model: Any) -> None:
+    from pipeline.model.moe.experts import in_whole_blocks
+
+    expert = moe_layers(model)[0].local_experts.experts[0].bfloat16()
+    x = torch.randn(70, 32).bfloat16()
+    sizes = []
+
+    def seen(rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        return expert._forward(rows)
+
+    y = in_whole_blocks(seen, x)
+    assert sizes == [128]
+    assert y.shape == x.shape
+    torch.testing.assert_close(y, expert._forward(x), rtol=2e-2, atol=2e-2)
+    y.float().sum().backward()
+    padded = expert.down_proj.grad.clone()
+    expert.down_proj.grad = None
+    expert._forward(x).float().sum().backward()
+    torch.testing.assert_close(padded, expert.down_proj.grad, rtol=2e-2, atol=2e-2)
