@@ -22,7 +22,7 @@ from common.files import fsync_path, write_json
 from common.text_table import aligned
 from pipeline.config.load import load_run
 from pipeline.distributed.process_group import Ranks, join, leave
-from pipeline.run.rank_steps import RankSteps
+from pipeline.run.context import RunContext
 from pipeline.training.trainer import StageInputs, Trainer
 
 AT_ONCE = 8 << 20  # bytes
@@ -97,7 +97,7 @@ class Benchmark:
 
     def __init__(self, run_file: str, ranks: Ranks) -> None:
         run = load_run(run_file, [])
-        steps = RankSteps(run)
+        steps = RunContext(run)
         self.ranks, self.folder = ranks, run.folder / "benchmark"
         identity = {"model": steps.model_hash, "plan": steps.plan.experts_key, "tokenizer": "", "settings": ""}
         inputs = StageInputs(run, 1, steps.plan, steps.store, steps.upcycled, self.folder / "stage1", identity)

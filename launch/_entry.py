@@ -7,11 +7,11 @@ import sys
 if multiprocessing.parent_process() is None:  # a spawned helper process reads train.sh again: nothing to do there
     # ROOT replaces launch/ on the path, where Python put it.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    from pipeline.__main__ import VERBS, command_line
+    from pipeline.cli import RUN_VERBS, command_line
 
-    if not any(argument in VERBS for argument in sys.argv[1:]):
+    if not any(argument in RUN_VERBS for argument in sys.argv[1:]):
         sys.argv.insert(1, os.path.basename(sys.argv[0]).removesuffix(".sh"))  # train or check
     # deepspeed's launcher puts --local_rank=N first; argparse wants the verb there.
-    first_verb = next(i for i, argument in enumerate(sys.argv) if i and argument in VERBS)
+    first_verb = next(i for i, argument in enumerate(sys.argv) if i and argument in RUN_VERBS)
     sys.argv.insert(1, sys.argv.pop(first_verb))
     sys.exit(command_line(launched=True))

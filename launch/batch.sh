@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# In a job of SLURM's: starts a step's ranks by srun, passes signals on to them, and has the job go on until the step is
+# In a job of SLURM's: starts a step's ranks by srun, passes signals on to them, and keeps the job in the queue until the step is
 # done. Ends with 0 only when it is. Usage: batch.sh COMMAND, what each rank runs, with these variables:
 #   STEP               the step's name
 #   STEP_DONE          the file that is there when the step is done
 #   STEP_JOBS          the folder where events and errors are noted
-#   STEP_RESTART       requeue, or chain: other jobs wait to go on, this one just ends
+#   STEP_RESTART       requeue, or chain: other jobs wait to resume the step, this one just ends
 #   STEP_MAX_RESTARTS  how often
 set -uo pipefail
 restart=${SLURM_RESTART_COUNT:-0}
 [ "$STEP_RESTART" = chain ] && restart=${STEP_ATTEMPT:-0}
-export STEP_ERROR=$STEP_JOBS/$STEP.error # where a rank writes why trying again is no use
+export STEP_ERROR=$STEP_JOBS/$STEP.error # where a rank writes why trying again does not help
 signal=
 requeued=
 mkdir -p "$STEP_JOBS"
@@ -80,7 +80,7 @@ if [ "$restart" -ge "$STEP_MAX_RESTARTS" ]; then
 fi
 note "stopped before its end ($how)"
 if [ "$STEP_RESTART" = chain ]; then
-  exit 85 # the next job of the chain goes on
+  exit 85 # the next job of the chain resumes the step
 fi
 # A job that SLURM is ending is cancelled, or preempted and queued again by SLURM itself; or it ran out of time.
 if [ "$(field JobState)" = COMPLETING ] && [ "$(field Reason)" != TimeLimit ]; then

@@ -13,7 +13,7 @@ started_by_srun() { # step numbers above are SLURM's own: the batch script, an i
 }
 
 if { [ -n "${RANK:-}" ] && [ -n "${WORLD_SIZE:-}" ]; } || [ -n "${OMPI_COMM_WORLD_RANK:-}" ] || started_by_srun; then
-  trap '' USR1 # a signal that comes before Python listens is no reason to die
+  trap '' USR1 # a signal that comes before Python listens must not end the rank
   exec "$python" -u "$root/launch/$entry" "$@"
 fi
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
@@ -23,6 +23,6 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
 elif [ "$verb" = check ]; then
   exec srun bash "$root/launch/run.sh" "$entry" "$@"
 fi
-settings=$("$python" -m pipeline.cluster.batch "$@")
+settings=$("$python" -m pipeline job-settings "$@")
 eval "$settings"
 exec bash "$root/launch/batch.sh" bash "$root/launch/run.sh" "$entry" "$@"

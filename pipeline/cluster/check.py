@@ -33,7 +33,7 @@ def check_ranks(ranks: Ranks, megabytes: int) -> int:
     ranks.say(aligned([["message", "all-reduce", "all-to-all"], *measure(ranks, megabytes)]))
     for line in mismatches:
         ranks.say(f"MISMATCH {line}")
-    ranks.say("differences may give other results or errors: mend them" if mismatches else "all nodes agree")
+    ranks.say("differences may give other results or errors: fix them" if mismatches else "all nodes agree")
     leave(ranks)
     return 1 if mismatches else 0
 
@@ -57,7 +57,7 @@ def describe_rank(ranks: Ranks) -> dict[str, str]:
 
 
 def describe_nodes(found: list[dict[str, str]]) -> list[dict[str, str]]:
-    """A row a node; where its own ranks differ, all their values."""
+    """A row per node; where its own ranks differ, all their values."""
     nodes: dict[str, list[dict[str, str]]] = {}
     for row in found:
         nodes.setdefault(row["node"], []).append(row)
@@ -92,7 +92,7 @@ def nodes_with(nodes: list[dict[str, str]], key: str, value: str) -> str:
 
 
 def measure(ranks: Ranks, megabytes: int) -> list[list[str]]:
-    """A row a message size: what each rank sends in a second, by the usual counts of bytes.
+    """A row per message size: what each rank sends per second, by the usual counts of bytes.
 
     All-reduce: 2 (n - 1) / n times the message over the time (nccl-tests' bus bandwidth); all-to-all: (n - 1) / n.
     """

@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from pipeline.cluster.batch import step_settings
+from common.files import write_text
 from pipeline.cluster.jobs import Job
 from pipeline.distributed.launcher import ROOT
 
@@ -17,7 +17,7 @@ def batch_script(job: Job, attempt: int = 0) -> str:
         attempt: where a chain of jobs takes the place of a requeued one, how many came before.
     """
     cluster = job.run.cluster
-    settings = step_settings(job, cluster.restart, attempt)
+    settings = job.settings(cluster.restart, attempt)
     lines = ["#!/usr/bin/env bash", *(f"#SBATCH {option}" for option in sbatch_options(job)), ""]
     lines += [f"# {job.name} of {job.run.name}. Made by python -m pipeline submit; ends with 0 only when it is done."]
     lines += [f"cd {shlex.quote(os.getcwd())} || exit", *job.config.setup]
@@ -56,8 +56,6 @@ def rank_command(job: Job) -> str:
 
 def write_script(job: Job, attempt: int = 0) -> Path:
     """Write the script beside the run; further jobs of a chain have their number in the name."""
-    from common.files import write_text
-
     path = job.script if not attempt else job.script.with_suffix(f".{attempt}.sh")
     write_text(path, batch_script(job, attempt))
     return path

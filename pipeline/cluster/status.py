@@ -2,43 +2,41 @@
 
 import datetime
 import statistics
-from pathlib import Path
-from typing import Any
 
 from common.errors import UserError
-from common.files import read_json
 from common.text_table import aligned
 from pipeline.cluster import slurm
-from pipeline.cluster.jobs import STEPS_OF_JOB, Job, jobs_of
-from pipeline.cluster.submit import steps_done
+from pipeline.cluster.jobs import Job, jobs_of
+from pipeline.cluster.submit import jobs_done
 from pipeline.cluster.submitted import read_submitted
-from pipeline.run.rank_steps import RankSteps
-from pipeline.training.metrics import METRICS_FILE, read_rows
+from pipeline.records.metrics import StepRow
+from pipeline.records.run_folder import METRICS_FILE
+from pipeline.run.context import RunContext
 
 RECENT = 50  # steps whose mean time tells how long the rest takes
 
 
-def show_status(steps: RankSteps) -> None:
+def show_status(context: RunContext) -> None:
     """Print a line for each job of the run."""
     rows = [["step", "state", "job", "where it is", "log"]]
-    rows += [[row[key] for key in ("step", "state", "job", "progress", "log")] for row in run_status(steps)]
+    rows += [[row[key] for key in ("step", "state", "job", "progress", "log")] for row in run_status(context)]
     print(aligned(rows), flush=True)
 
 
-def run_status(steps: RankSteps) -> list[dict[str, str]]:
+def run_status(context: RunContext) -> list[dict[str, str]]:
     """For each job, its state and what there is to say about it."""
     try:
-        done, changed = steps_done(steps), ""
+        done, changed = jobs_done(context), ""
     except UserError as error:
         done, changed = [], str(error)
-    submitted = read_submitted(steps.run)
+    submitted = read_submitted(context.run)
     numbers = [number for known in submitted.values() for number in known]
     states = slurm.job_states(numbers) if slurm.is_here() else {}
     rows, failed_before = [], ""
-    for job in jobs_of(steps.run):
+    for job in jobs_of(context.run):
         known = [states[number] for number in submitted.get(job.name, []) if number in states]
         if job.name in done:
-            state, progress = "done", _figures(steps, job)
+            state, progress = "done", _figures(context, job)
         elif changed and job.done_file.is_file():
             state, progress = "changed", changed
         else:
@@ -63,7 +61,7 @@ def _state(job: Job, known: list[slurm.JobState], was_submitted: bool, failed_be
     if active:
         if active.reason == "Dependency":
             return "waiting", "for the step before it"
-        again = f"to go on: {last}" if last else ""
+        again = f"to resume: {last}" if last else ""
         return "waiting", "; ".join(part for part in (active.reason, again, progress) if part)
     if not was_submitted:
         return ("stopped", progress) if progress else ("to do", "")
@@ -87,27 +85,22 @@ def last_event(job: Job) -> str:
 
 def stage_progress(job: Job) -> str:
     """How far a stage is by its metrics: step, speed, and the time that the rest takes."""
-    if job.name not in ("stage1", "stage2"):
-        return ""
-    rows = read_rows(Path(job.run.folder) / job.name / METRICS_FILE)
+    rows = StepRow.load_rows(job.run.folder / job.name / METRICS_FILE)
     if not rows:
         return ""
     total = job.run.stage(1 if job.name == "stage1" else 2).num_steps
     recent = rows[-RECENT:]
-    seconds = statistics.mean(row["seconds"] for row in recent)
-    speed = statistics.mean(row["tokens_per_second"] for row in recent)
-    left = datetime.timedelta(seconds=round((total - rows[-1]["step"]) * seconds))
-    return f"step {rows[-1]['step']:,} of {total:,}, {speed:,.0f} tokens/s, {left} left"
+    seconds = statistics.mean(row.seconds for row in recent)
+    speed = statistics.mean(row.tokens_per_second for row in recent)
+    left = datetime.timedelta(seconds=round((total - rows[-1].step) * seconds))
+    return f"step {rows[-1].step:,} of {total:,}, {speed:,.0f} tokens/s, {left} left"
 
 
-def _figures(steps: RankSteps, job: Job) -> str:
+def _figures(context: RunContext, job: Job) -> str:
     """What a job that is done took."""
-    figures: list[dict[str, Any]] = []
-    for step in STEPS_OF_JOB[job.name]:
-        path = steps.folder.manifest_path(step)
-        figures += [read_json(path)["figures"]] if path.is_file() else []
+    figures = [manifest.figures for manifest in context.folder.manifests(step.name for step in job.steps).values()]
     seconds = round(sum(entry.get("seconds", 0) for entry in figures))
     text = f"in {datetime.timedelta(seconds=seconds)}"
-    if job.name.startswith("stage"):
+    if "steps" in figures[0]:
         return f"{figures[0]['steps']:,} steps, {figures[0]['tokens_per_second']:,.0f} tokens/s, last session {text}"
     return text

@@ -9,21 +9,22 @@ from pipeline.cluster.script import batch_script, write_script
 from pipeline.cluster.submitted import active_states, read_submitted, write_submitted
 from pipeline.config.cluster import JOBS
 from pipeline.config.run import RunConfig
-from pipeline.run.rank_steps import RankSteps
-from pipeline.run.run_folder import RunFolder
+from pipeline.records.run_folder import RunFolder
+from pipeline.run.context import RunContext
+from pipeline.run.stages import check_parallel
 
 
-def submit_run(steps: RankSteps, *, until: str, dry_run: bool) -> None:
+def submit_run(context: RunContext, *, until: str, dry_run: bool) -> None:
     """Write the batch scripts of what is not done, up to a job, and submit them, or only show them.
 
     Raises:
         UserError: a step was done with other inputs, ranks do not fit, or SLURM refuses a job.
     """
-    run = steps.run
-    done = steps_done(steps)
+    run = context.run
+    done = jobs_done(context)
     wanted = JOBS[: JOBS.index(until) + 1]
     jobs = [job for job in jobs_of(run) if job.name in wanted and job.name not in done]
-    _check(steps, jobs)
+    _check(context, jobs)
     for name in done:
         print(f"{name}: done, not submitted", flush=True)
     if dry_run:
@@ -46,7 +47,7 @@ def submit_run(steps: RankSteps, *, until: str, dry_run: bool) -> None:
         submitted[job.name] = before
         write_submitted(run, submitted)
         print(f"{job.name}: job {' '.join(before)}   log {job.log}", flush=True)
-    print(f"see: python -m pipeline status {steps.folder.run_file}", flush=True)
+    print(f"see: python -m pipeline status {context.folder.run_file}", flush=True)
 
 
 def _submit_job(job: Job, before: list[str]) -> list[str]:
@@ -73,40 +74,37 @@ def _write_run(run: RunConfig, active: Mapping[str, object]) -> None:
     """The resolved run, which the jobs read; while some do, it stays as it is.
 
     Raises:
-        UserError: jobs go on with other settings.
+        UserError: jobs are active with other settings.
     """
     folder = RunFolder(run.folder)
     if active and folder.run_file.is_file() and folder.run_file.read_text(encoding="utf-8") != RunFolder.text(run):
         raise UserError(
-            f"{folder.run_file}: jobs {' '.join(active)} go on with other settings; scancel them first, "
+            f"{folder.run_file}: jobs {' '.join(active)} are active with other settings; scancel them first, "
             "or give the run another name"
         )
     RunFolder.create(run)
 
 
-def _check(steps: RankSteps, jobs: list[Job]) -> None:
+def _check(context: RunContext, jobs: list[Job]) -> None:
     """What can be known before anything is submitted."""
     for job in jobs:
-        if job.name in ("stage1", "stage2", "evaluate"):
+        if any(step.needs_ranks for step in job.steps):
             try:
-                steps.check_parallel(job.config.world_size, "cuda" if job.config.gpus_per_node else "cpu")
+                check_parallel(context, job.config.world_size, "cuda" if job.config.gpus_per_node else "cpu")
             except UserError as error:
                 ranks = f"{job.config.nodes} nodes x {job.config.tasks_per_node} ranks"
                 raise UserError(f"cluster.{job.name}: {ranks}: {error}") from error
 
 
-def steps_done(steps: RankSteps) -> list[str]:
-    """The jobs whose steps are all done, up to the first that is not."""
-    checks = {
-        "tokenize": steps.tokenize_is_done,
-        "prepare": lambda: steps.similarity_is_done() and steps.allocate_is_done() and steps.upcycle_is_done(),
-        "stage1": lambda: steps.stage_is_done(1, say=False),
-        "stage2": lambda: steps.stage_is_done(2, say=False),
-        "evaluate": lambda: steps.evaluate_is_done(say=False),
-    }
+def jobs_done(context: RunContext) -> list[str]:
+    """The jobs whose steps are all done, up to the first that is not.
+
+    Raises:
+        UserError: a step was done with other inputs.
+    """
     done = []
-    for job in jobs_of(steps.run):
-        if not checks[job.name]():
+    for job in jobs_of(context.run):
+        if not all(step.is_done(context) for step in job.steps):
             break
         done.append(job.name)
     return done

@@ -1,13 +1,14 @@
 """The run's ``cluster:`` section: what each of its jobs asks of SLURM."""
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
 from common.section import Positive, Section
 
-JOBS = ("tokenize", "prepare", "stage1", "stage2", "evaluate")
+JobName = Literal["tokenize", "prepare", "stage1", "stage2", "evaluate"]
+JOBS: tuple[JobName, ...] = get_args(JobName)
 _TIME = re.compile(r"^(\d+-)?\d+(:\d+){0,2}$")
 
 

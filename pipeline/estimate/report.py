@@ -21,9 +21,9 @@ from pipeline.estimate.memory import (
 )
 from pipeline.method.allocation import allocate
 from pipeline.model.backbone import Stage, model_config, model_folder, parameter_counts
-from pipeline.model.expert_plan import FILE_NAME as PLAN_FILE
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.run.run_folder import RunFolder
+from pipeline.records.metrics import StepRow
+from pipeline.records.run_folder import METRICS_FILE, PLAN_FILE, RunFolder
 from pipeline.training.ds_config import batch_shape, read_ds_config, training_dtype
 
 # Gigabytes of memory (10^9 bytes).
@@ -143,11 +143,9 @@ class Estimate:
 
     def _measured_speed(self, stage: Stage) -> float | None:
         """Of this run's own steps so far, if they ran on as many ranks."""
-        from pipeline.training.metrics import METRICS_FILE, read_rows
-
-        folder = self.run.folder / f"stage{stage}"
-        rows = [row["tokens_per_second"] for row in read_rows(folder / METRICS_FILE)][1:]
-        return sorted(rows)[len(rows) // 2] if rows else None
+        rows = StepRow.load_rows(RunFolder(self.run.folder) / f"stage{stage}" / METRICS_FILE)
+        speeds = sorted(row.tokens_per_second for row in rows[1:])
+        return speeds[len(speeds) // 2] if speeds else None
 
     def _fit_line(self) -> str:
         assert self.capacity is not None
@@ -181,7 +179,7 @@ def find_plan(run: RunConfig, num_layers: int) -> tuple[ExpertPlan, str]:
     Raises:
         UserError: the number of experts itself depends on similarities.
     """
-    path = RunFolder(run.folder).path / PLAN_FILE
+    path = RunFolder(run.folder) / PLAN_FILE
     if path.is_file():
         plan = ExpertPlan.load(path)
         if plan.num_layers == num_layers:

@@ -6,143 +6,143 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed
 from torch import nn
 
-from common.errors import UserError
 from data_prep.store import TokenStore
-from pipeline import checkpoint
 from pipeline.config.run import RunConfig
 from pipeline.distributed.process_group import Ranks
+from pipeline.evaluation.checkpoints import Scored, load_model
+from pipeline.evaluation.score_cache import ScoreCache
 from pipeline.evaluation.scoring import SetScore, score_set
-from pipeline.method.upcycle import load_upcycled
-from pipeline.model.backbone import load_dense, moe_layers, move
+from pipeline.model.backbone import load_dense
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.evaluation import BASE, Change, Evaluation, SetResult, Shares, StageRouting
 
-BASE = "base"
-
-
-def checkpoint_folder(stage_folders: dict[str, Path], tag: str) -> Path:
-    """The folder of a checkpoint that a user names: STAGE (its last), STAGE/best, or STAGE/stepNNNNNN.
-
-    Raises:
-        UserError: there is no such checkpoint, or it is damaged.
-    """
-    stage, _, which = tag.partition("/")
-    if stage not in stage_folders:
-        raise UserError(f"--checkpoint {tag}: unknown; use base, stage1, stage2, stage1/best or stage1/step000050")
-    folder = stage_folders[stage]
-    tags = checkpoint.complete_tags(folder)
-    if which == "best":
-        marked = checkpoint.best(folder)
-        which = marked["tag"] if marked else "best"
-    elif not which:
-        which = tags[0] if tags else "any"
-    if which not in tags:
-        raise UserError(f"--checkpoint {tag}: {folder} holds no complete checkpoint {which}; it has {tags or 'none'}")
-    bad = checkpoint.damaged_weights(folder / which)
-    if bad:
-        raise UserError(f"--checkpoint {tag}: {folder / which}: {', '.join(bad)} damaged or missing; choose of {tags}")
-    return folder / which
+Scores = dict[str, dict[str, SetScore]]  # by label, by set
 
 
-def load_checkpoint(
-    run: RunConfig, plan: ExpertPlan, upcycled: Path, tags: list[Path], dtype: torch.dtype, ranks: Ranks
-) -> nn.Module:
-    """The upcycled model with the weights of the given checkpoints laid over it, later ones last."""
-    ep_size = run.parallel.ep_size
-    stage2 = any(tag.parent.name == "stage2" for tag in tags)
-    model = load_upcycled(upcycled, plan, dtype, ep_size=ep_size, ep_rank=ranks.rank % ep_size, classifiers=stage2)
-    for tag in tags:
-        checkpoint.read_weights(model, tag)
-    move(model, ranks.device)
-    if ep_size > 1:
-        for layer in moe_layers(model):
-            layer.set_deepspeed_parallelism()
-    return model.eval()
-
-
-def score_all(run: RunConfig, store: TokenStore, model: nn.Module, ranks: Ranks, label: str) -> dict[str, SetScore]:
-    """Every set's held-out documents."""
-    scores = {}
-    for name in run.data.sets:
-        scores[name] = score_set(model, store, name, ranks, window=run.evaluate.window)
-        ranks.say(f"evaluate: {label:12} {name:12} {scores[name].bits_per_character:.4f} bits/char")
-    return scores
-
-
-def evaluate_models(
-    run: RunConfig,
-    plan: ExpertPlan,
-    store: TokenStore,
-    *,
-    dense: Path,
-    upcycled: Path,
-    checkpoints: dict[str, list[Path]],
-    dtype: torch.dtype,
-    ranks: Ranks,
-) -> dict[str, Any]:
-    """Score the base model, then each checkpoint.
+class Evaluator:
+    """Scores models on a run's sets; what the cache holds is not computed again.
 
     Args:
-        checkpoints: for each label, the checkpoints to lay over the upcycled model.
-
-    Returns:
-        What ``evaluation.json`` holds.
+        run: its settings.
+        plan: how many experts each layer has.
+        store: the tokens.
+        texts: by set, a hash of its held-out text.
+        dense: the dense model's folder.
+        upcycled: the upcycled checkpoint's folder.
+        dtype: that models are computed in.
+        cache: where scores are kept.
     """
-    model: nn.Module = load_dense(dense, dtype, ranks.device)
-    scores = {BASE: score_all(run, store, model, ranks, BASE)}
-    del model
-    for label, tags in checkpoints.items():
-        model = load_checkpoint(run, plan, upcycled, tags, dtype, ranks)
-        scores[label] = score_all(run, store, model, ranks, label)
-        del model
-    return {
-        "window": run.evaluate.window,
-        "checkpoints": list(scores),
-        "sets": {
-            name: _set_summary(run, store, name, {k: v[name] for k, v in scores.items()}) for name in run.data.sets
-        },
-        "routing": {label: _routing(plan, scores[label]) for label in checkpoints},
-    }
+
+    def __init__(
+        self,
+        run: RunConfig,
+        plan: ExpertPlan,
+        store: TokenStore,
+        texts: dict[str, str],
+        *,
+        dense: Path,
+        upcycled: Path,
+        dtype: torch.dtype,
+        cache: ScoreCache,
+    ) -> None:
+        self.run, self.plan, self.store, self.texts = run, plan, store, texts
+        self.dense, self.upcycled, self.dtype, self.cache = dense, upcycled, dtype, cache
+
+    def missing(self, models: list[Scored]) -> dict[str, list[str]]:
+        """By label, the sets on which a model has not been scored yet; labels that lack none are left out."""
+        wanted = {
+            model.label: [name for name, text in self.texts.items() if not self.cache.has(model.weights, text)]
+            for model in models
+        }
+        return {label: names for label, names in wanted.items() if names}
+
+    def score(self, models: list[Scored], missing: dict[str, list[str]], ranks: Ranks) -> None:
+        """Score models on the sets that ``missing`` names, on all ranks; the first one keeps the results."""
+        missing = _agreed(missing, ranks)
+        for scored in models:
+            if scored.label not in missing:
+                continue
+            model = self._load(scored, ranks)
+            for name in missing[scored.label]:
+                found = score_set(model, self.store, name, ranks, window=self.run.evaluate.window)
+                ranks.say(f"evaluate: {scored.label:12} {name:12} {found.bits_per_character:.4f} bits/char")
+                if ranks.is_first:
+                    self.cache.save(scored.weights, self.texts[name], found)
+            del model
+
+    def _load(self, scored: Scored, ranks: Ranks) -> nn.Module:
+        if scored.label == BASE:
+            return load_dense(self.dense, self.dtype, ranks.device)
+        ep_size = self.run.parallel.ep_size
+        return load_model(scored, self.upcycled, self.plan, self.dtype, ep_size=ep_size, ranks=ranks)
+
+    def result(self, models: list[Scored], parameters: dict[str, int]) -> Evaluation:
+        """Everything that ``evaluation.json`` holds, from the cache alone; the base model is the first of the models.
+
+        Args:
+            models: all of them scored on all sets.
+            parameters: numbers of parameters by kind.
+        """
+        scores = {
+            model.label: {name: self.cache.load(model.weights, text) for name, text in self.texts.items()}
+            for model in models
+        }
+        return Evaluation(
+            window=self.run.evaluate.window,
+            checkpoints=list(scores),
+            sets={name: self._set_result(name, scores) for name in self.texts},
+            routing={label: self._routing(found) for label, found in scores.items() if label != BASE},
+            parameters=parameters,
+        )
+
+    def _set_result(self, name: str, scores: Scores) -> SetResult:
+        base = scores[BASE][name]
+        by_label = {label: found[name] for label, found in scores.items()}
+        return SetResult(
+            group=self.run.data.group(name),
+            language=self.run.data.sets[name].language,
+            documents=len(base.characters),
+            characters=int(base.characters.sum()),
+            bits_per_character={label: score.bits_per_character for label, score in by_label.items()},
+            change={label: paired_change(base.bits, score.bits) for label, score in by_label.items() if label != BASE},
+            bits_by_document={label: [round(float(b), 3) for b in score.bits] for label, score in by_label.items()},
+            pages=[document.page for document in self.store.held_out_documents(name)],
+        )
+
+    def _routing(self, scores: dict[str, SetScore]) -> StageRouting:
+        sets = {
+            name: Shares(share_0=score.share_0, probability_0=score.probability_0, classified_old=score.classified_old)
+            for name, score in scores.items()
+        }
+        return StageRouting(layers=list(self.plan.moe_layers), sets=sets)
 
 
-def _set_summary(run: RunConfig, store: TokenStore, name: str, scores: dict[str, SetScore]) -> dict[str, Any]:
-    base = scores[BASE]
-    return {
-        "group": run.data.group(name),
-        "language": run.data.sets[name].language,
-        "documents": len(base.characters),
-        "characters": int(base.characters.sum()),
-        "bits_per_character": {label: score.bits_per_character for label, score in scores.items()},
-        "change": {
-            label: dict(zip(("percent", "interval"), paired_change(base.bits, score.bits), strict=True))
-            for label, score in scores.items()
-            if label != BASE
-        },
-        "bits_by_document": {label: [round(float(b), 3) for b in score.bits] for label, score in scores.items()},
-        "pages": [document.page for document in store.held_out_documents(name)],
-    }
+def _agreed(value: Any, ranks: Ranks) -> Any:
+    """The first rank's value on all ranks: a shared disk may show them different files."""
+    if ranks.world_size == 1:
+        return value
+    holder = [value]
+    torch.distributed.broadcast_object_list(holder, src=0)
+    return holder[0]
 
 
-def _routing(plan: ExpertPlan, scores: dict[str, SetScore]) -> dict[str, Any]:
-    keys = ("share_0", "probability_0", "classified_old")
-    sets = {name: {key: getattr(score, key) for key in keys} for name, score in scores.items()}
-    return {"layers": list(plan.moe_layers), "sets": sets}
-
-
-def paired_change(before: np.ndarray, after: np.ndarray) -> tuple[float, float | None]:
+def paired_change(before: np.ndarray, after: np.ndarray) -> Change:
     """The change of total bits in percent, and the half-width of its 95 % interval over documents.
 
     The interval is that of a ratio of sums over paired documents (the delta method): documents vary
     much more than a document's two scores do. None for a single document.
 
     Args:
-        before, after: [documents] bits of the same documents.
+        before: [documents] bits.
+        after: [documents] bits of the same documents.
     """
     ratio = float(after.sum() / before.sum())
     n = len(before)
     if n < 2:
-        return 100 * (ratio - 1), None
+        return Change(percent=100 * (ratio - 1), interval=None)
     residuals = after - ratio * before
     error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / float(before.sum())
-    return 100 * (ratio - 1), 100 * 1.96 * error
+    return Change(percent=100 * (ratio - 1), interval=100 * 1.96 * error)

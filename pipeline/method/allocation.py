@@ -143,3 +143,24 @@ def most_similar_layers(similarity: list[float], counts: list[int], how_many: in
             f"experts.classifier_layers: {how_many} layers asked for, but only {len(routed)} have a router"
         )
     return sorted(sorted(routed, key=lambda layer: (-similarity[layer], layer))[:how_many])
+
+
+def classifier_layers(experts: ExpertsConfig, counts: list[int], similarity: list[float] | None) -> list[int]:
+    """The layers that get a routing classifier (section 3.3): those listed, or the most similar ones.
+
+    Args:
+        experts: the run's section.
+        counts: experts per layer.
+        similarity: S_l per layer, where it was measured.
+
+    Raises:
+        UserError: a number of layers is asked for, and there are no similarities or too few routers.
+    """
+    wanted = experts.classifier_layers
+    if isinstance(wanted, list):
+        return wanted
+    if wanted == 0:
+        return []
+    if similarity is None:
+        raise UserError("experts.classifier_layers: a number needs similarities, and so an old set; give a list")
+    return most_similar_layers(similarity, counts, wanted)

@@ -1,51 +1,16 @@
 """How alike languages look to each layer (LayerMoE, arXiv 2505.22582, section 3.1), in one pass over the tokens."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
-from common.files import read_json, write_json
 from common.progress import progress
 from pipeline.model.backbone import decoder_layers, find_mlp
-
-FILE_NAME = "similarity.json"
-
-
-@dataclass(frozen=True)
-class Similarity:
-    """Similarities of languages by layer.
-
-    Attributes:
-        old, new: languages.
-        tokens: how many tokens of each language were read.
-        pairs: for "a&b" (and "a&a"), the mean cosine over all pairs of tokens, a layer.
-        by_layer: S_l.
-    """
-
-    old: list[str]
-    new: list[str]
-    tokens: dict[str, int]
-    pairs: dict[str, list[float]]
-    by_layer: list[float]
-
-    def save(self, path: Path) -> None:
-        """Write as JSON."""
-        write_json(path, self.__dict__)
-
-    @classmethod
-    def load(cls, path: Path) -> "Similarity":
-        """Read what :meth:`save` wrote."""
-        try:
-            return cls(**read_json(path))
-        except TypeError as error:
-            raise UserError(f"{path}: not a similarity file ({error}); measure it again") from error
+from pipeline.records.similarity import Similarity
 
 
 class MeanUnitVectors:
@@ -109,6 +74,34 @@ def mean_unit_vectors(
     return vectors
 
 
+def similarity_of_sets(
+    model: nn.Module,
+    windows: Mapping[str, Iterable[np.ndarray]],
+    old: dict[str, str],
+    new: dict[str, str],
+    tokens_per_set: int,
+) -> Similarity:
+    """Measure a dense model on each set; sets of one language count together, by their tokens.
+
+    Args:
+        model: the dense model.
+        windows: by set, token ids [B, L], drawn over the whole of its text.
+        old: by set, the language of those that the model knows.
+        new: by set, the language of those to teach it.
+        tokens_per_set: how many tokens are read of each (the paper: 100,000).
+    """
+    sums: dict[str, np.ndarray] = {}
+    tokens: dict[str, int] = {}
+    for name, language in {**old, **new}.items():
+        vectors = mean_unit_vectors(model.base_model, windows[name], tokens_per_set, f"similarity {name}")  # type: ignore[arg-type]
+        if vectors.tokens < tokens_per_set:
+            print(f"similarity: {name} has only {vectors.tokens:,} of {tokens_per_set:,} tokens", flush=True)
+        sums[language] = sums.get(language, 0) + vectors.means() * vectors.tokens
+        tokens[language] = tokens.get(language, 0) + vectors.tokens
+    means = {language: total / tokens[language] for language, total in sums.items()}
+    return similarity_of(means, tokens, list(dict.fromkeys(old.values())), list(dict.fromkeys(new.values())))
+
+
 def similarity_of(means: dict[str, np.ndarray], tokens: dict[str, int], old: list[str], new: list[str]) -> Similarity:
     """All pairs' similarities, and S_l = (mean over new-new pairs + mean over new-old pairs) / 2.
 
@@ -123,9 +116,8 @@ def similarity_of(means: dict[str, np.ndarray], tokens: dict[str, int], old: lis
     keys = [*combinations(languages, 2), *((language, language) for language in languages)]
     pairs = {f"{a}&{b}": (means[a] * means[b]).sum(-1).tolist() for a, b in keys}
     new_new = [f"{a}&{b}" for a, b in combinations(new, 2)] or [f"{new[0]}&{new[0]}"]
-    return Similarity(
-        old, new, tokens, pairs, layer_similarity(pairs, new_new, [f"{a}&{b}" for a in old for b in new])
-    )
+    by_layer = layer_similarity(pairs, new_new, [f"{a}&{b}" for a in old for b in new])
+    return Similarity(old=old, new=new, tokens=tokens, pairs=pairs, by_layer=by_layer)
 
 
 def layer_similarity(pairs: dict[str, list[float]], new_new: list[str], old_new: list[str]) -> list[float]:

@@ -4,7 +4,9 @@ import plotly.graph_objects as go
 
 from common.html.style import ACCENT, AMBER, CHECKPOINTS, GREEN, GREY, SCALE, figure, label
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.report.data import Evaluation, Similarity, Stage, StageRouting, stage_label
+from pipeline.records.evaluation import Evaluation, StageRouting
+from pipeline.records.similarity import Similarity
+from pipeline.report.data import Stage, stage_label
 
 # Stage 1 is a ring, so that stage 2's dot shows inside it where both agree.
 _MARKERS = {
@@ -139,7 +141,7 @@ def heat_map(
 
 
 def load_imbalance(stages: list[Stage], layers: list[int]) -> go.Figure:
-    """The busiest expert's tokens over the mean, a layer: the first and the last tenth of each stage."""
+    """The busiest expert's tokens over the mean, per layer: the first and the last tenth of each stage."""
     chart = figure(x="decoder layer", y="busiest expert / mean", height=260)
     for stage in stages:
         rows = [row.load_imbalance for row in stage.rows if len(row.load_imbalance) == len(layers)]

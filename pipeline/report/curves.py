@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 
 from common.html.style import AMBER, CHECKPOINTS, GREY, figure, label
-from pipeline.report.data import Stage, StepRow
+from pipeline.records.metrics import StepRow
+from pipeline.report.data import Stage
 
 MAX_POINTS = 600
 _SMOOTHED_SHARE = 0.05

@@ -1,25 +1,29 @@
 """Puts the report together: one HTML file that loads nothing from elsewhere."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from common.files import write_text
 from common.html.render import render
-from pipeline.report import FILE_NAME, summary
+from pipeline.records.run_folder import REPORT_FILE, RunFolder
+from pipeline.report import summary
 from pipeline.report.data import RunData, read_run
 from pipeline.report.sections import picture_sections
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write ``report.html`` into a run's folder from what lies there, and return its path.
+def write_page(folder: RunFolder, steps: Sequence[str]) -> None:
+    """Write ``report.html`` into a run's folder from what lies there.
 
     A part whose files are missing is left out with a sentence that says why.
+
+    Args:
+        folder: the run's.
+        steps: the names of all steps, in order.
 
     Raises:
         UserError: the folder holds no run, or a file in it is damaged.
     """
-    path = run_folder / FILE_NAME
-    write_text(path, _render(read_run(run_folder)))
-    return path
+    write_text(folder / REPORT_FILE, _render(read_run(folder, steps)))
 
 
 def _render(data: RunData) -> str:

@@ -8,8 +8,9 @@ import plotly.graph_objects as go
 from common.html.style import set_colors
 from data_prep.statistics import charts as text_charts
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.evaluation import StageRouting
 from pipeline.report import charts, curves
-from pipeline.report.data import RunData, Stage, StageRouting, stage_label
+from pipeline.report.data import RunData, Stage, stage_label
 
 Width = Literal["full", "half", "third"]
 

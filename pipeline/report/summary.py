@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report.data import GROUPS, Change, Evaluation, Group, RunData, SetResult, stage_label
+from pipeline.records.evaluation import BASE, GROUPS, Change, Evaluation, Group, SetResult
+from pipeline.report.data import RunData, stage_label
 
 NOT_EVALUATED = "This run has not been evaluated yet: evaluation.json is not in its folder."
 _TITLES = {"new": "New languages", "old": "Old languages", "watch": "Watched, never trained on"}
@@ -54,7 +55,7 @@ def sentence(data: RunData) -> str:
     if evaluation is None:
         return NOT_EVALUATED
     last = evaluation.checkpoints[-1]
-    if last == "base":
+    if last == BASE:
         return "Only the dense model has been scored so far."
     parts = []
     for noun in ("new", "old"):
@@ -77,7 +78,7 @@ def tiles(data: RunData) -> list[Tile]:
     """The headline's numbers; what is not known yet is left out."""
     result = []
     evaluation = data.evaluation
-    last = evaluation.checkpoints[-1] if evaluation else "base"
+    last = evaluation.checkpoints[-1] if evaluation else BASE
     for group, title in (("new", "New languages"), ("old", "Old languages")):
         sets = [r for r in evaluation.sets.values() if r.group == group and last in r.change] if evaluation else []
         if sets:

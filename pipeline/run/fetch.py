@@ -12,9 +12,9 @@ from common.errors import UserError
 from common.files import read_json, write_json
 from data_prep.reading.hub import name_of
 from pipeline.config.run import RunConfig
+from pipeline.records.run_folder import FETCHED_FILE, RunFolder
 from pipeline.run.fetch_datasets import fetch_dataset, named_datasets, with_commits
 
-FILE_NAME = "fetched.json"
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 OLD_WEIGHTS = ["*.bin", "*.bin.index.json"]  # of models that have no safetensors
 
@@ -35,7 +35,7 @@ def fetch_run(run: RunConfig) -> None:
         print(f"fetch: {name_of(source)} at {entry['commit']}: {entry['files']} files", flush=True)
     if not models and not datasets:
         print("fetch: the run names nothing on the hub", flush=True)
-    write_json(run.folder / FILE_NAME, {"models": models, "datasets": datasets})
+    write_json(RunFolder(run.folder) / FETCHED_FILE, {"models": models, "datasets": datasets})
 
 
 def with_fetched(run: RunConfig) -> RunConfig:
@@ -44,7 +44,7 @@ def with_fetched(run: RunConfig) -> RunConfig:
     Raises:
         UserError: what was fetched is gone.
     """
-    path = run.folder / FILE_NAME
+    path = RunFolder(run.folder) / FETCHED_FILE
     if not path.is_file():
         return run
     fetched = read_json(path)
@@ -68,7 +68,7 @@ def with_fetched(run: RunConfig) -> RunConfig:
 
 
 def _named_models(run: RunConfig) -> list[tuple[str, str, str | None]]:
-    """The run's key, the hub's name and the revision that is asked for, of all that is no folder here."""
+    """The run's key, the hub's name and the revision that is asked for, of everything that is not a folder here."""
     named = [("model.path", run.model.path, run.model.revision)]
     if run.data.tokenizer is not None:
         named.append(("data.tokenizer", run.data.tokenizer, None))

@@ -1,4 +1,4 @@
-"""One writer a run: a lock file that needs no flock, so that it holds on NFS, and that no dead process keeps.
+"""One writer per run: a lock file that needs no flock, so that it holds on NFS, and that does not outlive its holder.
 
 The file names its holder: host, process-id space, pid and the process's start. On the same host a dead
 holder is seen at once. From another host it is seen by its heartbeat: the holder rewrites a counter every

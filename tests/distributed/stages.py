@@ -15,7 +15,7 @@ from pipeline.config.load import parse_run
 from pipeline.config.run import RunConfig
 from pipeline.distributed.process_group import Ranks
 from pipeline.model.backbone import moe_layers
-from pipeline.run.steps import Steps
+from pipeline.run.context import RunContext
 from pipeline.training.train import train_stage
 from pipeline.training.trainer import StageInputs, Trainer
 
@@ -23,9 +23,9 @@ from pipeline.training.trainer import StageInputs, Trainer
 def stage_inputs(tree: dict[str, Any], number: int, folder: Path) -> StageInputs:
     """The inputs of a stage whose checkpoints go to ``folder``; stage 2 starts from the upcycled experts."""
     run: RunConfig = parse_run(tree, "tiny.yaml")
-    steps = Steps(run)
-    identity = {"model": steps.model_hash, "plan": steps.plan.key, "tokenizer": steps.store.manifest.tokenizer_key}
-    return StageInputs(run, 1 if number == 1 else 2, steps.plan, steps.store, steps.upcycled, folder, identity)
+    context = RunContext(run)
+    identity = context.identity("stage2")
+    return StageInputs(run, 1 if number == 1 else 2, context.plan, context.store, context.upcycled, folder, identity)
 
 
 def canonical(model: torch.nn.Module, tensor_of: Any) -> dict[str, torch.Tensor]:

@@ -9,10 +9,12 @@ import torch
 
 from pipeline.config.load import parse_run
 from pipeline.distributed.process_group import Ranks
-from pipeline.evaluation.evaluate import load_checkpoint, paired_change
+from pipeline.evaluation.checkpoints import Scored, load_model
+from pipeline.evaluation.evaluate import paired_change
 from pipeline.evaluation.scoring import document_windows, score_set
 from pipeline.model.backbone import load_dense
-from pipeline.run.steps import Steps
+from pipeline.records.evaluation import Change
+from pipeline.run.context import RunContext
 from tests.distributed.conftest import Pools
 from tests.helpers.tiny import prepared_run, run_tree
 
@@ -28,8 +30,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def score_moe(ranks: Ranks, tree: dict[str, Any], ep_size: int) -> dict[str, Any]:
     run = parse_run({**tree, "parallel": {"ranks": ranks.world_size, "ep_size": ep_size}}, "x")
-    steps = Steps(run)
-    model = load_checkpoint(run, steps.plan, steps.upcycled, [], torch.float32, ranks)
+    steps = RunContext(run)
+    untrained = Scored("untrained", (), {})
+    model = load_model(untrained, steps.upcycled, steps.plan, torch.float32, ep_size=ep_size, ranks=ranks)
     return {name: score_set(model, steps.store, name, ranks, window=WINDOW) for name in run.data.sets}
 
 
@@ -44,7 +47,7 @@ def test_scores_are_the_same_on_one_and_two_ranks(pools: Pools, tree: dict[str, 
 
 
 def test_every_character_of_whole_documents_is_scored_once(tree: dict[str, Any]) -> None:
-    steps = Steps(parse_run(tree, "x"))
+    steps = RunContext(parse_run(tree, "x"))
     store = steps.store
     model = load_dense(steps.dense, torch.float32)
     score = score_set(model, store, "el", Ranks(0, 1, torch.device("cpu")), window=WINDOW)
@@ -66,7 +69,7 @@ def test_every_character_of_whole_documents_is_scored_once(tree: dict[str, Any])
 
 
 def test_max_tokens_scores_whole_documents_from_the_head(tree: dict[str, Any]) -> None:
-    store = Steps(parse_run(tree, "x")).store
+    store = RunContext(parse_run(tree, "x")).store
     first = len(store.held_out("en").document(0)) - 1
     windows = document_windows(store, "en", WINDOW, max_tokens=first)
     assert {w.document for w in windows} == {0}
@@ -79,8 +82,8 @@ def test_paired_interval_covers_the_true_change_95_times_in_100() -> None:
     for _ in range(400):
         size = generator.lognormal(6, 1, 60)
         factor = generator.normal(0.8, 0.1, 60)
-        percent, interval = paired_change(size, size * factor)
-        assert interval is not None
-        covered += abs(percent - -20.0) <= interval
+        change = paired_change(size, size * factor)
+        assert change.interval is not None
+        covered += abs(change.percent - -20.0) <= change.interval
     assert 0.88 <= covered / 400 <= 0.98
-    assert paired_change(np.array([2.0]), np.array([1.0])) == (-50.0, None)
+    assert paired_change(np.array([2.0]), np.array([1.0])) == Change(percent=-50.0, interval=None)

@@ -57,7 +57,7 @@ def make_run(folder: Path) -> Path:
         versions = {"torch": "2.13.0", "deepspeed": "0.19.8"}
         write(
             folder / "manifests" / f"{step}.json",
-            {"step": step, "inputs": {}, "figures": figures, "versions": versions},
+            {"format": 2, "step": step, "inputs": {}, "outputs": {}, "figures": figures, "versions": versions},
         )
     return folder
 
@@ -94,6 +94,8 @@ def evaluation() -> dict[str, Any]:
             "language": language,
             "documents": 1 if interval is None else 60,
             "characters": 70123,
+            "bits_by_document": {},
+            "pages": [],
             "bits_per_character": dict(zip(("base", "stage1", "stage2"), bits, strict=True)),
             "change": {
                 stage: {"percent": 100 * (after / bits[0] - 1), "interval": interval}
@@ -158,6 +160,7 @@ def make_stage(folder: Path, *, steps: int, tokens: int, losses: tuple[str, ...]
                 "grad_norm": 0.8 + 1.5 * math.exp(-5 * done) + abs(draw.gauss(0, 0.15)),
                 "tokens_per_second": 420 + draw.gauss(0, 12),
                 "memory_gb": 3.3,
+                "skipped": None,
                 "seconds": 4.8,
             }
         )

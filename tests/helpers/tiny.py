@@ -22,8 +22,10 @@ from transformers import (
 from pipeline import checkpoint
 from pipeline.config.load import parse_run
 from pipeline.config.run import RunConfig
-from pipeline.run.run_folder import RunFolder
-from pipeline.run.steps import Steps
+from pipeline.records.run_folder import RunFolder
+from pipeline.run.context import RunContext
+from pipeline.run.runner import do_step
+from pipeline.run.steps import step_named
 
 VOCAB_SIZE = 300
 HIDDEN, FFN = 32, 48
@@ -144,24 +146,29 @@ def write_run(folder: Path, *, prepared: bool = False, **changes: Any) -> Path:
     return path
 
 
+def do_steps(context: RunContext, *names: str) -> RunContext:
+    """Do the steps of these names that are not done, in this process; returns the context."""
+    for name in names:
+        step = step_named(name)
+        if not step.is_done(context):
+            do_step(context, step)
+    return context
+
+
 def prepared_run(folder: Path, *, distinct_experts: bool = True, **changes: Any) -> RunConfig:
     """A tiny run, done up to upcycling. Its new experts are made distinct, as after training."""
     run = parse_run(run_tree(folder, **changes), "tiny.yaml")
     RunFolder.create(run)
-    steps = Steps(run)
-    steps.tokenize()
-    steps.similarity()
-    steps.allocate()
-    steps.upcycle()
+    context = do_steps(RunContext(run), "tokenize", "similarity", "allocate", "upcycle")
     if distinct_experts:
         generator = torch.Generator().manual_seed(3)
-        manifest = checkpoint.read_manifest(steps.upcycled)
-        for file in sorted((steps.upcycled / "upcycled").glob("layer_*_expert_*.pt")):
+        manifest = checkpoint.read_manifest(context.upcycled)
+        for file in sorted((context.upcycled / "upcycled").glob("layer_*_expert_*.pt")):
             state = checkpoint.load_tensors(file)
             noisy = {
                 k: v.clone() + 0.2 * torch.randn(v.shape, generator=generator).to(v.dtype) for k, v in state.items()
             }
             entry = checkpoint.save_tensors(noisy, file)
             manifest["files"][f"upcycled/{file.name}"] = entry
-        checkpoint.write_manifest(steps.upcycled, manifest)
+        checkpoint.write_manifest(context.upcycled, manifest)
     return run

@@ -16,13 +16,13 @@ import yaml
 
 from common.errors import UserError
 from common.files import write_json
-from pipeline.__main__ import main
 from pipeline.checkpoint import write_manifest
+from pipeline.cli import main
 from pipeline.config.load import parse_run
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.run.run_folder import RunFolder
-from pipeline.run.steps import Steps
-from tests.helpers.tiny import prepared_run, run_tree, save_model
+from pipeline.records.run_folder import RunFolder
+from pipeline.run.context import RunContext
+from tests.helpers.tiny import do_steps, prepared_run, run_tree, save_model
 
 Tree = dict[str, Any]
 
@@ -103,9 +103,7 @@ def negative_similarity(_folder: Path, tree: Tree) -> None:
     tree["name"] = "negative"
     run = parse_run(tree, "x")
     folder = RunFolder.create(run)
-    steps = Steps(run)
-    steps.tokenize()
-    steps.similarity()
+    do_steps(RunContext(run), "tokenize", "similarity")
     measured = json.loads((folder.path / "similarity.json").read_text())
     write_json(folder.path / "similarity.json", {**measured, "by_layer": [0.2, -0.01, 0.3, 0.4]})
 
@@ -116,11 +114,9 @@ def checkpoint_of_another(what: str) -> Callable[[Path, Tree], None]:
     def change(folder: Path, tree: Tree) -> None:
         tree["output_dir"] = str(folder / "runs")
         shutil.copytree(Path(tree["cache_dir"]).parent / "runs", folder / "runs", symlinks=True)
-        steps = Steps(parse_run(tree, "x"))
-        identity = {"model": steps.model_hash, "plan": steps.plan.experts_key}
-        identity["tokenizer"] = steps.store.manifest.tokenizer_key
-        manifest = {**identity, what: "other", "stage": 1, "files": {}}
-        tag = steps.stage_folder(1) / "step000001"
+        context = RunContext(parse_run(tree, "x"))
+        manifest = {**context.identity("stage1"), what: "other", "stage": 1, "files": {}}
+        tag = context.folder / "stage1" / "step000001"
         tag.mkdir(parents=True)
         write_manifest(tag, manifest)
 
@@ -188,7 +184,7 @@ def test_one_line_and_exit_code_2(
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["pipeline", verb[0], str(path), *verb[1:], "--force"])
     before = {p for p in base.rglob("*") if "tiny" in p.parts}
-    from pipeline.__main__ import command_line
+    from pipeline.cli import command_line
 
     capfd.readouterr()
     assert command_line() == 2

@@ -11,9 +11,12 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from common.errors import UserError
-from pipeline.report import write_report
+from pipeline.records.metrics import StepRow
+from pipeline.records.run_folder import RunFolder
 from pipeline.report.curves import MAX_POINTS, running_mean, series
-from pipeline.report.data import StepRow, read_run
+from pipeline.report.data import read_run
+from pipeline.report.page import write_page
+from pipeline.run.steps import STEP_NAMES
 from tests.helpers.report_run import CLASSIFIERS, COUNTS, RUN_YAML, make_run
 
 SECTIONS = ["results", "experts", "stage1", "stage2", "validation", "routing", "steps", "settings"]
@@ -52,6 +55,12 @@ class Page(HTMLParser):
     def traces(self, kind: str) -> list[dict[str, Any]]:
         """Every figure's traces of one type."""
         return [trace for figure in self.figures for trace in figure["data"] if trace["type"] == kind]
+
+
+def write_report(folder: Path) -> Path:
+    """Write a run's report; returns its path."""
+    write_page(RunFolder(folder), STEP_NAMES)
+    return folder / "report.html"
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +186,20 @@ def test_html_in_names_and_settings_is_escaped(copy: Path) -> None:
 
 def test_a_long_run_is_thinned_to_means_that_keep_the_average() -> None:
     rows = [
-        StepRow(step=n, tokens=10 * n, loss={"next_token": float(n)}, lr=1.0, tokens_per_second=1.0, seconds=1.0)
+        StepRow(
+            step=n,
+            samples=n,
+            tokens=10 * n,
+            loss={"next_token": float(n)},
+            expert_0_share={},
+            load_imbalance=[],
+            lr=1.0,
+            grad_norm=1.0,
+            skipped=None,
+            tokens_per_second=1.0,
+            memory_gb=1.0,
+            seconds=1.0,
+        )  # fmt: skip
         for n in range(1, 6001)
     ]
     thinned = series(rows, lambda row: row.loss["next_token"])
@@ -196,11 +218,11 @@ def test_a_damaged_file_is_named(copy: Path) -> None:
     damaged = copy / "evaluation.json"
     damaged.write_text('{"window": 1024, "checkpoints": [], "sets": {"el": {"group": "news"}}}')
     with pytest.raises(UserError, match=r"evaluation\.json: sets\.el\.group"):
-        read_run(copy)
+        read_run(RunFolder(copy), STEP_NAMES)
     damaged.unlink()
     (copy / "stage1" / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line [0-9]+: damaged"):
-        read_run(copy)
+        read_run(RunFolder(copy), STEP_NAMES)
 
 
 def test_the_report_is_written_in_one_piece(copy: Path) -> None:

@@ -1,21 +1,24 @@
-"""What is kept by content is found by content. Run: pytest tests/pipeline/run/test_steps.py"""
+"""A step depends on what it reads, and on nothing else. Run: pytest tests/pipeline/run/test_steps.py"""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.errors import UserError
 from common.files import read_json
+from pipeline.config.cluster import JOBS
 from pipeline.config.load import parse_run
-from pipeline.run.rank_steps import RankSteps
+from pipeline.run.context import RunContext
+from pipeline.run.steps import STEPS, step_named
 from tests.helpers.tiny import prepared_run, run_tree
 
 
 def outputs(folder: Path, **changes: Any) -> dict[str, Any]:
     """The keys of what a run's steps up to upcycling gave, and its similarities."""
     run = prepared_run(folder, distinct_experts=False, **changes)
-    steps = RankSteps(run)
-    found = {step: steps.folder.manifest(step)["outputs"] for step in ("tokenize", "similarity", "upcycle")}
+    context = RunContext(run)
+    found = {step: context.folder.manifest(step).outputs for step in ("tokenize", "similarity", "upcycle")}
     return found | {"languages": read_json(run.folder / "similarity.json")["new"]}
 
 
@@ -39,10 +42,35 @@ def test_a_change_redoes_what_depends_on_it_and_nothing_else(tmp_path: Path) -> 
     assert seeded["upcycle"] != first["upcycle"]
 
 
-@pytest.mark.parametrize("change", [{"seed": 18}, {"stage1": {"lr": 1e-3}}, {"stage1": {"balance_weight": 0.1}}])
+CHANGES = [
+    {"seed": 18},
+    {"stage1": {"lr": 1e-3}},
+    {"stage1": {"balance_weight": 0.1}},
+    {"data": {"temperature": 2.0}},
+    {"data": {"isolate_documents": True}},
+    {"bad_steps": {"norm_factor": 3.0}},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_a_stage_depends_on_is_in_its_inputs(tmp_path: Path, change: dict[str, Any]) -> None:
     prepared_run(tmp_path, distinct_experts=False)
-    inputs = RankSteps(parse_run(run_tree(tmp_path), "x")).stage_inputs(1)
-    assert RankSteps(parse_run(run_tree(tmp_path, **change), "x")).stage_inputs(1) != inputs
-    unrelated = {"validate": {"every_tokens": 64}, "checkpoint": {"keep": 5}, "parallel": {"ranks": 2}}
-    assert RankSteps(parse_run(run_tree(tmp_path, **unrelated), "x")).stage_inputs(1) == inputs
+    stage1 = step_named("stage1").inputs
+
+    def inputs(**changes: Any) -> dict[str, Any]:
+        return stage1(RunContext(parse_run(run_tree(tmp_path, **changes), "x")))
+
+    assert inputs(**change) != inputs()
+    assert inputs(validate={"every_tokens": 64}, checkpoint={"keep": 5}, parallel={"ranks": 2}) == inputs()
+
+
+def test_each_job_does_steps_and_each_step_has_a_job() -> None:
+    assert list(dict.fromkeys(step.job for step in STEPS)) == list(JOBS)
+
+
+def test_a_run_folder_of_an_earlier_version_is_named_in_one_line(tmp_path: Path) -> None:
+    run = prepared_run(tmp_path, distinct_experts=False)
+    manifest = run.folder / "manifests" / "tokenize.json"
+    manifest.write_text(manifest.read_text().replace('"format": 2,\n', ""))
+    with pytest.raises(UserError, match=r"runs/tiny: was made by an earlier version of this program \(format 1"):
+        step_named("tokenize").is_done(RunContext(run))

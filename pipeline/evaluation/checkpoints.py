@@ -1,0 +1,103 @@
+"""Which checkpoints are scored, found by the names that users give them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.errors import UserError
+from common.files import sha256_file
+from pipeline import checkpoint
+from pipeline.distributed.process_group import Ranks
+from pipeline.method.upcycle import load_upcycled
+from pipeline.model.backbone import moe_layers, move
+from pipeline.model.expert_plan import ExpertPlan
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A model to score.
+
+    Attributes:
+        label: its name in tables: "base", "stage1", "stage2/best" …
+        folders: the checkpoints to lay over the upcycled model, later ones last; none for the dense model.
+        weights: what names its weights: hashes, as JSON holds them.
+    """
+
+    label: str
+    folders: tuple[Path, ...]
+    weights: Any
+
+
+def find_checkpoint(stage_folders: dict[str, Path], tag: str) -> Path:
+    """The folder of a checkpoint that a user names: STAGE (its last), STAGE/best, or STAGE/stepNNNNNN.
+
+    Args:
+        stage_folders: by stage1 and stage2.
+        tag: what the user wrote.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is damaged.
+    """
+    stage, _, which = tag.partition("/")
+    if stage not in stage_folders:
+        raise UserError(f"--checkpoint {tag}: unknown; use base, stage1, stage2, stage1/best or stage1/step000050")
+    folder = stage_folders[stage]
+    tags = checkpoint.complete_tags(folder)
+    if which == "best":
+        marked = checkpoint.best(folder)
+        which = marked["tag"] if marked else "best"
+    elif not which:
+        which = tags[0] if tags else "any"
+    if which not in tags:
+        raise UserError(f"--checkpoint {tag}: {folder} holds no complete checkpoint {which}; it has {tags or 'none'}")
+    bad = checkpoint.damaged_weights(folder / which)
+    if bad:
+        raise UserError(
+            f"--checkpoint {tag}: {folder / which}: {', '.join(bad)} damaged or missing; choose one of {tags}"
+        )
+    return folder / which
+
+
+def checkpoint_to_score(
+    stage_folders: dict[str, Path], label: str, identities: dict[str, dict[str, Any]], upcycled: Path
+) -> Scored:
+    """A checkpoint with the one of stage 1 that holds its experts, both verified.
+
+    Args:
+        stage_folders: by stage1 and stage2.
+        label: what the user calls it.
+        identities: by stage, what its checkpoints must be of.
+        upcycled: the folder that it is laid over.
+
+    Raises:
+        UserError: it is missing, damaged, or of another model, plan, tokenizer or stage 1.
+    """
+    folder = find_checkpoint(stage_folders, label)
+    manifest = checkpoint.read_manifest(folder)
+    checkpoint.check_same_run(manifest, identities[f"stage{manifest['stage']}"], folder)
+    folders = [folder]
+    if manifest["stage"] == 2:
+        experts = find_checkpoint(stage_folders, f"stage1/{manifest['stage1']['tag']}")
+        if sha256_file(experts / checkpoint.MANIFEST) != manifest["stage1"]["manifest"]:
+            raise UserError(f"{folder}: was trained on another {experts} than lies there now; train stage 2 again")
+        folders.insert(0, experts)
+    hashes = [sha256_file(path / checkpoint.MANIFEST) for path in folders]
+    return Scored(label, tuple(folders), {"upcycled": upcycled.name, "checkpoints": hashes})
+
+
+def load_model(
+    scored: Scored, upcycled: Path, plan: ExpertPlan, dtype: torch.dtype, *, ep_size: int, ranks: Ranks
+) -> nn.Module:
+    """The upcycled model with a checkpoint's weights, each rank with its own experts, ready to score."""
+    stage2 = any(folder.parent.name == "stage2" for folder in scored.folders)
+    model = load_upcycled(upcycled, plan, dtype, ep_size=ep_size, ep_rank=ranks.rank % ep_size, classifiers=stage2)
+    for folder in scored.folders:
+        checkpoint.read_weights(model, folder)
+    move(model, ranks.device)
+    if ep_size > 1:
+        for layer in moe_layers(model):
+            layer.set_deepspeed_parallelism()
+    return model.eval()

@@ -1,0 +1,66 @@
+"""Scores kept by content: a model that has been scored on a text is not scored on it again, by any run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.files import content_key
+from pipeline.evaluation.scoring import SetScore
+from pipeline.records.record import Record
+
+FORMAT = 1  # raised when the same weights and text give other scores
+
+
+class _Score(Record):
+    """A file of the cache: the fields of SetScore, arrays as lists."""
+
+    bits: list[float]
+    characters: list[int]
+    share_0: list[float]
+    probability_0: list[float]
+    classified_old: list[float]
+
+
+class ScoreCache:
+    """A file per (weights, text, window, dtype).
+
+    Args:
+        folder: where the files lie.
+        window: tokens per scoring window.
+        dtype: that models are computed in.
+    """
+
+    def __init__(self, folder: Path, window: int, dtype: str) -> None:
+        self._folder, self._how = folder, {"format": FORMAT, "window": window, "dtype": dtype}
+
+    def _path(self, weights: Any, text: str) -> Path:
+        return self._folder / f"{content_key({'weights': weights, 'text': text, **self._how})}.json"
+
+    def has(self, weights: Any, text: str) -> bool:
+        """Whether these weights have been scored on this text."""
+        return self._path(weights, text).is_file()
+
+    def load(self, weights: Any, text: str) -> SetScore:
+        """The score of these weights on this text, which must be there."""
+        score = _Score.load(self._path(weights, text))
+        return SetScore(
+            np.array(score.bits), np.array(score.characters), score.share_0, score.probability_0, score.classified_old
+        )
+
+    def save(self, weights: Any, text: str, score: SetScore) -> None:
+        """Keep a score.
+
+        Args:
+            weights: what names the weights: hashes, as JSON holds them.
+            text: a hash of the scored tokens and their documents.
+            score: what came of it.
+        """
+        record = _Score(
+            bits=score.bits.tolist(),
+            characters=score.characters.tolist(),
+            share_0=score.share_0,
+            probability_0=score.probability_0,
+            classified_old=score.classified_old,
+        )
+        record.save(self._path(weights, text))

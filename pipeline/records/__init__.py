@@ -1,0 +1,1 @@
+"""What a run writes and reads again: a class per file, and the files' names, once."""

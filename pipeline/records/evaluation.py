@@ -1,0 +1,89 @@
+"""``evaluation.json``: bits per character of every checkpoint on every set, and how tokens were routed."""
+
+from typing import Literal
+
+from pipeline.records.record import Record
+
+BASE = "base"  # the dense model's name among the checkpoints
+Group = Literal["new", "old", "watch"]
+GROUPS: tuple[Group, ...] = ("new", "old", "watch")  # in the order in which people read them
+
+
+class Change(Record):
+    """Bits per character against the dense model's.
+
+    Attributes:
+        percent: the change of the total bits.
+        interval: half the width of its 95 % interval over documents, in percent; None for a single document.
+    """
+
+    percent: float
+    interval: float | None
+
+
+class SetResult(Record):
+    """One set.
+
+    Attributes:
+        group: new, old or watch.
+        language: of its text.
+        documents: how many were scored.
+        characters: of all documents.
+        bits_per_character: by checkpoint.
+        change: by checkpoint, the dense model left out.
+        bits_by_document: by checkpoint, in the order of ``pages``.
+        pages: the name of each document's page.
+    """
+
+    group: Group
+    language: str
+    documents: int
+    characters: int
+    bits_per_character: dict[str, float]
+    change: dict[str, Change]
+    bits_by_document: dict[str, list[float]]
+    pages: list[str]
+
+
+class Shares(Record):
+    """How one checkpoint routes one set, a value per layer with a router.
+
+    Attributes:
+        share_0: share of tokens whose output uses expert 0.
+        probability_0: mean router probability of expert 0.
+        classified_old: share of tokens that the layer's classifier calls old; 0 where it has none.
+    """
+
+    share_0: list[float]
+    probability_0: list[float]
+    classified_old: list[float]
+
+
+class StageRouting(Record):
+    """How one checkpoint routes held-out text.
+
+    Attributes:
+        layers: the decoder layers that have a router.
+        sets: by set.
+    """
+
+    layers: list[int]
+    sets: dict[str, Shares]
+
+
+class Evaluation(Record):
+    """The whole file.
+
+    Attributes:
+        window: tokens per scoring window.
+        checkpoints: what was scored, the dense model ("base") first.
+        sets: by name.
+        routing: by checkpoint, the dense model left out.
+        parameters: numbers of parameters: dense, total, active, stage1_trained, stage2_trained.
+    """
+
+    window: int
+    checkpoints: list[str]
+    sets: dict[str, SetResult]
+    routing: dict[str, StageRouting]
+    parameters: dict[str, int]

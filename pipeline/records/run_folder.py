@@ -1,0 +1,157 @@
+"""A run's folder: what lies where, and which steps are done with which inputs."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from common.errors import UserError
+from common.files import sha256_file, write_text
+from pipeline.config.run import RunConfig
+from pipeline.records.step_manifest import StepManifest
+
+RUN_FILE = "run.yaml"  # the settings, resolved
+FETCHED_FILE = "fetched.json"  # what was downloaded from the hub, at which commits
+STATISTICS_FILE = "data_statistics.json"  # figures of each set's text
+SIMILARITY_FILE = "similarity.json"  # how alike languages look to each layer
+PLAN_FILE = "expert_plan.json"  # how many experts each layer has
+UPCYCLED = "upcycled"  # a link to the untrained mixture in the cache
+EVALUATION_FILE = "evaluation.json"  # what the last checkpoints were scored at
+REPORT_FILE = "report.html"
+JOBS_FOLDER = "jobs"  # batch scripts, logs and events of SLURM's jobs
+# In stage1/ and stage2/, beside the checkpoints:
+METRICS_FILE = "metrics.jsonl"
+VALIDATION_FILE = "validation.jsonl"
+BEST_FILE = "best.json"
+_SETS = "sets."  # of a step's inputs: the token sets that it reads, by name
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``path`` holds the resolved run and what its steps have made."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, run: RunConfig) -> "RunFolder":
+        """Make the folder and write the resolved run into it."""
+        folder = cls(run.folder)
+        text = cls.text(run)
+        if not folder.run_file.is_file() or folder.run_file.read_text(encoding="utf-8") != text:
+            write_text(folder.run_file, text)
+        return folder
+
+    @staticmethod
+    def text(run: RunConfig) -> str:
+        """The resolved run as YAML."""
+        return yaml.safe_dump(run.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+    @property
+    def run_file(self) -> Path:
+        """The resolved run."""
+        return self.path / RUN_FILE
+
+    def __truediv__(self, name: str) -> Path:
+        """A file or folder in it."""
+        return self.path / name
+
+    def evaluation_of(self, tag: str) -> Path:
+        """What a checkpoint that the user names was scored at."""
+        return self.path / "evaluations" / f"{tag.replace('/', '-')}.json"
+
+    def manifest_path(self, step: str) -> Path:
+        """Where a step's manifest lies."""
+        return self.path / "manifests" / f"{step}.json"
+
+    def has_manifest(self, step: str) -> bool:
+        """Whether a step has been done, with whatever inputs."""
+        return self.manifest_path(step).is_file()
+
+    def manifest(self, step: str) -> StepManifest:
+        """The manifest of a step that must be done.
+
+        Raises:
+            UserError: it is not done.
+        """
+        if not self.has_manifest(step):
+            raise UserError(
+                f"{step}: not done in {self.path}; do it first: python -m pipeline run {self.run_file} --until {step}"
+            )
+        return StepManifest.load(self.manifest_path(step))
+
+    def manifests(self, steps: Iterable[str]) -> dict[str, StepManifest]:
+        """By step, the manifests of those that are done, in the given order."""
+        return {step: StepManifest.load(self.manifest_path(step)) for step in steps if self.has_manifest(step)}
+
+    def is_done(self, step: str, inputs: dict[str, Any], *, force: bool, may_grow: bool = False) -> bool:
+        """Whether a step is done with exactly these inputs.
+
+        Args:
+            step: its name.
+            inputs: what it would be done with now.
+            force: whether a step that was done with others is to be done again.
+            may_grow: whether sets that were added or removed need no ``force``: nothing is thrown away.
+
+        Raises:
+            UserError: it was done with other inputs, and ``force`` is not given; the line names them.
+        """
+        if not self.has_manifest(step):
+            return False
+        changes = _changes(self.manifest(step).inputs, inputs)
+        if not changes:
+            return True
+        if not force and not (may_grow and all(change.adds_or_removes_a_set for change in changes)):
+            lines = [str(change) for change in changes]
+            raise UserError(
+                f"{step}: done in {self.path} with other inputs: {'; '.join(lines[:3])}"
+                f"{' and more' if len(lines) > 3 else ''}. Add --force to do it again, or give the run another name"
+            )
+        return False
+
+    def finish(self, step: str, inputs: dict[str, Any], outputs: dict[str, Any], figures: dict[str, Any]) -> None:
+        """Record that a step is done; the last thing it writes."""
+        StepManifest.of(step, inputs, outputs, figures).save(self.manifest_path(step))
+
+    def forget(self, step: str) -> None:
+        """Take back that a step is done."""
+        self.manifest_path(step).unlink(missing_ok=True)
+
+    def link_upcycled(self, target: Path) -> None:
+        """Make ``upcycled`` a relative link to a folder in the cache."""
+        link = self.path / UPCYCLED
+        if link.is_symlink() or link.exists():
+            link.unlink()
+        link.symlink_to(os.path.relpath(target.resolve(), self.path.resolve()), target_is_directory=True)
+
+    def hash_of(self, step: str) -> str:
+        """What later steps name a step's result by."""
+        self.manifest(step)
+        return sha256_file(self.manifest_path(step))[:16]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A leaf of nested dictionaries that differs; None where it is not there."""
+
+    key: str
+    before: Any
+    now: Any
+
+    def __str__(self) -> str:
+        return f"{self.key} was {self.before}, is {self.now}"
+
+    @property
+    def adds_or_removes_a_set(self) -> bool:
+        return self.key.startswith(_SETS) and (self.before is None or self.now is None)
+
+
+def _changes(before: Any, now: Any, key: str = "") -> list[_Change]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for name in sorted({*before, *now}):
+            found += _changes(before.get(name), now.get(name), f"{key}.{name}" if key else name)
+        return found
+    return [] if before == now else [_Change(key, before, now)]

@@ -1,0 +1,100 @@
+"""What the steps of a run share: its settings, its folder, and what earlier steps have left, read once."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.files import content_key
+from common.remembered_hashes import RememberedHashes
+from data_prep.executor.launch import Backend, shares_an_srun
+from data_prep.make_plan import Planned
+from data_prep.prepare import plan_run
+from data_prep.store import TokenStore
+from pipeline.config.run import RunConfig
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.run_folder import PLAN_FILE, RunFolder
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run as its steps see it.
+
+    Attributes:
+        run: its settings.
+        force: whether a step whose inputs changed is done again.
+        redo: with ``force``, whether a step whose inputs did not change is done again too.
+        quiet: whether a step that is done already says nothing.
+    """
+
+    run: RunConfig
+    force: bool = False
+    redo: bool = False
+    quiet: bool = False
+
+    @cached_property
+    def folder(self) -> RunFolder:
+        """The run's folder."""
+        return RunFolder(self.run.folder)
+
+    @cached_property
+    def dense(self) -> Path:
+        """The dense model's folder."""
+        from pipeline.model.backbone import model_folder
+
+        return model_folder(self.run.model)
+
+    @cached_property
+    def model_hash(self) -> str:
+        """A content key of the dense model's config and weights."""
+        files = sorted(path for pattern in MODEL_FILES for path in self.dense.glob(pattern))
+        hashes = RememberedHashes(self.run.cache_dir / "hashes.json").sha256(files)
+        return content_key({file.name: sha256 for file, sha256 in zip(files, hashes, strict=True)})
+
+    @property
+    def backend(self) -> Backend:
+        """What the text is prepared by: this process's pool, or tasks that srun has started on several nodes."""
+        return "array" if shares_an_srun() else "local"
+
+    @cached_property
+    def planned(self) -> Planned:
+        """Which token sets the run wants."""
+        return plan_run(self.run, self.backend)
+
+    @cached_property
+    def store(self) -> TokenStore:
+        """The tokens, which must be there."""
+        return TokenStore(self.run.cache_dir / "tokens" / self.folder.manifest("tokenize").outputs["tokens"])
+
+    @cached_property
+    def plan(self) -> ExpertPlan:
+        """The expert plan, which must be there."""
+        self.folder.manifest("allocate")
+        return ExpertPlan.load(self.folder / PLAN_FILE)
+
+    @cached_property
+    def upcycled(self) -> Path:
+        """The upcycled checkpoint, which must be there."""
+        return self.run.cache_dir / "upcycled" / self.folder.manifest("upcycle").outputs["upcycled"]
+
+    @cached_property
+    def dtype(self) -> "torch.dtype":
+        """What the model is computed in."""
+        from pipeline.training.ds_config import read_ds_config, training_dtype
+
+        return training_dtype(read_ds_config(self.run.deepspeed))
+
+    def identity(self, stage: str) -> dict[str, Any]:
+        """What the checkpoints of stage1 or stage2 are of: model, plan and tokenizer."""
+        plan = self.plan.experts_key if stage == "stage1" else self.plan.key
+        return {"model": self.model_hash, "plan": plan, "tokenizer": self.store.manifest.tokenizer_key}
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that the run has."""
+        return ["stage1", "stage2"] if self.run.stage2 else ["stage1"]

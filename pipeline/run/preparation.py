@@ -1,0 +1,168 @@
+"""The steps before training: text to tokens, similarity, allocation, upcycling."""
+
+from typing import TYPE_CHECKING, Any
+
+from common.files import content_key, read_json, sha256_file, write_json
+from common.launch_environment import is_first_rank
+from data_prep.prepare import prepare_run
+from pipeline.method.allocation import allocate, clamp_similarity, classifier_layers
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.run_folder import PLAN_FILE, SIMILARITY_FILE, STATISTICS_FILE
+from pipeline.records.similarity import Similarity
+from pipeline.run.context import RunContext
+from pipeline.run.step import Inputs, Result
+
+if TYPE_CHECKING:
+    import numpy as np
+
+UPCYCLED_FORMAT = 2  # raised when what an upcycled folder holds changes
+PARITY_SAMPLE = 128  # tokens of each set for the upcycling receipt
+
+
+def tokenize_inputs(context: RunContext) -> Inputs:
+    """The wanted token sets, and the tokenizer."""
+    planned = context.planned
+    return {"tokens": planned.folder.name, "tokenizer": planned.encoder.spec.key}
+
+
+def tokens_are_there(context: RunContext) -> bool:
+    """Whether the cache still holds them."""
+    return (context.planned.folder / "manifest.json").is_file()
+
+
+def tokenize(context: RunContext, _ranks: object) -> Result:
+    """Text to token shards in the cache; tasks that srun started on several nodes share the work."""
+    store = prepare_run(context.run, context.backend, force=context.force, planned=context.planned)
+    assert store is not None
+    if is_first_rank():
+        write_json(context.folder / STATISTICS_FILE, store.statistics.model_dump(mode="json"))
+    sets = {name: entry.model_dump(mode="json", exclude={"sources", "shards"}) for name, entry in store.sets.items()}
+    return Result({"tokens": store.key}, {"sets": sets})
+
+
+def similarity_inputs(context: RunContext) -> Inputs:
+    """The model, the old and new sets with their languages, and the settings."""
+    data = context.run.data
+    return {
+        "model": context.model_hash,
+        "dtype": str(context.dtype),
+        "tokens": context.store.key,
+        "languages": {
+            group: {name: entry.language for name, entry in sets.items()}
+            for group, sets in (("old", data.old), ("new", data.new))
+        },
+        "settings": context.run.similarity.model_dump(mode="json", exclude={"not_positive"}),
+    }
+
+
+def measure_similarity(context: RunContext, _ranks: object) -> Result:
+    """Tokens and dense model to similarity.json: one pass, nothing stored but means; kept in the cache."""
+    cached = context.run.cache_dir / "similarity" / f"{content_key(similarity_inputs(context))}.json"
+    if cached.is_file():
+        print(f"similarity: {cached} is there already, skipped", flush=True)
+    else:
+        _measure(context).save(cached)
+    Similarity.load(cached).save(context.folder / SIMILARITY_FILE)
+    return Result({"similarity": sha256_file(cached)[:16]})
+
+
+def _measure(context: RunContext) -> Similarity:
+    import torch
+
+    from pipeline.method.similarity import similarity_of_sets
+    from pipeline.model.backbone import load_dense
+    from pipeline.training.sample_order import text_windows
+
+    settings, data = context.run.similarity, context.run.data
+    model = load_dense(context.dense, context.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    windows = {
+        name: text_windows(context.store, name, settings.sequence_length, context.run.seed)
+        for name in (*data.old, *data.new)
+    }
+    old = {name: entry.language for name, entry in data.old.items()}
+    new = {name: entry.language for name, entry in data.new.items()}
+    return similarity_of_sets(model, windows, old, new, settings.tokens)
+
+
+def allocate_inputs(context: RunContext) -> Inputs:
+    """The model, the similarities and the budget."""
+    has_old = bool(context.run.data.old)
+    return {
+        "model": context.model_hash,
+        "similarity": context.folder.manifest("similarity").outputs["similarity"] if has_old else None,
+        "experts": context.run.experts.model_dump(mode="json"),
+        "not_positive": context.run.similarity.not_positive,
+    }
+
+
+def allocate_experts(context: RunContext, _ranks: object) -> Result:
+    """Similarities and budget to expert_plan.json."""
+    from pipeline.model.backbone import model_config
+
+    run = context.run
+    num_layers = model_config(context.dense).get_text_config().num_hidden_layers
+    measured = Similarity.load(context.folder / SIMILARITY_FILE).by_layer if run.data.old else None
+    similarity = measured
+    if measured is not None and run.similarity.not_positive == "clamp":
+        similarity, changed = clamp_similarity(measured)
+        if changed:
+            print(f"allocate: warning: similarity of layers {changed} raised to a small positive value", flush=True)
+    allocation = allocate(run.experts, num_layers, similarity)
+    plan = ExpertPlan.first_expansion(
+        allocation.counts,
+        old=sorted({entry.language for entry in run.data.old.values()}),
+        new=sorted({entry.language for entry in run.data.new.values()}),
+        top_k=run.experts.top_k,
+        classifier_layers=classifier_layers(run.experts, allocation.counts, measured),
+        similarity=measured,
+    )
+    plan.placement(run.parallel.ep_size)  # checks that every rank gets an expert
+    plan.save(context.folder / PLAN_FILE)
+    print(f"allocate: {allocation.note}; experts by layer: {' '.join(map(str, plan.counts))}", flush=True)
+    return Result({"plan": plan.key}, {"note": allocation.note})
+
+
+def upcycle_inputs(context: RunContext) -> Inputs:
+    """The model, the plan of experts, and the seed of the routers."""
+    return {"model": context.model_hash, "plan": context.plan.experts_key, "seed": context.run.seed}
+
+
+def _upcycled_name(context: RunContext) -> str:
+    return content_key(upcycle_inputs(context) | {"format": UPCYCLED_FORMAT})
+
+
+def upcycled_is_there(context: RunContext) -> bool:
+    """Whether the cache still holds it."""
+    return (context.run.cache_dir / "upcycled" / _upcycled_name(context)).is_dir()
+
+
+def upcycle_model(context: RunContext, _ranks: object) -> Result:
+    """Dense model and plan to a native DeepSpeed-MoE checkpoint in the cache."""
+    run = context.run
+    target = run.cache_dir / "upcycled" / _upcycled_name(context)
+    if target.is_dir():
+        print(f"upcycle: {target} is there already, skipped", flush=True)
+    else:
+        from pipeline.method.upcycle import upcycle
+
+        samples = _parity_samples(context)
+        upcycle(context.dense, context.plan, samples, target, seed=run.seed, model_hash=context.model_hash)
+    context.folder.link_upcycled(target)
+    manifest: dict[str, Any] = read_json(target / "manifest.json")
+    parity = manifest["parity"]
+    print(
+        f"upcycle: largest logit difference to the dense model {parity['max_abs_logit_difference']:.2g} "
+        f"(logits up to {parity['max_abs_logit']:.0f}) on {parity['tokens']} tokens of real text, fp32",
+        flush=True,
+    )
+    figures = {key: manifest[key] for key in ("parity", "dense_parameters", "mlp_parameters")}
+    return Result({"upcycled": target.name}, figures)
+
+
+def _parity_samples(context: RunContext) -> "np.ndarray":
+    """The first tokens of each set's held-out text, [B, L]."""
+    import numpy as np
+
+    shards = [context.store.held_out(name) for name in context.run.data.sets]
+    length = min(PARITY_SAMPLE, *(shard.num_tokens for shard in shards))
+    return np.stack([shard.tokens[:length] for shard in shards])

@@ -1,0 +1,113 @@
+"""Doing the steps of a run: here, in a process of their own, or on ranks."""
+
+import time
+from collections.abc import Sequence
+
+from common.launch_environment import is_first_rank
+from pipeline.distributed.launcher import run_verb, start_ranks
+from pipeline.distributed.process_group import (
+    Ranks,
+    device_type,
+    environment_world_size,
+    join,
+    leave,
+    under_launcher,
+)
+from pipeline.run.context import RunContext
+from pipeline.run.scoring import evaluate_checkpoint, evaluator, models_to_score
+from pipeline.run.stages import check_parallel
+from pipeline.run.step import Step
+
+
+def run_steps(context: RunContext, steps: Sequence[Step], *, from_the_first: bool) -> None:
+    """Do every step that is not done yet, in order; end early where one stops before its end.
+
+    Args:
+        context: the run.
+        steps: which.
+        from_the_first: whether they begin with the run's first step.
+    """
+    if from_the_first or any(step.needs_ranks for step in steps):
+        check_parallel(context, context.run.parallel.ranks, device_type())
+    for step in steps:
+        if step.is_done(context):
+            continue
+        if step.alone:
+            run_verb(step.verb, context.folder.run_file, force=context.force)
+        elif not do_step(context, step):
+            print(
+                f"{step.name}: stopped before its end; the same command resumes from its last checkpoint", flush=True
+            )
+            return
+
+
+def do_step(context: RunContext, step: Step) -> bool:
+    """Do a step that is not done: on this rank under a launcher, by starting the run's ranks, or here.
+
+    Returns:
+        Whether it came to its end.
+    """
+    if not step.needs_ranks:
+        return finish_step(context, step, None)
+    if step.check is not None and is_first_rank():
+        step.check(context)
+    if under_launcher():
+        ranks = join(context.run.parallel.timeout_minutes)
+        is_finished = finish_step(context, step, ranks)
+        leave(ranks)
+        return is_finished
+    if not step.has_work(context):
+        return finish_step(context, step, None)
+    start_ranks(_arguments(context, step), context.run.parallel.ranks)
+    return context.folder.has_manifest(step.name)
+
+
+def _arguments(context: RunContext, step: Step) -> list[str]:
+    stage = ["--stage", step.name.removeprefix("stage")] if step.verb == "train" else []
+    force = ["--force"] if context.force else []
+    return [step.verb, str(context.folder.run_file), *stage, *force]
+
+
+def finish_step(context: RunContext, step: Step, ranks: Ranks | None) -> bool:
+    """Do a step's work in this process, on all ranks that are given, and write its manifest.
+
+    Returns:
+        Whether it came to its end.
+    """
+    inputs, started = step.inputs(context), time.monotonic()
+    result = step.work(context, ranks)
+    if result is not None and step.keeps_manifest and is_first_rank():
+        figures = {"seconds": round(time.monotonic() - started, 1)} | result.figures
+        context.folder.finish(step.name, inputs, result.outputs, figures)
+    return result is not None
+
+
+def train_steps(context: RunContext, steps: Sequence[Step]) -> None:
+    """Train stages one after the other; end early where one stops before its end."""
+    for step in steps:
+        world_size = environment_world_size() if under_launcher() else context.run.parallel.ranks
+        check_parallel(context, world_size, device_type())
+        if not step.is_done(context) and not do_step(context, step):
+            return
+
+
+def evaluate_named(context: RunContext, tag: str) -> None:
+    """Score one checkpoint that the user names, and print the table.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or it is of another model, plan or tokenizer.
+    """
+    from pipeline.report.result_table import result_table
+
+    models = models_to_score(context, tag)  # names a mistake before any rank starts
+    if evaluator(context).missing(models) and not under_launcher():
+        force = ["--force"] if context.force else []
+        run_file = str(context.folder.run_file)
+        start_ranks(["evaluate", run_file, "--checkpoint", tag, *force], context.run.parallel.ranks)
+        return
+    ranks = join(context.run.parallel.timeout_minutes) if under_launcher() else None
+    result = evaluate_checkpoint(context, tag, ranks)
+    if is_first_rank():
+        print(f"{result_table(result)}\nwritten: {context.folder.evaluation_of(tag)}", flush=True)
+    if ranks is not None:
+        leave(ranks)

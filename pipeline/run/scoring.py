@@ -1,0 +1,105 @@
+"""The step that scores: the base model and the stages' last checkpoints, or one that the user names."""
+
+from typing import TYPE_CHECKING, Any
+
+from common.files import content_key, read_json
+from pipeline.records.evaluation import BASE, Evaluation
+from pipeline.records.run_folder import EVALUATION_FILE
+from pipeline.run.context import RunContext
+from pipeline.run.step import Inputs, Result
+
+if TYPE_CHECKING:
+    from pipeline.distributed.process_group import Ranks
+    from pipeline.evaluation.checkpoints import Scored
+    from pipeline.evaluation.evaluate import Evaluator
+
+
+def evaluate_inputs(context: RunContext) -> Inputs:
+    """The sets, the model, the window, and what the stages came to."""
+    return {
+        "sets": held_out_keys(context),
+        "model": context.model_hash,
+        "window": context.run.evaluate.window,
+        "stages": {stage: context.folder.hash_of(stage) for stage in context.stages},
+    }
+
+
+def held_out_keys(context: RunContext) -> dict[str, str]:
+    """By set, a hash of the text that is scored."""
+    files = context.store.manifest.files
+    return {
+        name: content_key([files[f"{name}/held_out.bin"], files[f"{name}/held_out.jsonl"]])
+        for name in context.run.data.sets
+    }
+
+
+def has_work(context: RunContext) -> bool:
+    """Whether there is anything to compute, rather than to put together."""
+    models = models_to_score(context, None)
+    return bool(_missing(context, evaluator(context), models))
+
+
+def evaluate(context: RunContext, ranks: "Ranks | None") -> Result:
+    """Score what has not been scored, and write evaluation.json."""
+    result = _score(context, None, ranks)
+    if ranks is None or ranks.is_first:
+        result.save(context.folder / EVALUATION_FILE)
+    return Result()
+
+
+def evaluate_checkpoint(context: RunContext, tag: str, ranks: "Ranks | None") -> Evaluation:
+    """Score one checkpoint, and write evaluations/TAG.json.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or it is of another model, plan or tokenizer.
+    """
+    result = _score(context, tag, ranks)
+    if ranks is None or ranks.is_first:
+        result.save(context.folder.evaluation_of(tag))
+    return result
+
+
+def _score(context: RunContext, tag: str | None, ranks: "Ranks | None") -> Evaluation:
+    from pipeline.model.backbone import parameter_counts
+
+    models, evaluate_models = models_to_score(context, tag), evaluator(context)
+    if ranks is not None:
+        evaluate_models.score(models, _missing(context, evaluate_models, models), ranks)
+        ranks.wait()  # for the first rank's last file
+    upcycled = read_json(context.upcycled / "manifest.json")
+    sizes = (upcycled["dense_parameters"], upcycled["mlp_parameters"], upcycled["hidden_size"])
+    return evaluate_models.result(models, parameter_counts(*sizes, context.plan))
+
+
+def _missing(context: RunContext, evaluate_models: "Evaluator", models: "list[Scored]") -> dict[str, list[str]]:
+    """What is to be scored: all of it where the user forces a step whose inputs did not change."""
+    if context.force and context.redo:
+        return {model.label: list(evaluate_models.texts) for model in models}
+    return evaluate_models.missing(models)
+
+
+def evaluator(context: RunContext) -> "Evaluator":
+    """What scores this run's models."""
+    from pipeline.evaluation.evaluate import Evaluator
+    from pipeline.evaluation.score_cache import ScoreCache
+
+    run = context.run
+    return Evaluator(
+        run, context.plan, context.store, held_out_keys(context), dense=context.dense, upcycled=context.upcycled,
+        dtype=context.dtype, cache=ScoreCache(run.cache_dir / "scores", run.evaluate.window, str(context.dtype)),
+    )  # fmt: skip
+
+
+def models_to_score(context: RunContext, tag: str | None) -> "list[Scored]":
+    """The base model, and the stages' last checkpoints or the one that is named.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or it is of another model, plan or tokenizer.
+    """
+    from pipeline.evaluation.checkpoints import Scored, checkpoint_to_score
+
+    folders = {stage: context.folder / stage for stage in ("stage1", "stage2")}
+    identities: dict[str, dict[str, Any]] = {stage: context.identity(stage) for stage in folders}
+    base = Scored(BASE, (), {"dense": context.model_hash})
+    labels = [label for label in ([tag] if tag else context.stages) if label != BASE]
+    return [base, *(checkpoint_to_score(folders, label, identities, context.upcycled) for label in labels)]

@@ -1,0 +1,88 @@
+"""What one step of a run is, and how any of them is done."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config.cluster import JobName
+from pipeline.config.run import RunConfig
+from pipeline.run.context import RunContext
+
+if TYPE_CHECKING:
+    from pipeline.distributed.process_group import Ranks
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a step leaves in its manifest.
+
+    Attributes:
+        outputs: what later steps find the result by.
+        figures: what it took and gave; ``seconds`` is added unless it is there.
+    """
+
+    outputs: dict[str, Any] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def always(_value: Any) -> bool:
+    """The default of a step's conditions."""
+    return True
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step. The command line, ``run``, SLURM's jobs, ``status`` and the report derive from a list of these.
+
+    Attributes:
+        name: in manifests, ``--until`` and lines.
+        verb: of the command line; the stages share one.
+        does: what it does, reads and writes, for ``--help``; two sentences.
+        inputs: all that its result depends on; nothing else makes it stale. Token sets stand under ``sets``.
+        work: does it; with the ranks, on each of them, where it needs ranks. None where it stopped before its end.
+        job: the SLURM job that does it.
+        applies: whether the run has the step; ``without`` is the line that says why it has not, if one is needed.
+        is_there: whether what it has left in the cache is still there.
+        may_grow: whether sets that were added are simply added: nothing is thrown away.
+        needs_ranks: whether it is done on ranks.
+        has_work: whether ranks have anything to compute; what they have computed is put together without them.
+        alone: whether ``run`` does it in a process of its own, so that its memory is given back.
+        keeps_manifest: whether it is done once, rather than each time.
+        check: what can be known before any rank starts; raises UserError.
+    """
+
+    name: str
+    verb: str
+    does: str
+    inputs: Callable[[RunContext], Inputs]
+    work: "Callable[[RunContext, Ranks | None], Result | None]"
+    job: JobName
+    applies: Callable[[RunConfig], bool] = always
+    without: str = ""
+    is_there: Callable[[RunContext], bool] = always
+    may_grow: bool = False
+    needs_ranks: bool = False
+    has_work: Callable[[RunContext], bool] = always
+    alone: bool = False
+    keeps_manifest: bool = True
+    check: Callable[[RunContext], None] | None = None
+
+    def is_done(self, context: RunContext) -> bool:
+        """Whether there is nothing to do; says so unless the context is quiet.
+
+        Raises:
+            UserError: it was done with other inputs.
+        """
+        if not self.applies(context.run):
+            if self.without and not context.quiet:
+                print(f"{self.name}: {self.without}, skipped", flush=True)
+            return True
+        if not self.keeps_manifest:
+            return False
+        done = context.folder.is_done(self.name, self.inputs(context), force=context.force, may_grow=self.may_grow)
+        done = done and not (context.force and context.redo) and self.is_there(context)
+        if done and not context.quiet:
+            print(f"{self.name}: done, skipped", flush=True)
+        return done
