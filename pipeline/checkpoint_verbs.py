@@ -34,12 +34,12 @@ def run(options: argparse.Namespace) -> int:
         UserError: there is no such checkpoint, or it is damaged.
     """
     from pipeline.checkpoint.inspect import find_tag, inspect_text, verify_text
-    from pipeline.checkpoint.optimizer_state import Topology
     from pipeline.checkpoint.resize import resize
+    from pipeline.distributed.parallel_dims import ParallelDims
 
     folder = find_tag(options.checkpoint)
     if options.verb == "resize":
-        target = resize(folder, Topology.checked(options.ranks, options.ep_size))
+        target = resize(folder, ParallelDims.from_options(options.ranks, options.ep_size))
         print(f"resize: {target}")
     else:
         print(verify_text(folder) if options.action == "verify" else inspect_text(folder))

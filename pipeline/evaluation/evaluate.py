@@ -12,6 +12,7 @@ from common.errors import UserError
 from data_prep.store import TokenStore
 from pipeline import checkpoint
 from pipeline.config.run import RunConfig
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.evaluation.scoring import SetScore, score_set
 from pipeline.method.upcycle import load_upcycled
@@ -49,13 +50,13 @@ def load_checkpoint(
     run: RunConfig, plan: ExpertPlan, upcycled: Path, tags: list[Path], dtype: torch.dtype, ranks: Ranks
 ) -> nn.Module:
     """The upcycled model with the weights of the given checkpoints laid over it, later ones last."""
-    ep_size = run.parallel.ep_size
+    dims = ParallelDims(ranks.world_size, run.parallel.ep_size, ranks.rank)
     stage2 = any(tag.parent.name == "stage2" for tag in tags)
-    model = load_upcycled(upcycled, plan, dtype, ep_size=ep_size, ep_rank=ranks.rank % ep_size, classifiers=stage2)
+    model = load_upcycled(upcycled, plan, dtype, dims, classifiers=stage2)
     for tag in tags:
         checkpoint.read_weights(model, tag)
     move(model, ranks.device)
-    if ep_size > 1:
+    if dims.ep_size > 1:
         for layer in moe_layers(model):
             layer.set_deepspeed_parallelism()
     return model.eval()

@@ -1,6 +1,5 @@
 """The steps that run on ranks, training and evaluation, and the report of them all."""
 
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from common.errors import UserError
 from common.files import content_key, read_json, sha256_file, write_json
 from common.text_table import figures_line, result_table
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.run.steps import Steps, seconds_since
 from pipeline.training.ds_config import batch_shape, check_monitors, read_ds_config, training_dtype
@@ -27,12 +27,7 @@ class RankSteps(Steps):
         """
         read_ds_config(self.run.deepspeed)
         check_monitors(self.run.log)
-        ep_size = self.run.parallel.ep_size
-        if world_size % ep_size:
-            raise UserError(
-                f"parallel.ep_size: {ep_size} does not divide the number of ranks, {world_size}; "
-                f"start a multiple of {ep_size} ranks, or use --set parallel.ep_size={math.gcd(ep_size, world_size)}"
-            )
+        ParallelDims(world_size, self.run.parallel.ep_size)
         for stage in (self.run.stage1, self.run.stage2):
             if stage is not None:
                 batch_shape(self.run, stage, world_size, device)
