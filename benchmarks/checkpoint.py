@@ -151,8 +151,8 @@ class Benchmark:
             for p in self.trainer.engine.module.parameters()
             if p.requires_grad and not hasattr(p, "allreduce")
         )
-        topology = self.trainer.topology
-        experts = self.ranks.sum(torch.tensor([trained - shared])) // (topology.ranks // topology.ep_size)
+        dims = self.trainer.dims
+        experts = self.ranks.sum(torch.tensor([trained - shared])) // (dims.num_replicas)
         width = next(p for p in self.trainer.engine.module.parameters() if p.requires_grad).element_size()
         needed = (int(experts) + shared) * (width + 4 + 8)
         stored = sum(path.stat().st_size for path in self.tag.iterdir())
@@ -160,14 +160,14 @@ class Benchmark:
                  (("save", "raw write"), ("load", "raw read"))}  # fmt: skip
         save = statistics.median(self.times["save"])
         return {
-            "ranks": topology.ranks,
+            "ranks": dims.world_size,
             "gigabytes": stored / 1e9,
             "seconds": {name: statistics.median(values) for name, values in self.times.items()},
             "save / raw write": statistics.median(a / b for a, b in pairs["save"]),
             "load / raw read": statistics.median(a / b for a, b in pairs["load"]),
             "size / what trains": stored / needed,
             "stalled at every_minutes 5": save / (300 + save),
-            "memory of a save / checkpoint": self.peak * topology.ranks / stored,
+            "memory of a save / checkpoint": self.peak * dims.world_size / stored,
             "rounds": self.times,
         }
 

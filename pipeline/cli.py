@@ -218,12 +218,12 @@ def _checkpoint(options: argparse.Namespace) -> int:
         UserError: there is no such checkpoint, or it is damaged.
     """
     from pipeline.checkpoint.inspect import find_tag, inspect_text, verify_text
-    from pipeline.checkpoint.optimizer_state import Topology
     from pipeline.checkpoint.resize import resize
+    from pipeline.distributed.parallel_dims import ParallelDims
 
     folder = find_tag(options.checkpoint)
     if options.verb == "resize":
-        print(f"resize: {resize(folder, Topology.checked(options.ranks, options.ep_size))}")
+        print(f"resize: {resize(folder, ParallelDims.from_options(options.ranks, options.ep_size))}")
     else:
         print(verify_text(folder) if options.action == "verify" else inspect_text(folder))
     return 0

@@ -1,13 +1,13 @@
 """Checkpoints in DeepSpeed-MoE's native layout, written atomically, verified when read.
 
-A folder of checkpoints holds a folder a tag, ``latest`` and ``best.json``. A tag is complete when its
-``manifest.json`` is there: it is written last, with every file's size and sha256. A checkpoint holds what
-trained; the frozen weights lie in the upcycled checkpoint, and a stage-2 checkpoint names the stage-1
+A folder of checkpoints holds one folder per tag, ``latest`` and ``best.json``. A tag is complete when its
+``manifest.json`` exists: it is written last, with the size and sha256 of every file. A checkpoint holds the
+weights that trained. The frozen ones lie in the upcycled checkpoint; a stage-2 checkpoint names the stage-1
 checkpoint that holds its experts.
 """
 
 from pipeline.checkpoint.engine import AtomicCheckpointEngine
-from pipeline.checkpoint.optimizer_state import SavedOptimizer, Topology
+from pipeline.checkpoint.optimizer_state import SavedOptimizer
 from pipeline.checkpoint.store import (
     MANIFEST,
     best,
@@ -33,7 +33,6 @@ __all__ = [
     "MANIFEST",
     "AtomicCheckpointEngine",
     "SavedOptimizer",
-    "Topology",
     "best",
     "check_same_run",
     "check_sound",

@@ -1,8 +1,7 @@
-"""DeepSpeed's seam for how files are written and read.
+"""How checkpoint files are written and read: what DeepSpeed calls a checkpoint engine.
 
 Expert files are numbered by the model: file 0 is the layer's first new expert. DeepSpeed numbers them by
-rank and slot; the engine below translates. It also translates an optimizer that was saved by another
-number of ranks.
+rank and slot; the engine below translates. It also converts an optimizer that another number of ranks saved.
 """
 
 import re
@@ -13,8 +12,9 @@ from deepspeed.checkpoint.constants import ZERO_STAGE
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from torch import nn
 
-from pipeline.checkpoint.optimizer_state import SavedOptimizer, Topology
+from pipeline.checkpoint.optimizer_state import SavedOptimizer
 from pipeline.checkpoint.tensors import expert_file, load_tensors, router_optimizer_file, save_tensors
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.backbone import moe_layers
 
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt$")
@@ -24,18 +24,24 @@ _ROUTER_OPTIMIZER_FILE = re.compile(r"expp_rank_\d+_mp_rank_00_optim_states\.pt$
 
 
 class AtomicCheckpointEngine(TorchCheckpointEngine):
-    """Writes atomically, hashes, keeps only what trained; reads what any number of ranks has written.
+    """Writes each file atomically and hashes it, keeps only what trained; reads what any number of ranks wrote.
 
     Args:
+        config: DeepSpeed's own, of the engine.
         model: the engine's module.
-        topology: the ranks that run now.
+        dims: of the ranks that run now.
+
+    Attributes:
+        saved_by_others: the optimizer to convert while loading; None if the same ranks saved it.
+        files: size and sha256 of each file that this rank wrote, by name.
+        error: the first error of a save; None if there was none.
     """
 
-    def __init__(self, config: Any, model: nn.Module, topology: Topology) -> None:
+    def __init__(self, config: Any, model: nn.Module, dims: ParallelDims) -> None:
         super().__init__(config)
         self.layers = moe_layers(model)
         self.trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self.topology = topology
+        self.dims = dims
         self.saved_by_others: SavedOptimizer | None = None
         self.files: dict[str, dict[str, Any]] = {}
         self.error: OSError | None = None
@@ -43,7 +49,8 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Write one file; frozen experts and empty slots have none.
 
-        An error is kept in ``error``, and what follows is not written: other ranks wait in DeepSpeed's barriers.
+        An error is kept in ``error`` instead of raised, because other ranks wait in DeepSpeed's barriers. No more
+        files are then written.
         """
         if self.error is not None:
             return
@@ -64,7 +71,7 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
             self.error = error
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read one file; what :meth:`save` leaves out is empty, what other ranks saved is what this one needs."""
+        """Read one file. What :meth:`save` leaves out is empty; an optimizer saved by other ranks is converted."""
         target = Path(path)
         match = _EXPERT_FILE.search(path)
         if match:
@@ -79,18 +86,18 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
             return load_tensors(target)
         zero_file = _ZERO_FILE.search(path)
         if zero_file:
-            return self.saved_by_others.state_for(int(zero_file[1]), self.topology)
-        return {**load_tensors(target), "dp_world_size": self.topology.ranks}
+            return self.saved_by_others.state_for(self.dims.at_rank(int(zero_file[1])))
+        return {**load_tensors(target), "dp_world_size": self.dims.world_size}
 
     def _file_number(self, layer: int, slot: int) -> int | None:
-        """DeepSpeed's rank * slots + slot to the model's own number; None for an empty slot."""
+        """The model's own number of the expert that DeepSpeed numbers rank * slots + slot; None for an empty slot."""
         rank, local = divmod(slot, self.layers[layer].num_local_experts)
         numbers = self.layers[layer].placement[rank]
         return numbers[local] - 1 if local < len(numbers) else None
 
 
 def _without_enum(state: dict[str, Any]) -> dict[str, Any]:
-    """ZeRO's stage as a number: Python before 3.11.4 pickles an enum's member as a call, which is not loaded."""
+    """ZeRO's stage as a number: Python before 3.11.4 pickles an enum as a function call, which we refuse to load."""
     optimizer = state.get("optimizer_state_dict")
     if not isinstance(optimizer, dict) or ZERO_STAGE not in optimizer:
         return state

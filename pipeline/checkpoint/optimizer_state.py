@@ -1,8 +1,8 @@
-"""The ZeRO optimizer's state, found by parameter and global expert number, whatever ranks have saved it.
+"""The ZeRO optimizer's state, found by parameter and global expert number, whichever ranks saved it.
 
 DeepSpeed flattens a parameter group, pads it, and cuts it into equal partitions: routers over all ranks,
-experts over the ranks that hold the same experts. Where each element lies follows from the expert plan
-and the number of ranks alone, so state moves from one topology to another slice by slice, unchanged.
+experts over the ranks that hold the same experts. Where each element lies follows from the expert plan and
+:class:`ParallelDims` alone. So the state moves from one number of ranks to another slice by slice, unchanged.
 """
 
 from collections import OrderedDict
@@ -16,40 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
 from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file, optimizer_file
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.model.moe.layer import expert_group_name
 
 ROUTERS, EXPERTS = 0, 1  # the parameter groups, in pipeline.model.backbone.parameter_groups' order
 FP32 = "fp32"  # the master weights; other fields are the optimizer's own, such as exp_avg
-ALIGNMENT = 2  # elements a partition: DeepSpeed's nccl_start_alignment_factor
-
-
-@dataclass(frozen=True)
-class Topology:
-    """So many ranks, in expert-parallel groups of ``ep_size``."""
-
-    ranks: int
-    ep_size: int
-
-    @classmethod
-    def checked(cls, ranks: int, ep_size: int) -> "Topology":
-        """A topology that a user asks for.
-
-        Raises:
-            UserError: the ranks can't be divided into such groups.
-        """
-        if ranks < 1 or ep_size < 1 or ranks % ep_size:
-            raise UserError(
-                f"ranks {ranks}, ep_size {ep_size}: the ranks must be a multiple of ep_size, and both at least 1"
-            )
-        return cls(ranks, ep_size)
+ALIGNMENT = 2  # elements; DeepSpeed's nccl_start_alignment_factor
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One parameter in a flat group: its name in every topology, its name on its rank, and where it begins."""
+    """One parameter in a flat group.
+
+    Attributes:
+        key: its name on any number of ranks, with the expert's number in the layer.
+        local_name: its name on the rank that holds it, with the expert's slot.
+        start: its first element's place in the flat group.
+        numel: its number of elements.
+    """
 
     key: str
     local_name: str
@@ -59,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """A parameter group as one rank flattens it, and its partitions."""
+    """A parameter group as one rank flattens it, cut into ``num_partitions`` equal partitions."""
 
     entries: tuple[Entry, ...]
     num_partitions: int
@@ -71,7 +56,7 @@ class FlatGroup:
 
     @property
     def partition_size(self) -> int:
-        """Elements a partition, padding included."""
+        """Elements per partition, padding included."""
         alignment = ALIGNMENT * self.num_partitions
         return -(-self.numel // alignment) * alignment // self.num_partitions
 
@@ -91,47 +76,52 @@ class FlatGroup:
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the layout depends on beside the plan: the routers' names and sizes, an expert's weights'."""
+    """What the layout depends on besides the plan.
+
+    Attributes:
+        routers: name and number of elements of each router parameter.
+        expert: the same for each weight of one expert.
+        expert_prefixes: for each MoE layer, the start of its experts' names, up to the expert's number.
+    """
 
     routers: tuple[tuple[str, int], ...]
     expert: tuple[tuple[str, int], ...]
-    expert_prefixes: tuple[str, ...]  # of each MoE layer, up to the expert's number
+    expert_prefixes: tuple[str, ...]
 
 
 class Layout:
     """Where each parameter lies in the flat groups of each rank."""
 
-    def __init__(self, plan: ExpertPlan, shapes: Shapes, topology: Topology) -> None:
-        self.plan, self.shapes, self.topology = plan, shapes, topology
-        self.placement = list(plan.placement(topology.ep_size).values())
+    def __init__(self, plan: ExpertPlan, shapes: Shapes, dims: ParallelDims) -> None:
+        self.plan, self.shapes, self.dims = plan, shapes, dims
+        self.placement = list(plan.placement(dims.ep_size).values())
 
-    @cache  # noqa: B019 - as long-lived as the layout
+    @cache  # noqa: B019 - lives as long as the layout
     def group(self, group: int, ep_rank: int) -> FlatGroup:
-        """A parameter group as the ranks of this place in their expert-parallel groups flatten it."""
+        """A parameter group as ranks flatten it whose place in their expert-parallel group is ``ep_rank``."""
         if group == ROUTERS:
-            return _flat([(name, name, numel) for name, numel in self.shapes.routers], self.topology.ranks)
+            return _flat([(name, name, numel) for name, numel in self.shapes.routers], self.dims.world_size)
         parameters = [
             (f"{prefix}{number - 1}.{name}", f"{prefix}{slot}.{name}", numel)
             for prefix, ranks in zip(self.shapes.expert_prefixes, self.placement, strict=True)
             for slot, number in enumerate(ranks[ep_rank])
             for name, numel in self.shapes.expert
         ]
-        return _flat(parameters, self.topology.ranks // self.topology.ep_size)
+        return _flat(parameters, self.dims.num_replicas)
 
-    def place(self, group: int, rank: int) -> tuple[int, int]:
-        """(place in the expert-parallel group, partition) of a rank."""
-        ep_rank = rank % self.topology.ep_size
-        return ep_rank, rank if group == ROUTERS else rank // self.topology.ep_size
+    def partition(self, group: int) -> int:
+        """The partition of a group that this rank (``dims.rank``) holds."""
+        return self.dims.rank if group == ROUTERS else self.dims.edp_rank
 
     def rank(self, group: int, ep_rank: int, partition: int) -> int:
         """The rank that holds a partition."""
-        return partition if group == ROUTERS else partition * self.topology.ep_size + ep_rank
+        return partition if group == ROUTERS else partition * self.dims.ep_size + ep_rank
 
     @cached_property
     def index(self) -> dict[str, tuple[int, int, int]]:
-        """For each parameter: its group, the place in the expert-parallel group that holds it, and where it begins."""
+        """For each parameter's key: its group, the ``ep_rank`` that holds it, and its first element's place there."""
         result = {entry.key: (ROUTERS, 0, entry.start) for entry in self.group(ROUTERS, 0).entries}
-        for ep_rank in range(self.topology.ep_size):
+        for ep_rank in range(self.dims.ep_size):
             for entry in self.group(EXPERTS, ep_rank).entries:
                 result[entry.key] = EXPERTS, ep_rank, entry.start
         return result
@@ -146,16 +136,16 @@ def _flat(parameters: list[tuple[str, str, int]], num_partitions: int) -> FlatGr
 
 
 class SavedOptimizer:
-    """The ZeRO optimizer files of one checkpoint, mapped, not read.
+    """The ZeRO optimizer files of one checkpoint, mapped into memory, not read.
 
     Args:
         folder: the checkpoint's tag folder.
         plan: its expert plan.
-        topology: the ranks that saved it.
+        dims: of the ranks that saved it.
     """
 
-    def __init__(self, folder: Path, plan: ExpertPlan, topology: Topology) -> None:
-        self.folder, self.plan, self.topology = folder, plan, topology
+    def __init__(self, folder: Path, plan: ExpertPlan, dims: ParallelDims) -> None:
+        self.folder, self.plan, self.dims = folder, plan, dims
         self.bf16 = (folder / optimizer_file(0, bf16=True)).is_file()
 
     @cached_property
@@ -174,7 +164,7 @@ class SavedOptimizer:
     @cached_property
     def layout(self) -> Layout:
         """Where everything lies in the files."""
-        return Layout(self.plan, self.shapes, self.topology)
+        return Layout(self.plan, self.shapes, self.dims)
 
     @lru_cache(maxsize=16)  # noqa: B019 - a mapped file costs address space and a handle, not memory
     def _file(self, rank: int) -> dict[str, Any]:
@@ -187,7 +177,7 @@ class SavedOptimizer:
         return state["base_optimizer_state"]["state"][group][field]
 
     def copy(self, key: str, field: str, first: int, target: Tensor) -> None:
-        """Fill ``target`` with a parameter's elements from ``first`` on."""
+        """Fill ``target`` with a parameter's elements, beginning with element ``first``."""
         group, ep_rank, start = self.layout.index[key]
         size = self.layout.group(group, ep_rank).partition_size
         done = 0
@@ -206,16 +196,21 @@ class SavedOptimizer:
         self.copy(key, field, 0, target)
         return target
 
-    def file_for(self, rank: int, topology: Topology, new_tensor: Callable[[int], Tensor]) -> dict[str, Any]:
-        """The optimizer file of a rank in another topology, its tensors made by ``new_tensor``, not filled."""
-        return {**self._file(0), "optimizer_state_dict": self._skeleton(rank, topology, new_tensor)}
+    def file_for(self, dims: ParallelDims, new_tensor: Callable[[int], Tensor]) -> dict[str, Any]:
+        """The optimizer file for rank ``dims.rank`` of other ranks, laid out but not filled.
 
-    def _skeleton(self, rank: int, topology: Topology, new_tensor: Callable[[int], Tensor]) -> dict[str, Any]:
-        layout, old = Layout(self.plan, self.shapes, topology), self._file(0)["optimizer_state_dict"]
+        Args:
+            dims: of the other ranks.
+            new_tensor: makes a tensor of so many elements.
+        """
+        return {**self._file(0), "optimizer_state_dict": self._skeleton(dims, new_tensor)}
+
+    def _skeleton(self, dims: ParallelDims, new_tensor: Callable[[int], Tensor]) -> dict[str, Any]:
+        layout, old = Layout(self.plan, self.shapes, dims), self._file(0)["optimizer_state_dict"]
         groups = range(len(old["single_partition_of_fp32_groups"]))
-        places = [layout.place(group, rank) for group in groups]
-        flats = [layout.group(group, ep_rank) for group, (ep_rank, _) in zip(groups, places, strict=True)]
-        paddings = [flat.padding(place[1]) for flat, place in zip(flats, places, strict=True)]
+        partitions = [layout.partition(group) for group in groups]
+        flats = [layout.group(group, dims.ep_rank) for group in groups]
+        paddings = [flat.padding(partition) for flat, partition in zip(flats, partitions, strict=True)]
         # DeepSpeed's bf16 optimizer stores the fp32 weights with their padding, its fp32 one without.
         lean = [0 if self.bf16 else padding for padding in paddings]
         base = old["base_optimizer_state"]
@@ -226,48 +221,51 @@ class SavedOptimizer:
             }
             for group, state in base["state"].items()
         }
-        alignment = "param_alignment_paddings"  # within a group; none is asked for
+        alignment = "param_alignment_paddings"  # between parameters of a group; we ask for none
         return {
             **old,
             **({alignment: [[0] * len(flat.entries) for flat in flats]} if alignment in old else {}),
-            "base_optimizer_state": {"state": states, "param_groups": _renamed(base["param_groups"], topology)},
+            "base_optimizer_state": {"state": states, "param_groups": _renamed(base["param_groups"], dims)},
             "single_partition_of_fp32_groups": [
                 new_tensor(flat.partition_size - less) for flat, less in zip(flats, lean, strict=True)
             ],
             "group_paddings": paddings,
             "partition_count": [flat.num_partitions for flat in flats],
-            "param_slice_mappings": [_slices(flat, place[1]) for flat, place in zip(flats, places, strict=True)],
+            "param_slice_mappings": [_slices(flat, part) for flat, part in zip(flats, partitions, strict=True)],
         }
 
-    def fill(self, state: dict[str, Any], rank: int, topology: Topology) -> None:
-        """Copy into the tensors of :meth:`file_for`'s optimizer state, one parameter at a time."""
-        layout = Layout(self.plan, self.shapes, topology)
+    def fill(self, state: dict[str, Any], dims: ParallelDims) -> None:
+        """Copy the values into the tensors that :meth:`file_for` laid out, one parameter at a time.
+
+        Args:
+            state: the ``optimizer_state_dict`` of that file.
+            dims: as given to :meth:`file_for`.
+        """
+        layout = Layout(self.plan, self.shapes, dims)
         for group, weights in enumerate(state["single_partition_of_fp32_groups"]):
             moments = state["base_optimizer_state"]["state"].get(group, {})
             fields = {FP32: weights} | {name: tensor for name, tensor in moments.items() if tensor.ndim}
             for name, tensor in moments.items():
                 if not tensor.ndim:  # such as the number of steps
                     tensor.copy_(self._field(0, group, name))
-            ep_rank, partition = layout.place(group, rank)
-            flat = layout.group(group, ep_rank)
+            flat = layout.group(group, dims.ep_rank)
             for name, tensor in fields.items():
                 end = 0
-                for entry, first, last, place in flat.overlaps(partition):
+                for entry, first, last, place in flat.overlaps(layout.partition(group)):
                     end = place + last - first
                     self.copy(entry.key, name, first, tensor[place:end])
                 tensor[end:] = 0.0
 
-    def state_for(self, rank: int, topology: Topology) -> dict[str, Any]:
-        """What the optimizer file of a rank in another topology holds."""
-        file = self.file_for(rank, topology, torch.empty)
-        self.fill(file["optimizer_state_dict"], rank, topology)
+    def state_for(self, dims: ParallelDims) -> dict[str, Any]:
+        """The filled optimizer file of rank ``dims.rank`` of other ranks."""
+        file = self.file_for(dims, torch.empty)
+        self.fill(file["optimizer_state_dict"], dims)
         return file
 
 
-def _renamed(param_groups: list[dict[str, Any]], topology: Topology) -> list[dict[str, Any]]:
-    """DeepSpeed finds the experts' process group by the parameter group's name."""
-    name = expert_group_name(topology.ep_size)
-    return [{**group, "name": name} if group.get("moe") else group for group in param_groups]
+def _renamed(param_groups: list[dict[str, Any]], dims: ParallelDims) -> list[dict[str, Any]]:
+    """DeepSpeed finds the experts' process group by the name of their parameter group."""
+    return [{**group, "name": dims.expert_group_name} if group.get("moe") else group for group in param_groups]
 
 
 def _slices(flat: FlatGroup, partition: int) -> "OrderedDict[str, Any]":

@@ -1,4 +1,4 @@
-"""A checkpoint for another number of ranks: the same weights and moments, cut otherwise."""
+"""A checkpoint for another number of ranks: the same weights and moments, divided differently."""
 
 import mmap
 import os
@@ -11,7 +11,7 @@ import torch
 from common.errors import UserError
 from common.files import fsync_path, new_folder, sha256_file, write_text
 from common.progress import progress
-from pipeline.checkpoint.optimizer_state import SavedOptimizer, Topology
+from pipeline.checkpoint.optimizer_state import SavedOptimizer
 from pipeline.checkpoint.store import MANIFEST, complete_tags, read_manifest, write_manifest
 from pipeline.checkpoint.tensors import (
     expert_file,
@@ -22,38 +22,46 @@ from pipeline.checkpoint.tensors import (
     save_tensors,
 )
 from pipeline.checkpoint.verify import damaged_files
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.expert_plan import ExpertPlan
 
 
-def resize(folder: Path, topology: Topology) -> Path:
-    """Write a checkpoint again, for other ranks, beside it: stepNNNNNN-ranksN-epM; ``latest`` then names it.
+def resize(folder: Path, dims: ParallelDims) -> Path:
+    """Write a checkpoint again for other ranks, beside it: stepNNNNNN-ranksN-epM; ``latest`` then names it.
 
-    Optimizer files are laid out on the disk and filled one parameter at a time, so that memory does not
-    grow with the model. Expert files are the same files (hard links).
+    Optimizer files are laid out on the disk and filled one parameter at a time, so memory does not grow with
+    the model. Expert files are hard links to the same files.
+
+    Args:
+        folder: the checkpoint.
+        dims: of the ranks that the new one is for.
+
+    Returns:
+        The new checkpoint's folder.
 
     Raises:
         UserError: the checkpoint is damaged, or some rank would hold no expert.
     """
     manifest = _manifest(folder)
     plan = ExpertPlan.model_validate(manifest["expert_plan"])
-    plan.placement(topology.ep_size)
+    plan.placement(dims.ep_size)
     bad = damaged_files(folder)
     if bad:
         raise UserError(f"{folder}: {', '.join(bad)} damaged or missing; resize an earlier checkpoint")
-    target = folder.with_name(f"{folder.name.partition('-')[0]}-ranks{topology.ranks}-ep{topology.ep_size}")
+    target = folder.with_name(f"{folder.name.partition('-')[0]}-ranks{dims.world_size}-ep{dims.ep_size}")
     if (target / MANIFEST).is_file():
-        raise UserError(f"{target}: is there already; delete it to write it again")
+        raise UserError(f"{target}: exists already; delete it to write it again")
     with new_folder(target) as temporary:
         _link_experts(folder, temporary, plan)
         main = load_tensors(folder / main_file())
-        save_tensors({**main, "dp_world_size": topology.ranks}, temporary / main_file())
-        _write_optimizer(folder, temporary, manifest, plan, topology)
+        save_tensors({**main, "dp_world_size": dims.world_size}, temporary / main_file())
+        _write_optimizer(folder, temporary, manifest, plan, dims)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in sorted(temporary.iterdir())
         }
         fsync_path(temporary)
-        changed = {"ranks": topology.ranks, "ep_size": topology.ep_size, "resized_from": folder.name}
+        changed = {"ranks": dims.world_size, "ep_size": dims.ep_size, "resized_from": folder.name}
         write_manifest(temporary, {**manifest, **changed, "files": files})
     if complete_tags(folder.parent)[0] == target.name:
         write_text(folder.parent / "latest", target.name)
@@ -63,7 +71,7 @@ def resize(folder: Path, topology: Topology) -> Path:
 def _manifest(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if "expert_plan" not in manifest or "ranks" not in manifest:
-        raise UserError(f"{folder}: is no training checkpoint; name one such as runs/NAME/stage1/step000050")
+        raise UserError(f"{folder}: is not a training checkpoint; name one such as runs/NAME/stage1/step000050")
     return manifest
 
 
@@ -79,27 +87,27 @@ def _link_experts(folder: Path, target: Path, plan: ExpertPlan) -> None:
 
 
 def _write_optimizer(
-    folder: Path, target: Path, manifest: dict[str, Any], plan: ExpertPlan, topology: Topology
+    folder: Path, target: Path, manifest: dict[str, Any], plan: ExpertPlan, dims: ParallelDims
 ) -> None:
     if (folder / router_optimizer_file(0)).is_file():  # stage 2: every rank holds all of it
-        for ep_rank in range(topology.ep_size):
+        for ep_rank in range(dims.ep_size):
             shutil.copyfile(folder / router_optimizer_file(0), target / router_optimizer_file(ep_rank))
         return
-    saved = SavedOptimizer(folder, plan, Topology(manifest["ranks"], manifest["ep_size"]))
-    with progress(topology.ranks, "resize", "rank") as bar:
-        for rank in range(topology.ranks):
-            _write_rank(saved, target / optimizer_file(rank, bf16=saved.bf16), rank, topology)
+    saved = SavedOptimizer(folder, plan, ParallelDims(manifest["ranks"], manifest["ep_size"]))
+    with progress(dims.world_size, "resize", "rank") as bar:
+        for rank in range(dims.world_size):
+            _write_rank(saved, target / optimizer_file(rank, bf16=saved.bf16), dims.at_rank(rank))
             bar.update(1)
 
 
-def _write_rank(saved: SavedOptimizer, path: Path, rank: int, topology: Topology) -> None:
+def _write_rank(saved: SavedOptimizer, path: Path, dims: ParallelDims) -> None:
     """Lay out one rank's file without its data, then fill it through a shared mapping."""
-    file = saved.file_for(rank, topology, torch.empty)  # takes no memory until it is written to
+    file = saved.file_for(dims, torch.empty)  # uses no memory until it is written to
     with torch.serialization.skip_data():
         torch.save(file, path)
     del file
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         state = load_tensors(path)
-    saved.fill(state["optimizer_state_dict"], rank, topology)
+    saved.fill(state["optimizer_state_dict"], dims)
     del state
     fsync_path(path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.model.backbone import Stage, decoder_layers, install_moe_layers, moe_layers, train_only
+from pipeline.model.backbone import Stage, decoder_layers, install_moe_layers, train_only
 from pipeline.model.expert_plan import ExpertPlan
 
 TOKENS = 256
@@ -76,6 +76,4 @@ def _saved_by_layer(model: Any) -> dict[int, int]:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(input_ids=ids, use_cache=False).logits
     del output
-    for layer in moe_layers(model):
-        layer.routing = None
     return saved

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint.optimizer_state import Topology
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.activations import LayerActivations
 from pipeline.model.backbone import Stage
 from pipeline.model.expert_plan import ExpertPlan
@@ -60,7 +60,7 @@ def router_parameters(sizes: ModelSizes, plan: ExpertPlan, stage: Stage) -> int:
 def memory_by_kind(
     sizes: ModelSizes,
     plan: ExpertPlan,
-    topology: Topology,
+    dims: ParallelDims,
     batch: Batch,
     layers: LayerActivations,
     *,
@@ -77,10 +77,10 @@ def memory_by_kind(
         process: bytes of the process before it holds any model.
     """
     width = dtype.itemsize
-    experts = max(experts_by_rank(plan, topology.ep_size)) * sizes.mlp
+    experts = max(experts_by_rank(plan, dims.ep_size)) * sizes.mlp
     routers = router_parameters(sizes, plan, stage)
     trained = routers + (experts if stage == 1 else 0)
-    divided = routers / topology.ranks + (experts * topology.ep_size / topology.ranks if stage == 1 else 0)
+    divided = routers / dims.world_size + (experts * dims.ep_size / dims.world_size if stage == 1 else 0)
     weights = (sizes.total + experts) * width + routers * (width if stage == 1 else 4)
     kinds = {
         "process": float(process),
@@ -109,17 +109,17 @@ def _activations(plan: ExpertPlan, batch: Batch, layers: LayerActivations, hidde
 
 
 def network_per_token(
-    sizes: ModelSizes, plan: ExpertPlan, topology: Topology, batch: Batch, *, dtype: torch.dtype, stage: Stage
+    sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, batch: Batch, *, dtype: torch.dtype, stage: Stage
 ) -> dict[str, float]:
     """Bytes that leave a rank for each token it computes, if routers choose all experts alike.
 
     ``tokens`` there and back, forward and backward; ``gradients`` and ``weights`` once a step, in a ring.
     """
-    away = (topology.ep_size - 1) / topology.ep_size
+    away = (dims.ep_size - 1) / dims.ep_size
     trips = 4 + (2 if batch.checkpoint_activations else 0)
     rows = sum(plan.top_k * (count - 1) / count for count in plan.counts if count > 1)
-    experts = max(experts_by_rank(plan, topology.ep_size)) * sizes.mlp if stage == 1 else 0
-    routers, replicas = router_parameters(sizes, plan, stage), topology.ranks // topology.ep_size
+    experts = max(experts_by_rank(plan, dims.ep_size)) * sizes.mlp if stage == 1 else 0
+    routers, replicas = router_parameters(sizes, plan, stage), dims.num_replicas
     in_a_step = batch.tokens * batch.accumulation
 
     def ring(parameters: float, ranks: int) -> float:
@@ -127,16 +127,16 @@ def network_per_token(
 
     return {
         "tokens": rows * away * trips * sizes.hidden * dtype.itemsize,
-        "gradients": 4 * 2 * (ring(experts, replicas) + ring(routers, topology.ranks)),
-        "weights": dtype.itemsize * (ring(experts, replicas) + ring(routers, topology.ranks)) if stage == 1 else 0.0,
+        "gradients": 4 * 2 * (ring(experts, replicas) + ring(routers, dims.world_size)),
+        "weights": dtype.itemsize * (ring(experts, replicas) + ring(routers, dims.world_size)) if stage == 1 else 0.0,
     }
 
 
-def checkpoint_bytes(sizes: ModelSizes, plan: ExpertPlan, topology: Topology, dtype: torch.dtype, stage: Stage) -> int:
+def checkpoint_bytes(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, dtype: torch.dtype, stage: Stage) -> int:
     """What trained: weights, and masters and moments in fp32."""
     routers = router_parameters(sizes, plan, stage)
     if stage == 2:
-        return routers * (4 + 8 * topology.ep_size)  # every expert-parallel rank writes the routers' optimizer
+        return routers * (4 + 8 * dims.ep_size)  # every expert-parallel rank writes the routers' optimizer
     return (sum(plan.num_new) * sizes.mlp + routers) * (dtype.itemsize + 4 + 8)
 
 

@@ -8,8 +8,8 @@ import torch
 
 from common.errors import UserError
 from common.text_table import aligned
-from pipeline.checkpoint.optimizer_state import Topology
 from pipeline.config.run import RunConfig
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.activations import measure_layers
 from pipeline.estimate.memory import (
     Batch,
@@ -43,8 +43,8 @@ class Estimate:
         UserError: the device is unknown, the model can't be had, or its plan can't be known yet.
     """
 
-    def __init__(self, run: RunConfig, topology: Topology, device: str | None) -> None:
-        self.run, self.topology = run, topology
+    def __init__(self, run: RunConfig, dims: ParallelDims, device: str | None) -> None:
+        self.run, self.dims = run, dims
         self.capacity = None if device in (None, "cpu") else device_bytes(str(device))
         self.config = model_config(model_folder(run.model))
         self.dtype = training_dtype(read_ds_config(run.deepspeed))
@@ -60,30 +60,30 @@ class Estimate:
         """The stages that the run has."""
         return [1, 2] if self.run.stage2 else [1]
 
-    def batch(self, stage: Stage, topology: Topology) -> Batch:
+    def batch(self, stage: Stage, dims: ParallelDims) -> Batch:
         """One rank's micro-batch."""
         settings = self.run.stage(stage)
-        shape = batch_shape(self.run, settings, topology.ranks, "cuda" if self.capacity else "cpu")
+        shape = batch_shape(self.run, settings, dims.world_size, "cuda" if self.capacity else "cpu")
         return Batch(
             shape.micro_batch, settings.sequence_length, shape.accumulation, settings.activation_checkpointing
         )
 
-    def memory(self, stage: Stage, topology: Topology | None = None) -> dict[str, float]:
+    def memory(self, stage: Stage, dims: ParallelDims | None = None) -> dict[str, float]:
         """Bytes of the fullest rank by kind."""
-        topology = topology or self.topology
+        dims = dims or self.dims
         return memory_by_kind(
-            self.sizes, self.plan, topology, self.batch(stage, topology), self.layers[stage],
+            self.sizes, self.plan, dims, self.batch(stage, dims), self.layers[stage],
             dtype=self.dtype, stage=stage, process=self.process,
         )  # fmt: skip
 
     def smallest_ep_size(self) -> int | None:
         """The smallest ep_size with which both stages fit the device; None if none does."""
         assert self.capacity is not None
-        for ep_size in range(1, self.topology.ranks + 1):
-            if self.topology.ranks % ep_size or ep_size > sum(self.plan.num_new):
+        for ep_size in range(1, self.dims.world_size + 1):
+            if self.dims.world_size % ep_size or ep_size > sum(self.plan.num_new):
                 continue
-            topology = Topology(self.topology.ranks, ep_size)
-            if all(self.memory(stage, topology)["peak"] <= USABLE * self.capacity for stage in self.stages):
+            dims = ParallelDims(self.dims.world_size, ep_size)
+            if all(self.memory(stage, dims)["peak"] <= USABLE * self.capacity for stage in self.stages):
                 return ep_size
         return None
 
@@ -95,7 +95,7 @@ class Estimate:
             f"{sum(self.plan.num_new)} new experts; {counts['active'] / 1e6:,.1f} M active a token; "
             f"{counts['stage1_trained'] / 1e6:,.1f} M train in stage 1, {counts['stage2_trained'] / 1e6:,.2f} M in 2",
             f"experts by layer ({self.plan_note}): {' '.join(map(str, self.plan.counts))}",
-            f"ranks: {self.topology.ranks}, ep_size {self.topology.ep_size}, {str(self.dtype).removeprefix('torch.')}",
+            f"ranks: {self.dims.world_size}, ep_size {self.dims.ep_size}, {str(self.dtype).removeprefix('torch.')}",
             "",
             self._memory_table(),
             "",
@@ -117,7 +117,7 @@ class Estimate:
     def _work_rows(self, tokens_per_second: float | None) -> list[list[str]]:
         network = {
             stage: network_per_token(
-                self.sizes, self.plan, self.topology, self.batch(stage, self.topology), dtype=self.dtype, stage=stage
+                self.sizes, self.plan, self.dims, self.batch(stage, self.dims), dtype=self.dtype, stage=stage
             )
             for stage in self.stages
         }
@@ -127,7 +127,7 @@ class Estimate:
             rows.append(
                 [f"network KB a token: {kind}", *(f"{network[stage][kind] / 1e3:.1f}" for stage in self.stages)]
             )
-        sizes = (checkpoint_bytes(self.sizes, self.plan, self.topology, self.dtype, stage) for stage in self.stages)
+        sizes = (checkpoint_bytes(self.sizes, self.plan, self.dims, self.dtype, stage) for stage in self.stages)
         rows.append(["checkpoint GB", *(f"{size / 1e9:.3f}" for size in sizes)])
         rows.append(["tokens", *(f"{settings[stage].tokens:,}" for stage in self.stages)])
         rows.append(["steps", *(f"{settings[stage].num_steps:,}" for stage in self.stages)])
@@ -138,7 +138,7 @@ class Estimate:
         return rows
 
     def _shape(self, stage: Stage) -> str:
-        batch = self.batch(stage, self.topology)
+        batch = self.batch(stage, self.dims)
         return f"{batch.sequences} x {batch.sequence_length} x {batch.accumulation}"
 
     def _measured_speed(self, stage: Stage) -> float | None:
@@ -153,10 +153,10 @@ class Estimate:
         device = f"{self.capacity / 1e9:.0f} GB a device, {USABLE:.0%} of it used"
         if smallest is None:
             return (
-                f"does not fit {self.topology.ranks} ranks of {device}: use more ranks, a smaller "
+                f"does not fit {self.dims.world_size} ranks of {device}: use more ranks, a smaller "
                 "parallel.micro_batch_size, or activation_checkpointing"
             )
-        return f"smallest ep_size that fits {self.topology.ranks} ranks ({device}): {smallest}"
+        return f"smallest ep_size that fits {self.dims.world_size} ranks ({device}): {smallest}"
 
 
 def device_bytes(device: str) -> float:
@@ -213,5 +213,5 @@ def estimate(run: RunConfig, options: Any) -> int:
     ranks = options.ranks or run.parallel.ranks
     ep_size = options.ep_size or (run.parallel.ep_size if ranks % run.parallel.ep_size == 0 else 1)
     torch.manual_seed(0)
-    print(Estimate(run, Topology.checked(ranks, ep_size), options.device).text(options.tokens_per_second))
+    print(Estimate(run, ParallelDims.from_options(ranks, ep_size), options.device).text(options.tokens_per_second))
     return 0

@@ -10,7 +10,7 @@ from torch import nn
 from common.errors import UserError
 from common.files import sha256_file
 from pipeline import checkpoint
-from pipeline.distributed.process_group import Ranks
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import moe_layers, move
 from pipeline.model.expert_plan import ExpertPlan
@@ -89,15 +89,15 @@ def checkpoint_to_score(
 
 
 def load_model(
-    scored: Scored, upcycled: Path, plan: ExpertPlan, dtype: torch.dtype, *, ep_size: int, ranks: Ranks
+    scored: Scored, upcycled: Path, plan: ExpertPlan, dtype: torch.dtype, dims: ParallelDims, device: torch.device
 ) -> nn.Module:
     """The upcycled model with a checkpoint's weights, each rank with its own experts, ready to score."""
     stage2 = any(folder.parent.name == "stage2" for folder in scored.folders)
-    model = load_upcycled(upcycled, plan, dtype, ep_size=ep_size, ep_rank=ranks.rank % ep_size, classifiers=stage2)
+    model = load_upcycled(upcycled, plan, dtype, dims, classifiers=stage2)
     for folder in scored.folders:
         checkpoint.read_weights(model, folder)
-    move(model, ranks.device)
-    if ep_size > 1:
+    move(model, device)
+    if dims.ep_size > 1:
         for layer in moe_layers(model):
             layer.set_deepspeed_parallelism()
     return model.eval()

@@ -11,6 +11,7 @@ from torch import nn
 
 from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.evaluation.checkpoints import Scored, load_model
 from pipeline.evaluation.score_cache import ScoreCache
@@ -76,8 +77,8 @@ class Evaluator:
     def _load(self, scored: Scored, ranks: Ranks) -> nn.Module:
         if scored.label == BASE:
             return load_dense(self.dense, self.dtype, ranks.device)
-        ep_size = self.run.parallel.ep_size
-        return load_model(scored, self.upcycled, self.plan, self.dtype, ep_size=ep_size, ranks=ranks)
+        dims = ParallelDims(ranks.world_size, self.run.parallel.ep_size, ranks.rank)
+        return load_model(scored, self.upcycled, self.plan, self.dtype, dims, ranks.device)
 
     def result(self, models: list[Scored], parameters: dict[str, int]) -> Evaluation:
         """Everything that ``evaluation.json`` holds, from the cache alone; the base model is the first of the models.

@@ -11,10 +11,11 @@ from data_prep.store import TokenStore
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.losses import routing_statistics, token_losses
 from pipeline.model.backbone import moe_layers
+from pipeline.model.moe import collect_routings
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
-
-LENGTH_MULTIPLE = 64  # padded up to: kernels are made once for each length
+LENGTH_MULTIPLE = 64  # lengths are padded to a multiple: kernels are made once per length
+STATISTICS = ("tokens", "on_expert_0", "probability_0", "classified_old")  # of routing_statistics
 
 
 @dataclass(frozen=True)
@@ -95,23 +96,21 @@ def score_set(
     windows = document_windows(store, name, window, max_tokens)
     batches = make_batches(windows, TOKENS_PER_BATCH[ranks.device.type])
     num_documents = max(w.document for w in windows) + 1
-    layers = moe_layers(model)
+    num_layers = len(moe_layers(model))
     bits = torch.zeros(num_documents, dtype=torch.float64)
-    routing = torch.zeros(len(layers), 4, dtype=torch.float64)
+    routed = torch.zeros(num_layers, len(STATISTICS), dtype=torch.float64)
     for start in range(0, len(batches), ranks.world_size):
         ranks.at(f"scoring {name}, batch {start // ranks.world_size + 1}")
         mine = batches[start + ranks.rank] if start + ranks.rank < len(batches) else []
-        _score_batch(model, mine, store.separator_id, ranks.device, bits)
+        with collect_routings(model) as routings:
+            _score_batch(model, mine, store.separator_id, ranks.device, bits)
         mask = _mask(mine).flatten().to(ranks.device)
-        for index, layer in enumerate(layers):
-            assert layer.routing is not None
-            sums = routing_statistics(layer.routing, mask)
-            layer.routing = None
-            keys = ("tokens", "on_expert_0", "probability_0", "classified_old")
-            routing[index] += torch.stack([sums[key] for key in keys]).cpu().double()
-    packed = ranks.sum(torch.cat([bits, routing.flatten()]).to(ranks.device)).cpu()
-    bits, routing = packed[:num_documents], packed[num_documents:].view(len(layers), 4)
-    shares = (routing[:, 1:] / routing[:, :1].clamp(min=1)).T.tolist() if layers else [[], [], []]
+        for index, routing in enumerate(routings):
+            sums = routing_statistics(routing, mask)
+            routed[index] += torch.stack([sums[key] for key in STATISTICS]).cpu().double()
+    packed = ranks.sum(torch.cat([bits, routed.flatten()]).to(ranks.device)).cpu()
+    bits, routed = packed[:num_documents], packed[num_documents:].view(num_layers, len(STATISTICS))
+    shares = (routed[:, 1:] / routed[:, :1].clamp(min=1)).T.tolist() if num_layers else [[], [], []]
     documents = store.held_out_documents(name)[:num_documents]
     return SetScore(bits.numpy(), np.array([d.characters for d in documents]), *shares)
 

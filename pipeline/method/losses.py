@@ -106,7 +106,7 @@ def load_balancing_loss(
 def _choices(routing: Routing, ones_T: Tensor) -> Tensor:
     """How many of the counted tokens' choices fall on each expert, [E], fp32."""
     num_experts = routing.scores_TE.shape[1]
-    weights = (ones_T.unsqueeze(-1) * routing.taken_TK).flatten()
+    weights = (ones_T.unsqueeze(-1) * routing.active_TK).flatten()
     return torch.zeros(num_experts, device=ones_T.device).index_add_(0, routing.ids_TK.flatten(), weights)
 
 
@@ -146,7 +146,7 @@ def routing_statistics(routing: Routing, mask_T: Tensor) -> dict[str, Any]:
         ``classified_old``: tokens that the classifier sends to expert 0 alone; ``choices``: [E].
     """
     mask = mask_T.float()
-    on_expert_0 = ((routing.ids_TK == 0) & routing.taken_TK).any(-1)
+    on_expert_0 = ((routing.ids_TK == 0) & routing.active_TK).any(-1)
     logits = routing.class_logits_TC
     old = torch.zeros_like(mask) if logits is None else (logits[:, OLD] > logits[:, NEW]).float()
     return {

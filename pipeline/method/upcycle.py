@@ -14,7 +14,17 @@ from common.errors import UserError
 from common.files import new_folder, sha256_file, write_text
 from common.progress import progress
 from pipeline.checkpoint import expert_file, main_file, read_weights, save_tensors, write_manifest
-from pipeline.model.backbone import decoder_layers, empty_model, find_mlp, install_moe_layers, load_dense, moe_layers
+from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.model.backbone import (
+    ONE_RANK,
+    decoder_layers,
+    empty_model,
+    find_mlp,
+    install_moe_layers,
+    load_dense,
+    model_config,
+    moe_layers,
+)
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe.experts import fused_weights
 
@@ -87,8 +97,6 @@ def upcycle(
 
 
 def _config_dtype(dense: Path) -> str:
-    from pipeline.model.backbone import model_config
-
     config = model_config(dense)
     return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
 
@@ -138,9 +146,8 @@ def load_upcycled(
     folder: Path,
     plan: ExpertPlan,
     dtype: torch.dtype,
+    dims: ParallelDims = ONE_RANK,
     *,
-    ep_size: int = 1,
-    ep_rank: int = 0,
     classifiers: bool = False,
 ) -> PreTrainedModel:
     """The MoE model with its upcycled weights, each rank with its own experts only.
@@ -149,7 +156,7 @@ def load_upcycled(
         UserError: a file is missing or does not hold what the plan says.
     """
     model = empty_model(folder / HF_FOLDER, dtype)
-    install_moe_layers(model, plan, ep_size=ep_size, ep_rank=ep_rank, classifiers=classifiers)
+    install_moe_layers(model, plan, dims, classifiers=classifiers)
     model.tie_weights()
     missing = read_weights(model, folder / TAG)
     missing = {name for name in missing if not name.endswith(".gate.classifier.weight")}

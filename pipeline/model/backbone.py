@@ -12,11 +12,13 @@ from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
 from pipeline.config.run import ModelConfig
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
 
 Stage = Literal[1, 2]
 transformers_logging.disable_progress_bar()  # ours says more
+ONE_RANK = ParallelDims(world_size=1, ep_size=1)
 _GATED = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -111,14 +113,23 @@ def find_mlp(layer: nn.Module) -> str:
 
 
 def install_moe_layers(
-    model: PreTrainedModel, plan: ExpertPlan, *, ep_size: int = 1, ep_rank: int = 0, classifiers: bool = False
+    model: PreTrainedModel, plan: ExpertPlan, dims: ParallelDims = ONE_RANK, *, classifiers: bool = False
 ) -> dict[int, MoELayer]:
     """Put MoE layers where the plan has new experts; layers of one expert stay dense.
 
-    The new experts' weights are not set. Returned are the MoE layers by decoder layer.
+    The new experts' weights are not set.
+
+    Args:
+        model: the dense model; changed in place.
+        plan: of its experts.
+        dims: how experts are spread over ranks; all on one rank unless given.
+        classifiers: whether the plan's classifier layers get their classifier.
+
+    Returns:
+        The MoE layers, by the number of their decoder layer.
 
     Raises:
-        UserError: the plan is of another number of layers.
+        UserError: the plan is for another number of layers.
     """
     layers = decoder_layers(model)
     if len(layers) != plan.num_layers:
@@ -126,14 +137,14 @@ def install_moe_layers(
             f"expert plan: made for {plan.num_layers} layers, but the model has {len(layers)}; allocate again"
         )
     installed: dict[int, MoELayer] = {}
-    for index, placement in plan.placement(ep_size).items():
+    for index, placement in plan.placement(dims.ep_size).items():
         name = find_mlp(layers[index])
         installed[index] = MoELayer(
             getattr(layers[index], name),
             num_experts=plan.counts[index],
             top_k=plan.top_k,
             placement=placement,
-            ep_rank=ep_rank,
+            dims=dims,
             has_classifier=classifiers and index in plan.classifier_layers,
         )
         setattr(layers[index], name, installed[index])

@@ -1,12 +1,12 @@
 """The steps that train: stage 1 and stage 2, on ranks."""
 
-import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from common.files import content_key, read_json, sha256_file
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.run.context import RunContext
 from pipeline.run.step import Inputs, Result
 
@@ -131,12 +131,7 @@ def check_parallel(context: RunContext, world_size: int, device: str) -> None:
     run = context.run
     read_ds_config(run.deepspeed)
     check_monitors(run.log)
-    ep_size = run.parallel.ep_size
-    if world_size % ep_size:
-        raise UserError(
-            f"parallel.ep_size: {ep_size} does not divide the number of ranks, {world_size}; "
-            f"start a multiple of {ep_size} ranks, or use --set parallel.ep_size={math.gcd(ep_size, world_size)}"
-        )
+    ParallelDims(world_size, run.parallel.ep_size)
     for stage in (run.stage1, run.stage2):
         if stage is not None:
             batch_shape(run, stage, world_size, device)

@@ -18,12 +18,14 @@ from common.errors import AgreedError
 from data_prep.store import TokenStore
 from pipeline import checkpoint
 from pipeline.config.run import RunConfig, Stage1Config, Stage2Config, StageConfig
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks, peak_memory_bytes
 from pipeline.evaluation.scoring import score_set
 from pipeline.method.losses import classifier_loss, load_balancing_loss, lpr_loss, next_token_loss
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import Stage, moe_layers, parameter_groups, train_only
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.moe import collect_routings
 from pipeline.training.ds_config import batch_shape, fill_ds_config, read_ds_config, training_dtype
 from pipeline.training.metrics import StepSums
 from pipeline.training.rank_log import RankLog
@@ -77,7 +79,7 @@ class Trainer:
         self.order: SampleOrder = stage_order(inputs.store, inputs.run.data, self.stage, inputs.run.seed)
         self.set_names = [source.name for source in self.order.sources]
         self.shape = batch_shape(inputs.run, self.stage, ranks.world_size, ranks.device.type)
-        self.topology = checkpoint.Topology(ranks.world_size, inputs.run.parallel.ep_size)
+        self.dims = ParallelDims(ranks.world_size, inputs.run.parallel.ep_size, ranks.rank)
         self._check_weights()
         self.engine = self._build_engine()
         self.guard = StepGuard(inputs.run.bad_steps)
@@ -100,15 +102,13 @@ class Trainer:
             checkpoint.check_sound(inputs.stage1_tag, self.ranks, "train stage 1 again with --force", weights)
 
     def _build_engine(self) -> Any:
-        inputs, ranks, stage = self.inputs, self.ranks, self.stage
+        inputs, stage = self.inputs, self.stage
         ds_config = read_ds_config(inputs.run.deepspeed)
-        ep_size = inputs.run.parallel.ep_size
         model = load_upcycled(
             inputs.upcycled,
             inputs.plan,
             training_dtype(ds_config),
-            ep_size=ep_size,
-            ep_rank=ranks.rank % ep_size,
+            self.dims,
             classifiers=inputs.number == 2,
         )
         if inputs.stage1_tag is not None:
@@ -119,7 +119,9 @@ class Trainer:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         with redirect_stdout(io.StringIO()):  # it prints memory figures, not through its logger
             engine = self._initialize(model, ds_config)
-        engine.checkpoint_engine = checkpoint.AtomicCheckpointEngine(engine._config, engine.module, self.topology)
+        # DeepSpeed writes this list into checkpoints; to it an expert is one that has a file, which expert 0 has not.
+        engine.num_experts = [layer.num_experts - 1 for layer in moe_layers(engine.module)]
+        engine.checkpoint_engine = checkpoint.AtomicCheckpointEngine(engine._config, engine.module, self.dims)
         return engine
 
     def _initialize(self, model: Any, ds_config: dict[str, Any]) -> Any:
@@ -144,7 +146,7 @@ class Trainer:
         """One optimizer step over one global batch; returns its row of metrics."""
         started = time.monotonic()
         self._seed()
-        sums = StepSums(len(self.set_names), [layer.num_experts + 1 for layer in self.layers], self.ranks.device)
+        sums = StepSums(len(self.set_names), [layer.num_experts for layer in self.layers], self.ranks.device)
         for micro_step in range(self.shape.accumulation):
             self._micro_step(micro_step, sums)
             if micro_step < self.shape.accumulation - 1:
@@ -198,8 +200,8 @@ class Trainer:
         first = min(wanted, end - size)
         batch = self.order.batch(first, size)
         counts_T = (torch.arange(first, end)[:size] >= wanted).to(device).repeat_interleave(self.stage.sequence_length)
-        logits_BLV = self.engine(**batch.model_inputs(device), use_cache=False).logits
-        routings = [layer.routing for layer in self.layers if layer.routing is not None]
+        with collect_routings(self.engine.module) as routings:
+            logits_BLV = self.engine(**batch.model_inputs(device), use_cache=False).logits
         losses = self._losses(logits_BLV, batch, counts_T, routings, micro_step)
         sums.add_losses(**{name: loss for name, (loss, _) in losses.items()})
         sources_T = torch.from_numpy(batch.sources).to(device).repeat_interleave(self.stage.sequence_length)
@@ -207,8 +209,6 @@ class Trainer:
         total = sum(weight * loss for loss, weight in losses.values())
         # The engine averages over ranks and divides by the accumulation steps; our sums are divided already.
         self.engine.backward(total * self.ranks.world_size * self.shape.accumulation)
-        for layer in self.layers:
-            layer.routing = None
 
     def _losses(
         self, logits_BLV: torch.Tensor, batch: Batch, counts_T: torch.Tensor, routings: list[Any], micro_step: int
@@ -296,8 +296,8 @@ class Trainer:
             "best_value": self.best_value if self.best_tag else None,
             "best_tag": self.best_tag,
             "bad_steps": self.guard.state(),
-            "ranks": self.topology.ranks,
-            "ep_size": self.topology.ep_size,
+            "ranks": self.dims.world_size,
+            "ep_size": self.dims.ep_size,
             "expert_plan": self.inputs.plan.model_dump(mode="json"),
         }
         figures = checkpoint.save_checkpoint(
@@ -325,8 +325,8 @@ class Trainer:
                 f"{folder}: was saved with other settings of this stage; add --force to begin the stage anew, "
                 "or give the run another name"
             )
-        saved_by = checkpoint.Topology(manifest["ranks"], manifest["ep_size"])
-        if saved_by != self.topology:
+        saved_by = ParallelDims(manifest["ranks"], manifest["ep_size"])
+        if saved_by != self.dims:
             self.engine.checkpoint_engine.saved_by_others = checkpoint.SavedOptimizer(
                 folder, self.inputs.plan, saved_by
             )
@@ -339,5 +339,7 @@ class Trainer:
             if self.ranks.is_first and self.best_tag in checkpoint.complete_tags(self.inputs.folder):
                 checkpoint.mark_best(self.inputs.folder, self.best_tag, self.best_value)
         self.guard.load(manifest["bad_steps"])
-        others = "" if saved_by == self.topology else f" (saved by {saved_by.ranks} ranks, ep_size {saved_by.ep_size})"
+        others = (
+            "" if saved_by == self.dims else f" (saved by {saved_by.world_size} ranks, ep_size {saved_by.ep_size})"
+        )
         self.ranks.say(f"stage {self.inputs.number}: resumed from {folder}{others} after {self.step} steps")

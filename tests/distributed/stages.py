@@ -172,8 +172,8 @@ def move_and_train(
     """Resume from the checkpoint in ``source`` on these ranks, save at once in ``target``, then train on."""
     trainer = Trainer(stage_inputs(tree, number, source), ranks)
     trainer.resume()
-    topology = {"ranks": ranks.world_size, "ep_size": trainer.topology.ep_size}
-    checkpoint.save_checkpoint(trainer.engine, target, trainer.tag, topology, keep=1)
+    dims = {"ranks": ranks.world_size, "ep_size": trainer.dims.ep_size}
+    checkpoint.save_checkpoint(trainer.engine, target, trainer.tag, dims, keep=1)
     rows = [trainer.train_step() for _ in range(trainer.step, steps)]
     trainer.engine.destroy()
     return rows

@@ -9,33 +9,34 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.checkpoint import SavedOptimizer, Topology
+from pipeline.checkpoint import SavedOptimizer
 from pipeline.checkpoint.resize import resize
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.expert_plan import ExpertPlan
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import move_and_train, train_steps, with_parallel
 from tests.helpers.tiny import prepared_run, run_tree
 
-TOPOLOGIES = [Topology(1, 1), Topology(2, 1), Topology(2, 2), Topology(4, 1), Topology(4, 2), Topology(4, 4)]
-PAIRS = list(permutations(TOPOLOGIES, 2))
+ALL_DIMS = [ParallelDims(*shape) for shape in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))]
+PAIRS = list(permutations(ALL_DIMS, 2))
 FEW = [
-    (Topology(1, 1), Topology(2, 2)),
-    (Topology(2, 2), Topology(1, 1)),
-    (Topology(2, 1), Topology(4, 4)),
-    (Topology(4, 4), Topology(2, 1)),
-    (Topology(2, 2), Topology(4, 2)),
-    (Topology(4, 2), Topology(2, 2)),
+    (ParallelDims(1, 1), ParallelDims(2, 2)),
+    (ParallelDims(2, 2), ParallelDims(1, 1)),
+    (ParallelDims(2, 1), ParallelDims(4, 4)),
+    (ParallelDims(4, 4), ParallelDims(2, 1)),
+    (ParallelDims(2, 2), ParallelDims(4, 2)),
+    (ParallelDims(4, 2), ParallelDims(2, 2)),
 ]
 SAVED_AT, STEPS = 3, 5
 
 
-def name(topology: Topology) -> str:
-    return f"{topology.ranks} ranks EP {topology.ep_size}"
+def name(dims: ParallelDims) -> str:
+    return f"{dims.world_size} ranks EP {dims.ep_size}"
 
 
-def spread(tree: dict[str, Any], topology: Topology) -> dict[str, Any]:
+def spread(tree: dict[str, Any], dims: ParallelDims) -> dict[str, Any]:
     """Four samples a micro-step over all ranks, whatever their number."""
-    return with_parallel(tree, ranks=topology.ranks, ep_size=topology.ep_size, micro_batch_size=4 // topology.ranks)
+    return with_parallel(tree, ranks=dims.world_size, ep_size=dims.ep_size, micro_batch_size=4 // dims.world_size)
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +51,14 @@ class Trained:
 
     def __init__(self, pools: Pools, tree: dict[str, Any], folder: Path) -> None:
         self.pools, self.tree, self.folder = pools, tree, folder
-        self.rows: dict[tuple[Topology, int, str], list[dict[str, Any]]] = {}
+        self.rows: dict[tuple[ParallelDims, int, str], list[dict[str, Any]]] = {}
 
-    def __call__(self, topology: Topology, number: int, precision: str) -> tuple[Path, list[dict[str, Any]]]:
-        folder = self.folder / f"{topology.ranks}-{topology.ep_size}-{number}-{precision}"
-        key = topology, number, precision
+    def __call__(self, dims: ParallelDims, number: int, precision: str) -> tuple[Path, list[dict[str, Any]]]:
+        folder = self.folder / f"{dims.world_size}-{dims.ep_size}-{number}-{precision}"
+        key = dims, number, precision
         if key not in self.rows:
-            tree = spread(self.tree | {"deepspeed": f"ds_configs/{precision}_zero1.json"}, topology)
-            pool = self.pools[topology.ranks]
+            tree = spread(self.tree | {"deepspeed": f"ds_configs/{precision}_zero1.json"}, dims)
+            pool = self.pools[dims.world_size]
             self.rows[key] = pool.run(train_steps, tree, number, folder, STEPS, SAVED_AT)[0]["rows"][SAVED_AT:]
         return folder, self.rows[key]
 
@@ -70,7 +71,7 @@ def trained(pools: Pools, tree: dict[str, Any], tmp_path_factory: pytest.TempPat
 def saved_optimizer(folder: Path) -> SavedOptimizer:
     manifest = checkpoint.read_manifest(folder)
     plan = ExpertPlan.model_validate(manifest["expert_plan"]) if "expert_plan" in manifest else PLAN[0]
-    return SavedOptimizer(folder, plan, Topology(manifest["ranks"], manifest["ep_size"]))
+    return SavedOptimizer(folder, plan, ParallelDims(manifest["ranks"], manifest["ep_size"]))
 
 
 PLAN: list[ExpertPlan] = []  # of the run, for checkpoints that the test saves itself
@@ -99,7 +100,7 @@ def same_model_files(ours: Path, theirs: Path) -> None:
 
 
 def move(
-    pools: Pools, trained: Trained, pair: tuple[Topology, Topology], number: int, precision: str, target: Path
+    pools: Pools, trained: Trained, pair: tuple[ParallelDims, ParallelDims], number: int, precision: str, target: Path
 ) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]:
     source, destination = pair
     folder, expected = trained(source, number, precision)
@@ -107,12 +108,12 @@ def move(
         manifest = checkpoint.read_manifest(folder / f"step{SAVED_AT:06d}")
         PLAN.append(ExpertPlan.model_validate(manifest["expert_plan"]))
     tree = spread(trained.tree | {"deepspeed": f"ds_configs/{precision}_zero1.json"}, destination)
-    rows = pools[destination.ranks].run(move_and_train, tree, number, folder, target, STEPS)[0]
+    rows = pools[destination.world_size].run(move_and_train, tree, number, folder, target, STEPS)[0]
     return folder / f"step{SAVED_AT:06d}", rows, expected
 
 
 def check_pair(
-    pools: Pools, trained: Trained, pair: tuple[Topology, Topology], number: int, precision: str, target: Path
+    pools: Pools, trained: Trained, pair: tuple[ParallelDims, ParallelDims], number: int, precision: str, target: Path
 ) -> None:
     source, rows, expected = move(pools, trained, pair, number, precision, target)
     if number == 1:
@@ -137,7 +138,7 @@ def check_pair(
 @pytest.mark.parametrize("pair", FEW, ids=lambda pair: f"{name(pair[0])} to {name(pair[1])}")
 @pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
 def test_resumed_on_other_ranks_the_optimizer_is_exact_and_losses_follow(
-    pools: Pools, trained: Trained, pair: tuple[Topology, Topology], number: int, tmp_path: Path
+    pools: Pools, trained: Trained, pair: tuple[ParallelDims, ParallelDims], number: int, tmp_path: Path
 ) -> None:
     check_pair(pools, trained, pair, number, "fp32", tmp_path)
 
@@ -149,7 +150,7 @@ def test_resumed_on_other_ranks_the_optimizer_is_exact_and_losses_follow(
 def test_every_topology_resumes_on_every_other(
     pools: Pools,
     trained: Trained,
-    pair: tuple[Topology, Topology],
+    pair: tuple[ParallelDims, ParallelDims],
     number: int,
     precision: str,
     tmp_path: Path,
@@ -158,23 +159,23 @@ def test_every_topology_resumes_on_every_other(
 
 
 def test_bf16_masters_and_moments_are_exact_on_other_ranks(pools: Pools, trained: Trained, tmp_path: Path) -> None:
-    check_pair(pools, trained, (Topology(2, 2), Topology(4, 2)), 1, "bf16", tmp_path / "up")
-    check_pair(pools, trained, (Topology(4, 2), Topology(1, 1)), 1, "bf16", tmp_path / "down")
+    check_pair(pools, trained, (ParallelDims(2, 2), ParallelDims(4, 2)), 1, "bf16", tmp_path / "up")
+    check_pair(pools, trained, (ParallelDims(4, 2), ParallelDims(1, 1)), 1, "bf16", tmp_path / "down")
 
 
 @pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
 def test_resize_writes_what_those_ranks_would_have_saved_and_they_resume_from_it(
     pools: Pools, trained: Trained, number: int, tmp_path: Path
 ) -> None:
-    source, _ = trained(Topology(2, 2), number, "fp32")
+    source, _ = trained(ParallelDims(2, 2), number, "fp32")
     folder, tag = tmp_path / "stage", f"step{SAVED_AT:06d}"
     shutil.copytree(source, folder)
-    target = resize(folder / tag, Topology(4, 2))
+    target = resize(folder / tag, ParallelDims(4, 2))
     assert target.name == f"{tag}-ranks4-ep2"
     assert (folder / "latest").read_text() == target.name
     assert checkpoint.damaged_files(target) == []
     # What four ranks save that have loaded the checkpoint themselves: shapes, paddings, mappings, all.
-    _, rows, _ = move(pools, trained, (Topology(2, 2), Topology(4, 2)), number, "fp32", tmp_path / "native")
+    _, rows, _ = move(pools, trained, (ParallelDims(2, 2), ParallelDims(4, 2)), number, "fp32", tmp_path / "native")
     native = tmp_path / "native" / tag
     names = {path.name for path in native.glob("*.pt")}
     # A pool's ranks have also had ep_size 4, and DeepSpeed goes by the largest group that a process has ever made.
@@ -186,7 +187,7 @@ def test_resize_writes_what_those_ranks_would_have_saved_and_they_resume_from_it
         assert_equal(ours, theirs, file)
     assert checkpoint.load_tensors(target / checkpoint.main_file())["dp_world_size"] == 4
     same_model_files(target, native)
-    tree = spread(trained.tree, Topology(4, 2))
+    tree = spread(trained.tree, ParallelDims(4, 2))
     resumed = pools[4].run(move_and_train, tree, number, folder, tmp_path / "again", STEPS)[0]
     assert [row["loss"] for row in resumed] == [row["loss"] for row in rows]
 

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
-from pipeline.checkpoint import Topology
 from pipeline.config.load import parse_run
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.memory import checkpoint_bytes, experts_by_rank, network_per_token
 from pipeline.estimate.report import Estimate
 from tests.distributed.conftest import Pools
@@ -32,41 +32,41 @@ def test_weights_gradients_masters_moments_and_checkpoint_are_what_the_fullest_r
 ) -> None:
     tree = with_parallel(tree, ranks=ranks, ep_size=ep_size, micro_batch_size=2)
     held = pools[ranks].run(held_bytes, tree, number, tmp_path)
-    estimate = Estimate(parse_run(tree, "x"), Topology(ranks, ep_size), None)
+    estimate = Estimate(parse_run(tree, "x"), ParallelDims(ranks, ep_size), None)
     memory = estimate.memory(1 if number == 1 else 2)
     for kind in ("weights", "master weights", "moments"):
         assert memory[kind] == pytest.approx(max(rank[kind] for rank in held), rel=0.02), kind
     if number == 1:  # beside the fp32 sums, one micro-batch's in bf16
         assert memory["gradients"] == pytest.approx(max(rank["gradients"] for rank in held) * 6 / 4, rel=0.02)
-        size = checkpoint_bytes(estimate.sizes, estimate.plan, estimate.topology, estimate.dtype, 1)
+        size = checkpoint_bytes(estimate.sizes, estimate.plan, estimate.dims, estimate.dtype, 1)
         assert held[0]["checkpoint"] == pytest.approx(size, rel=0.02)
 
 
 def test_the_plan_is_the_runs_own_and_the_network_follows_from_it(tree: dict[str, Any]) -> None:
-    estimate = Estimate(parse_run(tree, "x"), Topology(4, 2), None)
+    estimate = Estimate(parse_run(tree, "x"), ParallelDims(4, 2), None)
     assert estimate.plan.counts == (3, 2, 1, 4)
     assert experts_by_rank(estimate.plan, 2) == [3, 3]
-    batch = estimate.batch(1, estimate.topology)
-    network = network_per_token(estimate.sizes, estimate.plan, estimate.topology, batch, dtype=estimate.dtype, stage=1)
+    batch = estimate.batch(1, estimate.dims)
+    network = network_per_token(estimate.sizes, estimate.plan, estimate.dims, batch, dtype=estimate.dtype, stage=1)
     # Two choices a token, 2/3, 1/2 and 3/4 of them new experts, half of those away; four trips of 128 bf16 numbers.
     assert network["tokens"] == pytest.approx(2 * (2 / 3 + 1 / 2 + 3 / 4) / 2 * 4 * 128 * 2)
 
 
 def test_the_smallest_ep_size_that_fits(tree: dict[str, Any]) -> None:
     run = parse_run(tree, "x")
-    whole = Estimate(run, Topology(2, 1), "80GB")
+    whole = Estimate(run, ParallelDims(2, 1), "80GB")
     assert whole.smallest_ep_size() == 1
-    peaks = [whole.memory(1, Topology(2, ep_size))["peak"] for ep_size in (1, 2)]
+    peaks = [whole.memory(1, ParallelDims(2, ep_size))["peak"] for ep_size in (1, 2)]
     assert peaks[1] < peaks[0]
     between = sum(peaks) / 2 / 0.92 / 1e9
-    assert Estimate(run, Topology(2, 1), f"{between}GB").smallest_ep_size() == 2
-    tight = Estimate(run, Topology(2, 1), "0.5GB")
+    assert Estimate(run, ParallelDims(2, 1), f"{between}GB").smallest_ep_size() == 2
+    tight = Estimate(run, ParallelDims(2, 1), "0.5GB")
     assert tight.smallest_ep_size() is None
     assert "does not fit 2 ranks" in tight.text(None)
 
 
 def test_the_text_says_hours_where_a_speed_is_given_and_asks_for_one_where_not(tree: dict[str, Any]) -> None:
-    estimate = Estimate(parse_run(tree, "x"), Topology(1, 1), None)
+    estimate = Estimate(parse_run(tree, "x"), ParallelDims(1, 1), None)
     assert "for the hours give --tokens-per-second" in estimate.text(None)
     text = estimate.text(1536.0)
     assert "hours" in text and "unknown" not in text
@@ -86,9 +86,9 @@ def test_the_text_says_hours_where_a_speed_is_given_and_asks_for_one_where_not(t
 def test_an_unknown_device_and_a_delta_before_similarities_are_one_line(tree: dict[str, Any], tmp_path: Path) -> None:
     run = parse_run(tree, "x")
     with pytest.raises(UserError, match="--device abacus: unknown; use cpu, a100"):
-        Estimate(run, Topology(1, 1), "abacus")
+        Estimate(run, ParallelDims(1, 1), "abacus")
     early = {**tree, "name": "early", "experts": {"allocation": "layerwise", "delta": 9.0}}
     with pytest.raises(UserError, match="--until allocate first"):
-        Estimate(parse_run(early, "x"), Topology(1, 1), None)
+        Estimate(parse_run(early, "x"), ParallelDims(1, 1), None)
     spread = {**tree, "name": "early", "experts": {"allocation": "layerwise", "num_new": 6}}
-    assert Estimate(parse_run(spread, "x"), Topology(1, 1), None).plan.counts == (3, 3, 2, 2)
+    assert Estimate(parse_run(spread, "x"), ParallelDims(1, 1), None).plan.counts == (3, 3, 2, 2)

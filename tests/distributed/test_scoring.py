@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from pipeline.config.load import parse_run
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.evaluation.checkpoints import Scored, load_model
 from pipeline.evaluation.evaluate import paired_change
@@ -31,8 +32,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def score_moe(ranks: Ranks, tree: dict[str, Any], ep_size: int) -> dict[str, Any]:
     run = parse_run({**tree, "parallel": {"ranks": ranks.world_size, "ep_size": ep_size}}, "x")
     steps = RunContext(run)
+    dims = ParallelDims(ranks.world_size, ep_size, ranks.rank)
     untrained = Scored("untrained", (), {})
-    model = load_model(untrained, steps.upcycled, steps.plan, torch.float32, ep_size=ep_size, ranks=ranks)
+    model = load_model(untrained, steps.upcycled, steps.plan, torch.float32, dims, ranks.device)
     return {name: score_set(model, steps.store, name, ranks, window=WINDOW) for name in run.data.sets}
 
 

@@ -7,14 +7,10 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.moe.dispatch import Exchange
 from pipeline.model.moe.experts import LocalExperts, in_whole_blocks, projections
 from pipeline.model.moe.router import Router, Routing
-
-
-def expert_group_name(ep_size: int) -> str:
-    """How DeepSpeed finds the process groups of experts that are spread over so many ranks."""
-    return f"ep_size_{ep_size}"
 
 
 class _RoutedExperts(nn.Module):
@@ -40,8 +36,8 @@ class MoELayer(MoE):
         mlp: the decoder layer's MLP; it becomes ``base_mlp``.
         num_experts: N_l, the original included.
         top_k: K.
-        placement: for each rank of the expert-parallel group, the numbers of its experts.
-        ep_rank: this rank in its group.
+        placement: for each rank of the expert-parallel group, the numbers of its experts (1 and up).
+        dims: how ranks are divided, and which one this is.
         has_classifier: whether a routing classifier stands before the router.
     """
 
@@ -52,26 +48,26 @@ class MoELayer(MoE):
         num_experts: int,
         top_k: int,
         placement: list[list[int]],
-        ep_rank: int,
+        dims: ParallelDims,
         has_classifier: bool,
     ) -> None:
         nn.Module.__init__(self)  # not MoE's own: it would build TopKGate and capacity-bound experts
-        self.num_experts = num_experts - 1
-        self.ep_size = len(placement)
+        assert len(placement) == dims.ep_size
+        self.num_experts = num_experts
+        self.ep_size = dims.ep_size
         self.num_local_experts = max(len(numbers) for numbers in placement)
-        self.expert_group_name = expert_group_name(self.ep_size)
+        self.expert_group_name = dims.expert_group_name
         self.placement = placement
-        self.local_numbers = placement[ep_rank]
+        self.local_numbers = placement[dims.ep_rank]
         self.use_residual = False
         self.enable_expert_tensor_parallelism = False
         # DeepSpeed takes a weight for an expert's if its name holds "expert": this one's must not.
         self.base_mlp = mlp
         gate = projections(mlp)[0]
         router = Router(gate.in_features, num_experts, top_k, has_classifier).to(gate.weight.device)
-        experts = LocalExperts(mlp, len(placement[ep_rank]), self.num_local_experts, self.expert_group_name)
+        experts = LocalExperts(mlp, len(self.local_numbers), self.num_local_experts, self.expert_group_name)
         self.deepspeed_moe = _RoutedExperts(router, experts)
         self.experts_train = False
-        self.routing: Routing | None = None
 
     @property
     def router(self) -> Router:
@@ -94,7 +90,7 @@ class MoELayer(MoE):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Shape [..., D] to [..., D]: y = sum_i w_i E_i(x) (MoE-LPR section 3.1, eq. 2)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self.routing = self.router(x_TD)
+        routing = self.router(x_TD)
         token_A, expert_A, weight_A = _assignments(routing)
         counts_E = torch.bincount(expert_A, minlength=routing.scores_TE.shape[1])
         num_base = int(counts_E[0])
@@ -122,10 +118,10 @@ class MoELayer(MoE):
 
 
 def _assignments(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """(token, expert, weight) of every choice that is taken, sorted by expert, then token."""
-    taken = routing.taken_TK.flatten()
+    """(token, expert, weight) of every active choice, sorted by expert, then token."""
+    active = routing.active_TK.flatten()
     top_k = routing.ids_TK.shape[1]
-    chosen = taken.nonzero().squeeze(1)
+    chosen = active.nonzero().squeeze(1)
     expert_A, order = routing.ids_TK.flatten()[chosen].sort(stable=True)
     chosen = chosen[order]
     return chosen // top_k, expert_A, routing.weights_TK.flatten()[chosen]

@@ -1,6 +1,9 @@
 """Which experts a token takes, and with what weights."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,26 +19,32 @@ class Routing:
     Attributes:
         logits_TE: router logits, fp32.
         scores_TE: their softmax G, fp32.
-        ids_TK: the experts taken; only those where ``taken_TK`` is true are computed.
-        weights_TK: their weights in the output, 0 where not taken, summing to 1 a token.
-        taken_TK: false for the second and later choices of a token that was classified as old.
-        class_logits_TC: the routing classifier's logits (old, new), fp32; None where there is none.
+        ids_TK: each token's chosen experts; only those where ``active_TK`` is true are computed.
+        weights_TK: their weights in the output, 0 where not active; each token's sum to 1.
+        active_TK: false for the second and later choices of a token that was classified as old.
+        class_logits_TC: the routing classifier's logits (old, new), fp32; None if the layer has no classifier.
     """
 
     logits_TE: Tensor
     scores_TE: Tensor
     ids_TK: Tensor
     weights_TK: Tensor
-    taken_TK: Tensor
+    active_TK: Tensor
     class_logits_TC: Tensor | None
 
 
 class Router(nn.Module):
-    """A bias-free linear map to a score an expert, computed in fp32 (MoE-LPR section 3.1, eq. 1-3).
+    """A bias-free linear map to one score per expert, computed in fp32 (MoE-LPR, arXiv 2408.11396, eq. 1-3).
 
-    With a classifier, a bias-free linear map to (old, new) decides first, from the same input, token by
-    token (LayerMoE section 3.3): a token of an old language takes expert 0 alone, with weight 1.
-    The classifier starts at zero, where both classes tie and every token is routed as without it.
+    A routing classifier, where there is one, comes first (LayerMoE, arXiv 2505.22582, section 3.3): a bias-free
+    linear map from the same input to (old, new). A token that it calls old takes expert 0 alone, with weight 1.
+    It starts at zero, where both classes tie and every token is routed as if there were no classifier.
+
+    Args:
+        hidden_size: D.
+        num_experts: N_l, expert 0 included.
+        top_k: K.
+        has_classifier: whether the layer has a routing classifier.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, top_k: int, has_classifier: bool) -> None:
@@ -49,7 +58,7 @@ class Router(nn.Module):
             nn.init.zeros_(self.classifier.weight)
 
     def reset(self, generator: torch.Generator) -> None:
-        """Xavier-normal initialisation."""
+        """Draw the weights: Xavier-normal (MoE-LPR section 3.1)."""
         nn.init.xavier_normal_(self.wg.weight, generator=generator)
 
     def forward(self, x_TD: Tensor) -> Routing:
@@ -59,14 +68,39 @@ class Router(nn.Module):
         scores_TE = logits_TE.softmax(-1)
         weights_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        taken_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+        active_TK = torch.ones_like(ids_TK, dtype=torch.bool)
         class_logits_TC = None
         if self.classifier is not None:
             class_logits_TC = F.linear(x_TD, self.classifier.weight.float())
             is_old_T1 = (class_logits_TC[:, OLD] > class_logits_TC[:, NEW]).unsqueeze(-1)
-            first_TK = torch.zeros_like(taken_TK)
+            first_TK = torch.zeros_like(active_TK)
             first_TK[:, 0] = True
             ids_TK = ids_TK.masked_fill(is_old_T1, 0)
             weights_TK = torch.where(is_old_T1, first_TK.to(weights_TK.dtype), weights_TK)
-            taken_TK = taken_TK & (first_TK | ~is_old_T1)
-        return Routing(logits_TE, scores_TE, ids_TK, weights_TK, taken_TK, class_logits_TC)
+            active_TK = active_TK & (first_TK | ~is_old_T1)
+        return Routing(logits_TE, scores_TE, ids_TK, weights_TK, active_TK, class_logits_TC)
+
+
+@contextmanager
+def collect_routings(model: nn.Module) -> Iterator[list[Routing]]:
+    """What each MoE layer decides in one forward: ``with collect_routings(model) as routings: model(...)``.
+
+    The list fills in the order of the layers while the forward runs; nothing is kept on the layers. It takes each
+    layer once, so that a second forward in the backward (activation checkpointing) adds nothing.
+    """
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    routings: list[Routing] = []
+
+    def hook_of(index: int) -> Any:
+        def add(_router: nn.Module, _inputs: Any, routing: Routing) -> None:
+            if len(routings) == index:
+                routings.append(routing)
+
+        return add
+
+    handles = [router.register_forward_hook(hook_of(index)) for index, router in enumerate(routers)]
+    try:
+        yield routings
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.config.run import ExpertsConfig
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.allocation import allocate
 from pipeline.method.losses import load_balancing_loss, lpr_loss, next_token_loss
 from pipeline.method.similarity import layer_similarity
 from pipeline.model.backbone import install_moe_layers
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.model.moe import MoELayer, Routing
+from pipeline.model.moe import MoELayer, Routing, collect_routings
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -47,7 +48,7 @@ def layer_from(g: SimpleNamespace, top_k: int) -> MoELayer:
     num = g.router_w.shape[0]
     layer = MoELayer(
         GatedMLP(g.gate_w[0], g.up_w[0], g.down_w[0]),
-        num_experts=num, top_k=top_k, placement=[list(range(1, num))], ep_rank=0, has_classifier=False,
+        num_experts=num, top_k=top_k, placement=[list(range(1, num))], dims=ParallelDims(1, 1), has_classifier=False,
     )  # fmt: skip
     layer.router.wg.weight.data.copy_(g.router_w)
     for number, expert in enumerate(layer.local_experts.experts, 1):
@@ -69,9 +70,9 @@ def test_layer_and_all_gradients_equal_the_reference(name: str) -> None:
     g = golden(name)
     layer = layer_from(g, 2)
     x = g.x.clone().requires_grad_()
-    out = layer(x)
-    routing = layer.routing
-    assert routing is not None
+    with collect_routings(layer) as routings:
+        out = layer(x)
+    (routing,) = routings
     torch.testing.assert_close(out, g.out, **CLOSE)
     torch.testing.assert_close(routing.logits_TE, g.router_logits, **CLOSE)
     assert torch.equal(routing.ids_TK, g.topk_idx)
@@ -90,9 +91,9 @@ def test_layer_and_all_gradients_equal_the_reference(name: str) -> None:
 def test_top_1_chooses_as_the_reference_and_renormalises_its_weight_to_1() -> None:
     g = golden("route_E2_K1_H16_float32")
     layer = layer_from(g, 1)
-    out = layer(g.x)
-    assert layer.routing is not None
-    assert torch.equal(layer.routing.ids_TK, g.topk_idx)
+    with collect_routings(layer) as routings:
+        out = layer(g.x)
+    assert torch.equal(routings[0].ids_TK, g.topk_idx)
     # The reference leaves a single choice's weight at its probability.
     torch.testing.assert_close(out.flatten(0, 1) * g.topk_prob_raw, g.out.flatten(0, 1), **CLOSE)
 
@@ -161,9 +162,9 @@ def test_stage_1_step_of_a_two_layer_model_equals_the_reference() -> None:
         assert name in names, name
         parameter.requires_grad_(True)
     ids = torch.from_numpy(data["input_ids"])
-    logits = model(input_ids=ids, use_cache=False).logits
+    with collect_routings(model) as routings:
+        logits = model(input_ids=ids, use_cache=False).logits
     torch.testing.assert_close(logits, torch.from_numpy(data["logits"]), **CLOSE)
-    routings = [layer.mlp.routing for layer in model.model.layers]
     for routing, expected in zip(routings, data["router_logits"], strict=True):
         torch.testing.assert_close(routing.logits_TE, torch.from_numpy(expected), **CLOSE)
     next_token = next_token_loss(logits[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pipeline.method.losses import classifier_loss, load_balancing_loss, lpr_loss, next_token_loss
 from pipeline.model.backbone import install_moe_layers, moe_layers
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.moe import MoELayer, Routing, collect_routings
 from pipeline.model.moe.router import NEW, OLD
 
 
@@ -36,13 +37,60 @@ def model() -> Any:
 IDS = torch.arange(40).view(2, 20) * 7 % 97
 
 
+def routing_of(layer: MoELayer, x: torch.Tensor) -> Routing:
+    """What the layer decides for these tokens."""
+    with collect_routings(layer) as routings:
+        layer(x)
+    return routings[0]
+
+
+def test_routings_come_in_the_order_of_the_layers_and_nothing_stays_on_the_model(model: Any) -> None:
+    before = {id(module): set(vars(module)) for module in model.modules()}
+    with collect_routings(model) as routings, torch.no_grad():
+        model(input_ids=IDS, use_cache=False)
+    assert [routing.scores_TE.shape for routing in routings] == [(40, 3), (40, 2), (40, 4)]
+    assert [routing.class_logits_TC is not None for routing in routings] == [True, False, True]
+    assert {id(module): set(vars(module)) for module in model.modules()} == before
+    assert not any(module._forward_hooks for module in model.modules())
+    with torch.no_grad():
+        model(input_ids=IDS, use_cache=False)
+    assert len(routings) == 3, "a forward after the block was collected"
+
+
+@pytest.mark.parametrize("backward_within", [False, True])
+def test_activation_checkpointing_adds_no_routing_and_gives_the_same_gradients(
+    model: Any, backward_within: bool
+) -> None:
+    def gradients() -> tuple[int, list[torch.Tensor]]:
+        model.zero_grad()
+        with collect_routings(model) as routings:
+            model(input_ids=IDS, use_cache=False)
+            if backward_within:
+                load_balancing_loss(routings).backward()
+        if not backward_within:
+            load_balancing_loss(routings).backward()
+        return len(routings), [layer.router.wg.weight.grad.clone() for layer in moe_layers(model)]
+
+    _, expected = gradients()
+    calls = []
+    moe_layers(model)[1].router.register_forward_pre_hook(lambda *_: calls.append(None))
+    model.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    number, found = gradients()
+    assert number == 3
+    assert len(calls) == 2, "the layer was not computed again in the backward"
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+        assert theirs.abs().max() > 0
+
+
 def test_changing_a_later_token_never_changes_an_earlier_tokens_output(model: Any) -> None:
     with torch.no_grad():
         before = model(input_ids=IDS, use_cache=False).logits
         changed = IDS.clone()
         changed[:, 15:] = (changed[:, 15:] + 11) % 97
-        after = model(input_ids=changed, use_cache=False).logits
-    routings = [layer.routing for layer in moe_layers(model)]
+        with collect_routings(model) as routings:
+            after = model(input_ids=changed, use_cache=False).logits
     is_old = routings[0].class_logits_TC[:, OLD] > routings[0].class_logits_TC[:, NEW]
     assert 0 < is_old.sum() < len(is_old)  # the classifier does something
     torch.testing.assert_close(after[:, :15], before[:, :15], rtol=1e-5, atol=1e-6)
@@ -67,8 +115,9 @@ def test_a_token_classified_as_old_costs_one_mlp_and_is_the_original_mlps_output
     for expert in layer.local_experts.experts:
         expert.register_forward_hook(lambda _m, inputs, _o: counted.append(len(inputs[0])))
     with torch.no_grad():
-        y = layer(x)
-        routing = layer.routing
+        with collect_routings(layer) as routings:
+            y = layer(x)
+        (routing,) = routings
         is_old = routing.class_logits_TC[:, OLD] > routing.class_logits_TC[:, NEW]
         assert 0 < is_old.sum() < 50
         torch.testing.assert_close(y[is_old], layer.base_mlp(x[is_old]), rtol=1e-5, atol=1e-6)
@@ -89,8 +138,8 @@ def test_a_fresh_classifier_changes_nothing(model: Any) -> None:
 
 
 def test_a_micro_batch_without_old_tokens_gives_a_finite_loss_and_no_lpr_gradient(model: Any) -> None:
-    logits = model(input_ids=IDS, use_cache=False).logits
-    routings = [layer.routing for layer in moe_layers(model)]
+    with collect_routings(model) as routings:
+        logits = model(input_ids=IDS, use_cache=False).logits
     none_old = torch.zeros(IDS.numel(), dtype=torch.bool)
     for form in ("paper", "reference"):
         loss = lpr_loss(routings, none_old, form)  # type: ignore[arg-type]
@@ -104,8 +153,9 @@ def test_a_micro_batch_without_old_tokens_gives_a_finite_loss_and_no_lpr_gradien
 
 
 def test_lpr_pulls_old_tokens_towards_expert_0_and_leaves_others_alone(model: Any) -> None:
-    model(input_ids=IDS, use_cache=False)
-    routing = moe_layers(model)[2].routing
+    with collect_routings(model) as routings:
+        model(input_ids=IDS, use_cache=False)
+    routing = routings[2]
     old = torch.zeros(IDS.numel(), dtype=torch.bool)
     old[:5] = True
     (gradient,) = torch.autograd.grad(lpr_loss([routing], old), routing.logits_TE)
@@ -118,17 +168,14 @@ def test_balance_loss_is_1_when_uniform_and_padding_does_not_count(model: Any) -
     layer = moe_layers(model)[2]
     layer.router.classifier = None  # stage 1 has none
     layer.router.wg.weight.data.zero_()
-    layer(torch.randn(64, 32))
-    routing = layer.routing
+    routing = routing_of(layer, torch.randn(64, 32))
     # all scores are equal: P is uniform, so N * sum f_i / N = 1 whatever the choices
     assert load_balancing_loss([routing]).item() == pytest.approx(1.0)
     mask = torch.arange(64) < 32
     layer.router.wg.weight.data.normal_()
     x = torch.randn(64, 32)
-    layer(x)
-    masked = load_balancing_loss([layer.routing], mask_T=mask)
-    layer(x[:32])
-    assert masked.item() == pytest.approx(load_balancing_loss([layer.routing]).item(), rel=1e-5)
+    masked = load_balancing_loss([routing_of(layer, x)], mask_T=mask)
+    assert masked.item() == pytest.approx(load_balancing_loss([routing_of(layer, x[:32])]).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("masked", [False, True])
