@@ -19,12 +19,11 @@ from pipeline.run.context import RunContext
 from pipeline.run.fetch import fetch_run, with_fetched
 from pipeline.run.run_lock import RunLock
 from pipeline.run.steps import STEP_NAMES, STEPS, step_named, steps_of
-from pipeline.run.steps import VERBS as STEP_VERBS
 
 # What a verb needs torch for is imported where the verb is done: torch reads variables that the run sets before.
 RUN_VERBS = {
     "run": "every step that is not done yet, in order.\nReads the run's YAML; writes output_dir/NAME/.",
-    **STEP_VERBS,
+    **{step.verb: step.help for step in STEPS},
     "fetch": "what the run names on the hub, at a fixed revision, so that no later step needs a network.\n"
     "Reads model and data; writes to the hub's cache and output_dir/NAME/fetched.json.",
     "submit": "the steps that are not done to SLURM, one job after the other.\n"

@@ -1,4 +1,4 @@
-"""What one step of a run is, and how any of them is done."""
+"""What one step of a run is."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,18 +32,21 @@ def always(_value: Any) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One step. The command line, ``run``, SLURM's jobs, ``status`` and the report derive from a list of these.
 
     Attributes:
         name: in manifests, ``--until`` and lines.
-        verb: of the command line; the stages share one.
-        does: what it does, reads and writes, for ``--help``; two sentences.
+        verb: of the command line, if it is not the name: the stages share one.
+        does: what it does, for ``--help``.
+        reads: what it reads, for ``--help``.
+        writes: what it writes, for ``--help``.
+        job: the SLURM job that does it.
         inputs: all that its result depends on; nothing else makes it stale. Token sets stand under ``sets``.
         work: does it; with the ranks, on each of them, where it needs ranks. None where it stopped before its end.
-        job: the SLURM job that does it.
         applies: whether the run has the step; ``without`` is the line that says why it has not, if one is needed.
+        without: see ``applies``.
         is_there: whether what it has left in the cache is still there.
         may_grow: whether sets that were added are simply added: nothing is thrown away.
         needs_ranks: whether it is done on ranks.
@@ -53,12 +56,14 @@ class Step:
         check: what can be known before any rank starts; raises UserError.
     """
 
-    name: str
-    verb: str
+    name: str = field(kw_only=False)
+    verb: str = ""
     does: str
+    reads: str
+    writes: str
+    job: JobName
     inputs: Callable[[RunContext], Inputs]
     work: "Callable[[RunContext, Ranks | None], Result | None]"
-    job: JobName
     applies: Callable[[RunConfig], bool] = always
     without: str = ""
     is_there: Callable[[RunContext], bool] = always
@@ -68,6 +73,15 @@ class Step:
     alone: bool = False
     keeps_manifest: bool = True
     check: Callable[[RunContext], None] | None = None
+
+    def __post_init__(self) -> None:
+        """A step's verb is its name unless it says otherwise."""
+        object.__setattr__(self, "verb", self.verb or self.name)
+
+    @property
+    def help(self) -> str:
+        """What ``--help`` says of its verb."""
+        return f"{self.does}.\nReads {self.reads}; writes {self.writes}."
 
     def is_done(self, context: RunContext) -> bool:
         """Whether there is nothing to do; says so unless the context is quiet.

@@ -1,112 +1,63 @@
 """The steps of a run, in order. To add a step is to add a record here."""
 
+from functools import partial
+
 from pipeline.config.run import RunConfig
 from pipeline.run import preparation, scoring, stages
 from pipeline.run.context import RunContext
 from pipeline.run.reporting import write_report
-from pipeline.run.step import Inputs, Result, Step
-
-
-def _has_old(run: RunConfig) -> bool:
-    return bool(run.data.old)
-
-
-def _has_stage2(run: RunConfig) -> bool:
-    return run.stage2 is not None
-
-
-def _no_inputs(_context: RunContext) -> Inputs:
-    return {}
+from pipeline.run.step import Result, Step
 
 
 def _report(context: RunContext, _ranks: object) -> Result:
     return write_report(context, STEP_NAMES)
 
 
+_train = partial(
+    Step, verb="train", does="train a stage on all ranks", reads="upcycled/ and tokens", writes="stage1/ or stage2/",
+    needs_ranks=True,
+)  # fmt: skip
+
 STEPS = (
     Step(
-        "tokenize",
-        verb="tokenize",
-        does="text to token shards.\nReads data.*.path; writes cache_dir/tokens/.",
-        inputs=preparation.tokenize_inputs,
-        work=preparation.tokenize,
-        is_there=preparation.tokens_are_there,
+        "tokenize", does="text to token shards", reads="data.*.path", writes="cache_dir/tokens/", job="tokenize",
+        inputs=preparation.tokenize_inputs, work=preparation.tokenize, is_there=preparation.tokens_are_there,
         may_grow=True,
-        job="tokenize",
     ),
     Step(
-        "similarity",
-        verb="similarity",
-        does="how alike languages look to each layer.\nReads tokens and the dense model; writes similarity.json.",
-        applies=_has_old,
-        without="no old set to compare with",
-        inputs=preparation.similarity_inputs,
+        "similarity", does="how alike languages look to each layer", reads="tokens and the dense model",
+        writes="similarity.json", job="prepare", alone=True, applies=lambda run: bool(run.data.old),
+        without="no old set to compare with", inputs=preparation.similarity_inputs,
         work=preparation.measure_similarity,
-        alone=True,
-        job="prepare",
     ),
     Step(
-        "allocate",
-        verb="allocate",
-        does="how many experts each layer gets.\nReads similarity.json and the budget; writes expert_plan.json.",
-        inputs=preparation.allocate_inputs,
+        "allocate", does="how many experts each layer gets", reads="similarity.json and the budget",
+        writes="expert_plan.json", job="prepare", inputs=preparation.allocate_inputs,
         work=preparation.allocate_experts,
-        job="prepare",
     ),
     Step(
-        "upcycle",
-        verb="upcycle",
-        does="the dense model to a DeepSpeed-MoE checkpoint.\nReads model and expert_plan.json; writes upcycled/.",
-        inputs=preparation.upcycle_inputs,
-        work=preparation.upcycle_model,
-        is_there=preparation.upcycled_is_there,
-        alone=True,
-        job="prepare",
+        "upcycle", does="the dense model to a DeepSpeed-MoE checkpoint", reads="model and expert_plan.json",
+        writes="upcycled/", job="prepare", alone=True, inputs=preparation.upcycle_inputs,
+        work=preparation.upcycle_model, is_there=preparation.upcycled_is_there,
+    ),
+    _train(
+        "stage1", job="stage1", inputs=stages.stage1_inputs, work=stages.train_stage1, check=stages.check_stage1,
+    ),
+    _train(
+        "stage2", job="stage2", inputs=stages.stage2_inputs, work=stages.train_stage2, check=stages.check_stage2,
+        applies=lambda run: run.stage2 is not None,
     ),
     Step(
-        "stage1",
-        verb="train",
-        does="train a stage on all ranks.\nReads upcycled/ and tokens; writes stage1/ or stage2/.",
-        inputs=stages.stage1_inputs,
-        work=stages.train_stage1,
-        check=stages.check_stage1,
-        needs_ranks=True,
-        job="stage1",
+        "evaluate", does="bits per character on held-out text", reads="checkpoints and tokens",
+        writes="evaluation.json", job="evaluate", inputs=scoring.evaluate_inputs, work=scoring.evaluate,
+        may_grow=True, needs_ranks=True, has_work=scoring.has_work,
     ),
     Step(
-        "stage2",
-        verb="train",
-        does="train a stage on all ranks.\nReads upcycled/ and tokens; writes stage1/ or stage2/.",
-        applies=_has_stage2,
-        inputs=stages.stage2_inputs,
-        work=stages.train_stage2,
-        check=stages.check_stage2,
-        needs_ranks=True,
-        job="stage2",
+        "report", does="what was measured, to look at", reads="the run's folder", writes="report.html",
+        job="evaluate", inputs=lambda _context: {}, work=_report, keeps_manifest=False,
     ),
-    Step(
-        "evaluate",
-        verb="evaluate",
-        does="bits per character on held-out text.\nReads checkpoints and tokens; writes evaluation.json.",
-        inputs=scoring.evaluate_inputs,
-        work=scoring.evaluate,
-        needs_ranks=True,
-        has_work=scoring.has_work,
-        may_grow=True,
-        job="evaluate",
-    ),
-    Step(
-        "report",
-        verb="report",
-        does="what was measured, to look at.\nReads the run's folder; writes report.html.",
-        inputs=_no_inputs,
-        work=_report,
-        keeps_manifest=False,
-        job="evaluate",
-    ),
-)
+)  # fmt: skip
 STEP_NAMES = tuple(step.name for step in STEPS)
-VERBS = {step.verb: step.does for step in STEPS}  # of the command line
 
 
 def step_named(name: str) -> Step:
