@@ -9,9 +9,10 @@ from common.files import content_key, read_json, sha256_file, write_json
 from common.text_table import figures_line, result_table
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
+from pipeline.method.stages import find_stage, stages_of
 from pipeline.run.steps import Steps, seconds_since
-from pipeline.training.ds_config import batch_shape, check_monitors, read_ds_config, training_dtype
-from pipeline.training.wandb_run import finish_wandb_run, keep_wandb_run
+from pipeline.training.ds_config import batch_shape, read_ds_config, training_dtype
+from pipeline.training.monitors import check_monitors, finish_wandb_run, keep_wandb_run
 
 EVALUATION_FILE = "evaluation.json"
 
@@ -28,9 +29,8 @@ class RankSteps(Steps):
         read_ds_config(self.run.deepspeed)
         check_monitors(self.run.log)
         ParallelDims(world_size, self.run.parallel.ep_size)
-        for stage in (self.run.stage1, self.run.stage2):
-            if stage is not None:
-                batch_shape(self.run, stage, world_size, device)
+        for stage in stages_of(self.run):
+            batch_shape(self.run, stage.settings, world_size, device)
 
     def check_stage(self, number: int) -> None:
         """What can be known of a stage's data before any rank starts.
@@ -41,7 +41,7 @@ class RankSteps(Steps):
         from pipeline.checkpoint import read_manifest
         from pipeline.training.sample_order import stage_order
 
-        stage_order(self.store, self.run.data, self.run.stage(number), self.run.seed)
+        stage_order(self.store, self.run.data, find_stage(self.run, number), self.run.seed)
         if number == 2:
             try:
                 read_manifest(self._stage1_checkpoint())
@@ -54,8 +54,7 @@ class RankSteps(Steps):
 
     def stage_inputs(self, number: int) -> dict[str, Any]:
         """What a stage's result depends on; not how it is spread over ranks, nor when it validates or saves."""
-        data = self.run.data
-        sets = data.new if number == 1 else {**data.old, **data.new}
+        sets = find_stage(self.run, number).sets(self.run.data)
         inputs = {
             "upcycled": self.folder.manifest("upcycle")["outputs"]["upcycled"],
             "tokens": self.store.key,
@@ -77,8 +76,8 @@ class RankSteps(Steps):
         """Train a stage, on this rank; false if it was asked to stop before its end."""
         import shutil
 
+        from pipeline.training.inputs import StageInputs
         from pipeline.training.train import train_stage
-        from pipeline.training.trainer import StageInputs
 
         inputs, step, target = self.stage_inputs(number), f"stage{number}", self.stage_folder(number)
         if ranks.is_first and (self.force or self.run.checkpoint.resume == "never"):
@@ -92,9 +91,10 @@ class RankSteps(Steps):
         if number == 2:
             stage1_tag = self._stage1_checkpoint()
             identity["stage1"] = {"tag": stage1_tag.name, "manifest": sha256_file(stage1_tag / "manifest.json")}
+        stage = find_stage(self.run, number)
         figures = train_stage(
             StageInputs(
-                self.run, 1 if number == 1 else 2, self.plan, self.store, self.upcycled, target, identity, stage1_tag
+                self.run, stage, self.plan, self.store, self.upcycled, target, identity, stage1_checkpoint=stage1_tag
             ),
             ranks,
         )

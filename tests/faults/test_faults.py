@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(
         f"{stage / stopped_at}: can't be written (the disk is full); checkpoints before it are as they were"
         in errors[0]
     )
-    assert ("step000008: can't be written (the disk is full)" in log) and ("training goes on" in log) == (
+    assert ("step000008: can't be written (the disk is full)" in log) and ("training continues" in log) == (
         if_full == "continue"
     )
     assert checkpoint.complete_tags(stage) == ["step000004"]
