@@ -22,8 +22,12 @@ from common.files import fsync_path, write_json
 from common.text_table import aligned
 from pipeline.config.load import load_run
 from pipeline.distributed.process_group import Ranks, join, leave
+from pipeline.method.stages import find_stage
 from pipeline.run.context import RunContext
-from pipeline.training.trainer import StageInputs, Trainer
+from pipeline.training.inputs import StageInputs
+from pipeline.training.resume import resume, save
+from pipeline.training.state import TrainingState
+from pipeline.training.step import train_step
 
 AT_ONCE = 8 << 20  # bytes
 
@@ -93,16 +97,17 @@ def _anonymous() -> int:
 
 
 class Benchmark:
-    """A trainer of stage 1 after one step, and a folder for its checkpoints."""
+    """Stage 1 after one step, and a folder for its checkpoints."""
 
     def __init__(self, run_file: str, ranks: Ranks) -> None:
         run = load_run(run_file, [])
         steps = RunContext(run)
         self.ranks, self.folder = ranks, run.folder / "benchmark"
         identity = {"model": steps.model_hash, "plan": steps.plan.experts_key, "tokenizer": "", "settings": ""}
-        inputs = StageInputs(run, 1, steps.plan, steps.store, steps.upcycled, self.folder / "stage1", identity)
-        self.trainer = Trainer(inputs, ranks)
-        self.trainer.train_step()
+        stage = find_stage(run, 1)
+        inputs = StageInputs(run, stage, steps.plan, steps.store, steps.upcycled, self.folder / "stage1", identity)
+        self.state = TrainingState.start(inputs, ranks)
+        train_step(self.state)
         self.raw = self.folder / "raw"
         self.times: dict[str, list[float]] = {name: [] for name in ("save", "raw write", "load", "raw read")}
         self.peak = 0
@@ -110,17 +115,17 @@ class Benchmark:
     @property
     def tag(self) -> Path:
         """Where the checkpoint lies."""
-        return self.trainer.inputs.folder / self.trainer.tag
+        return self.state.inputs.folder / self.state.tag
 
     def round(self) -> None:
         """Save, write raw, load, read raw. Both kinds of files are new: what was there before is deleted."""
-        ranks, trainer = self.ranks, self.trainer
+        ranks, state = self.ranks, self.state
         self._delete(self.tag)
-        trainer.saved_tag = ""  # else it would not be saved again
+        state.saved_tag = ""  # else it would not be saved again
         with PeakMemory() as memory:
-            self.times["save"].append(timed(ranks, trainer.save))
+            self.times["save"].append(timed(ranks, partial(save, state)))
         self.peak = max(self.peak, memory.peak)
-        contents = [(self.tag / name).read_bytes() for name in trainer.engine.checkpoint_engine.files]
+        contents = [(self.tag / name).read_bytes() for name in state.engine.checkpoint_engine.files]
         self._delete(self.raw)
         self.times["raw write"].append(timed(ranks, partial(raw_write, self.raw, ranks.rank, contents)))
         del contents
@@ -139,21 +144,19 @@ class Benchmark:
 
     def _load(self) -> None:
         with redirect_stdout(StringIO()):
-            self.trainer.resume()
+            resume(self.state)
 
     def report(self) -> dict[str, Any]:
         """Medians, ratios of each round's pairs, and sizes; on rank 0."""
         import torch
 
-        trained = sum(p.numel() for p in self.trainer.engine.module.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self.state.engine.module.parameters() if p.requires_grad)
         shared = sum(
-            p.numel()
-            for p in self.trainer.engine.module.parameters()
-            if p.requires_grad and not hasattr(p, "allreduce")
+            p.numel() for p in self.state.engine.module.parameters() if p.requires_grad and not hasattr(p, "allreduce")
         )
-        dims = self.trainer.dims
+        dims = self.state.dims
         experts = self.ranks.sum(torch.tensor([trained - shared])) // (dims.num_replicas)
-        width = next(p for p in self.trainer.engine.module.parameters() if p.requires_grad).element_size()
+        width = next(p for p in self.state.engine.module.parameters() if p.requires_grad).element_size()
         needed = (int(experts) + shared) * (width + 4 + 8)
         stored = sum(path.stat().st_size for path in self.tag.iterdir())
         pairs = {name: list(zip(self.times[name], self.times[raw], strict=True)) for name, raw in

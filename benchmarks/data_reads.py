@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.shards import ShardSequence, ShardWriter
-from pipeline.training.sample_order import SampleOrder, Source
+from pipeline.training.mixture import Source
+from pipeline.training.sample_order import SampleOrder
 
 LENGTH, NUM_TOKENS, NUM_SHARDS = 1024, 32 << 20, 4
 READS, BATCH, ROUNDS = 100_000, 64, 5

@@ -1,4 +1,4 @@
-"""What a checkpoint is, and whether it is sound, without a model."""
+"""What a checkpoint is and whether it is sound, found without loading a model."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ _KINDS = {
 
 
 def find_tag(path: Path) -> Path:
-    """The checkpoint that a user names: a tag's folder, an upcycled one, or a stage's folder (its newest tag).
+    """The folder of the checkpoint that a user names: a tag's, an upcycled one's, or a stage's (its newest tag).
 
     Raises:
         UserError: there is none.
@@ -32,28 +32,28 @@ def find_tag(path: Path) -> Path:
 
 
 def verify_text(folder: Path) -> str:
-    """One line: the checkpoint is sound.
+    """One line that says that the checkpoint is sound.
 
     Raises:
-        UserError: it is not; names the files.
+        UserError: it is not; the line names the files.
     """
     bad = damaged_files(folder)
     if bad:
-        raise UserError(f"{folder}: {', '.join(bad)} damaged or missing")
+        raise UserError(f"{folder}: {', '.join(bad)} damaged or missing; use an earlier checkpoint")
     files = read_manifest(folder)["files"]
     return f"{folder}: sound ({len(files)} files, {sum(e['bytes'] for e in files.values()) / 1e9:.2f} GB)"
 
 
 def inspect_text(folder: Path) -> str:
-    """Step, samples, ranks, plan, ancestry and sizes, a line each."""
+    """Step, samples, ranks, plan, ancestry and sizes, one per line."""
     manifest = read_manifest(folder)
     plan = ExpertPlan.model_validate(manifest.get("expert_plan") or manifest["plan"])
     rows: list[tuple[str, Any]] = [("checkpoint", folder)]
     for key in ("stage", "step", "samples", "ranks", "ep_size", "resized_from", "dtype", "best_value"):
         if key in manifest:
             rows.append((key.replace("_", " "), manifest[key]))
-    if "bad_steps" in manifest:
-        rows.append(("skipped steps", manifest["bad_steps"]["skipped"]))
+    if "skipped_steps" in manifest:
+        rows.append(("skipped steps", manifest["skipped_steps"]["count"]))
     if "stage1" in manifest:
         rows.append(("experts from", f"stage1/{manifest['stage1']['tag']}"))
     rows.append(("model", manifest["model"]))

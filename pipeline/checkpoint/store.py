@@ -1,4 +1,4 @@
-"""A folder of checkpoints: saving one, naming the best, keeping the newest."""
+"""A folder of checkpoints: saves one, marks the best, keeps the newest."""
 
 import errno
 import json
@@ -29,31 +29,34 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        raise UserError(f"{path}: does not exist; {folder} is not a complete checkpoint")
+        raise UserError(f"{path}: does not exist, so {folder} is not a complete checkpoint; use another one")
     try:
         text = path.read_text(encoding="utf-8")
         manifest = json.loads(text)
-        sound = text == json_text(manifest)  # not one byte less, or otherwise
+        sound = text == json_text(manifest)  # to the byte
         sound = manifest.pop(_CHECKSUM) == content_key(manifest) and sound
     except (OSError, ValueError, AttributeError, KeyError):
         sound = False
     if not sound:
-        raise UserError(f"{path}: damaged; the checkpoint can't be trusted")
+        raise UserError(f"{path}: damaged, so the checkpoint can't be trusted; use another one")
     return dict(manifest)
 
 
 def save_checkpoint(engine: Any, folder: Path, tag: str, manifest: dict[str, Any], keep: int) -> dict[str, float]:
-    """Save on all ranks: files, then the manifest, then ``latest``; then drop what is no longer kept.
+    """Save on all ranks: files, then the manifest, then ``latest``. Then delete checkpoints that are no longer kept.
 
     Args:
-        manifest: what the checkpoint is of; the files' sizes and hashes are added.
-        keep: how many of the newest to keep, beside the best.
+        engine: DeepSpeed's, with an :class:`AtomicCheckpointEngine`.
+        folder: of the stage's checkpoints.
+        tag: the new one's name.
+        manifest: what the checkpoint is of; ``files``, with sizes and hashes, is added.
+        keep: how many of the newest to keep, besides the best.
 
     Returns:
-        ``seconds`` and ``gigabytes``.
+        How long it took (``seconds``) and how large it is (``gigabytes``).
 
     Raises:
-        AgreedError: some rank could not write; the unfinished checkpoint is gone, all earlier ones are as they were.
+        AgreedError: a rank could not write. The unfinished checkpoint is deleted, earlier ones are unchanged.
     """
     started = time.monotonic()
     files = engine.checkpoint_engine
@@ -83,7 +86,10 @@ def save_checkpoint(engine: Any, folder: Path, tag: str, manifest: dict[str, Any
         if dist.get_rank() == 0:
             _remove(folder / tag)
         dist.barrier()
-        raise AgreedError(f"{folder / tag}: can't be written ({problem[0]}); checkpoints before it are as they were")
+        raise AgreedError(
+            f"{folder / tag}: can't be written ({problem[0]}); checkpoints before it are unchanged; free some space, "
+            "and check that the folder can be written"
+        )
     size = sum(entry["bytes"] for entry in complete.values())
     return {"seconds": time.monotonic() - started, "gigabytes": size / 1e9}
 
@@ -95,35 +101,35 @@ def _line(error: OSError | None) -> str | None:
 
 
 def mark_best(folder: Path, tag: str, value: float) -> None:
-    """Name the best checkpoint so far."""
+    """Write ``best.json``: the tag of the best checkpoint so far, and its bits per character."""
     write_json(folder / "best.json", {"tag": tag, "bits_per_character": value})
 
 
 def best(folder: Path) -> dict[str, Any] | None:
-    """The best checkpoint's tag and value, if one was marked."""
+    """The best checkpoint's ``tag`` and ``bits_per_character``; None if none was marked."""
     path = folder / "best.json"
     try:
         return dict(read_json(path)) if path.is_file() else None
     except (UserError, TypeError, ValueError):
-        return None  # damaged: as if none had been marked
+        return None  # a damaged file counts as none
 
 
 def tags(folder: Path) -> list[str]:
-    """All tags, newest (highest step) first, complete or not."""
+    """All tags, complete or not, the highest step first."""
     if not folder.is_dir():
         return []
     return sorted((path.name for path in folder.glob("step*") if path.is_dir()), reverse=True)
 
 
 def complete_tags(folder: Path) -> list[str]:
-    """Tags with a manifest, newest first."""
+    """The tags that have a manifest, the highest step first."""
     return [tag for tag in tags(folder) if (folder / tag / MANIFEST).is_file()]
 
 
 def prune(folder: Path, newest: str, keep: int) -> None:
-    """Delete all but ``newest``, the ``keep`` - 1 before it, the best, and those that another stage refers to.
+    """Delete all but ``newest``, the ``keep`` - 1 before it, the best, and those whose experts another stage uses.
 
-    What lies beyond ``newest`` is of a course that was given up: training fell back from it, because it was damaged.
+    A checkpoint of a later step than ``newest`` is deleted too: it was damaged, so training resumed from before it.
     """
     kept = [tag for tag in complete_tags(folder) if tag <= newest][:keep]
     protected = {*kept, *_referred_to(folder)}
@@ -136,27 +142,25 @@ def prune(folder: Path, newest: str, keep: int) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; one that is cut off on the way is no longer complete."""
+    """Delete a checkpoint, its manifest first: an interrupted deletion leaves no complete one."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _referred_to(folder: Path) -> set[str]:
-    """Tags of stage 1 that hold the experts of a checkpoint of stage 2."""
-    if folder.name != "stage1":
-        return set()
-    stage2 = folder.with_name("stage2")
+    """The tags of a stage whose experts another stage's checkpoints use: their manifests name it by the stage."""
     found = set()
-    for tag in complete_tags(stage2):
-        try:
-            found.add(read_manifest(stage2 / tag)["stage1"]["tag"])
-        except (UserError, KeyError):
-            continue
+    for other in folder.parent.iterdir():
+        for tag in complete_tags(other) if other != folder else ():
+            try:
+                found.add(read_manifest(other / tag)[folder.name]["tag"])
+            except (UserError, KeyError, TypeError):
+                continue
     return found
 
 
 def _remove_incomplete(folder: Path) -> None:
-    """Drop what an interrupted save left behind."""
+    """Delete what an interrupted save left."""
     for tag in tags(folder):
         if not (folder / tag / MANIFEST).is_file():
             shutil.rmtree(folder / tag, ignore_errors=True)
@@ -164,6 +168,11 @@ def _remove_incomplete(folder: Path) -> None:
 
 def check_same_run(found: dict[str, Any], expected: dict[str, Any], where: Path) -> None:
     """Refuse a checkpoint of another model, plan or tokenizer.
+
+    Args:
+        found: the checkpoint's manifest.
+        expected: ``model``, ``plan`` and ``tokenizer`` of this run, content keys.
+        where: the checkpoint.
 
     Raises:
         AgreedError: names what differs.

@@ -1,4 +1,4 @@
-"""Files of tensors: their names, and how they are written and read."""
+"""Checkpoint files of tensors: their names, and how they are written and read."""
 
 import hashlib
 import os
@@ -20,24 +20,30 @@ def main_file() -> str:
 
 
 def expert_file(moe_layer: int, number: int) -> str:
-    """The file of one new expert; ``moe_layer`` counts layers with a router, ``number`` new experts from 0."""
+    """The file of one new expert.
+
+    Args:
+        moe_layer: number of the layer among those with a router.
+        number: of the expert among the layer's new ones, from 0.
+    """
     return f"layer_{moe_layer}_expert_{number}_mp_rank_00_model_states.pt"
 
 
 def optimizer_file(rank: int, *, bf16: bool) -> str:
-    """The file of one rank's share of the ZeRO optimizer."""
+    """The file of one rank's part of the ZeRO optimizer."""
     return f"{'bf16_' if bf16 else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
 def router_optimizer_file(rank: int) -> str:
-    """The file of the routers' optimizer where there is no ZeRO; all ranks' hold the same."""
+    """The file of the routers' optimizer without ZeRO; all ranks write the same content."""
     return f"expp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
 class _HashingWriter:
-    """A file for torch.save that hashes what it writes, on another core.
+    """A file for torch.save that hashes what it writes, in another thread.
 
-    An error is kept, not raised: it would pass through torch's C++ writer, whose destructor writes again.
+    An error is kept until :meth:`close`: raised at once it would pass through torch's C++ writer, whose destructor
+    writes again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,18 +73,18 @@ class _HashingWriter:
             view = view[self.file.write(view) :]
 
     def _begin_writeback(self) -> None:
-        """Have the kernel write to the disk now, while we hash, instead of when it is synced."""
+        """Let the kernel write to the disk now, while we hash, not only when the file is synced."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def flush(self) -> None:
-        """Nothing is buffered here."""
+        """Do nothing: nothing is buffered here."""
 
     def close(self) -> None:
         """Sync and close.
 
         Raises:
-            OSError: this or an earlier write failed.
+            OSError: a write, or the sync, failed.
         """
         try:
             self.hasher.shutdown()
@@ -91,19 +97,23 @@ class _HashingWriter:
 
 
 def save_tensors(value: Any, path: Path) -> dict[str, Any]:
-    """torch.save under a temporary name, synced, renamed.
+    """Write with torch.save under a temporary name, sync, rename.
+
+    Args:
+        value: tensors in nested dictionaries and lists.
+        path: of the file.
 
     Returns:
-        The file's ``bytes`` and ``sha256``, hashed while they were written.
+        The file's ``bytes`` and ``sha256``.
 
     Raises:
-        OSError: the disk is full, or can't be written; nothing is left of the file.
+        OSError: it can't be written, as on a full disk; nothing is left of the file.
     """
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         writer = _HashingWriter(temporary)
         checksums = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)  # the sha256 says more
+        torch.serialization.set_crc32_options(False)  # our sha256 makes them superfluous
         try:
             torch.save(value, writer)  # type: ignore[arg-type]
         finally:
@@ -117,7 +127,7 @@ def save_tensors(value: Any, path: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: Path) -> Any:
-    """Read what :func:`save_tensors` wrote, mapped rather than copied; runs no code from the file.
+    """Read what :func:`save_tensors` wrote. Tensors are mapped into memory; no code from the file is run.
 
     Raises:
         UserError: it can't be read.
@@ -129,4 +139,6 @@ def load_tensors(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            raise UserError(f"{path}: can't be read as a checkpoint file ({str(error).splitlines()[0]})") from error
+            raise UserError(
+                f"{path}: can't be read as a checkpoint file ({str(error).splitlines()[0]}); use an earlier checkpoint"
+            ) from error

@@ -1,4 +1,4 @@
-"""Whether the files of a checkpoint are what its manifest says."""
+"""Checks that the files of a checkpoint are what its manifest says."""
 
 import socket
 from collections.abc import Iterable, Sequence
@@ -14,10 +14,11 @@ from pipeline.distributed.process_group import Ranks
 
 
 def damaged_files(folder: Path, names: Iterable[str] | None = None) -> list[str]:
-    """Files of a folder that are missing, or do not have the size and hash that its manifest says.
+    """Names of files that are missing or do not have the size and hash that the folder's manifest says.
 
     Args:
-        names: which to look at; all without it.
+        folder: the checkpoint.
+        names: files to check; None checks all.
     """
     try:
         files = read_manifest(folder)["files"]
@@ -27,12 +28,12 @@ def damaged_files(folder: Path, names: Iterable[str] | None = None) -> list[str]
 
 
 def damaged_weights(folder: Path) -> list[str]:
-    """:func:`damaged_files`, of a tag's weights alone: all that scoring and a later stage read."""
+    """:func:`damaged_files` among a tag's weights: scoring and a later stage read nothing else."""
     return damaged_files(folder, weight_files(folder))
 
 
 def weight_files(folder: Path) -> list[str] | None:
-    """Files of a folder that hold weights; None where its manifest can't be read."""
+    """Names of the files that hold weights; None if the manifest can't be read."""
     try:
         return [name for name in read_manifest(folder)["files"] if name.endswith("model_states.pt")]
     except UserError:
@@ -47,7 +48,7 @@ def _sound(path: Path, entry: dict[str, Any]) -> bool:
 
 
 def damaged_on_any_node(folder: Path, ranks: Ranks, names: Sequence[str] | None = None) -> list[str]:
-    """:func:`damaged_files` by all ranks together: each node reads each file once, shared among its ranks."""
+    """:func:`damaged_files` as any node sees them; on each node every file is read once, by one of its ranks."""
     if ranks.world_size == 1:
         return damaged_files(folder, names)
     hosts: list[Any] = [None] * ranks.world_size
@@ -63,24 +64,27 @@ def damaged_on_any_node(folder: Path, ranks: Ranks, names: Sequence[str] | None 
     return sorted({name for part in bad for name in part})
 
 
-def check_sound(folder: Path, ranks: Ranks, mend: str, names: Sequence[str] | None = None) -> None:
+def check_sound(folder: Path, ranks: Ranks, fix: str, names: Sequence[str] | None = None) -> None:
     """Verify a folder on all ranks.
 
     Args:
-        mend: what to do about a damaged file.
+        folder: the checkpoint.
+        ranks: all of them take part.
+        fix: what a user can do about a damaged file.
+        names: files to check; None checks all.
 
     Raises:
         AgreedError: names the damaged files.
     """
     bad = damaged_on_any_node(folder, ranks, names)
     if bad:
-        raise AgreedError(f"{folder}: {', '.join(bad)} damaged or missing; {mend}")
+        raise AgreedError(f"{folder}: {', '.join(bad)} damaged or missing; {fix}")
 
 
 def newest_sound_tag(folder: Path, ranks: Ranks) -> tuple[str | None, list[str]]:
-    """The newest tag whose files are all sound, and a line for everything that is not as it should be.
+    """The newest tag whose files are all sound, if any, and one line per problem found on the way.
 
-    A save that was cut off before ``latest`` was replaced is used if it is complete.
+    A tag that was complete before its save was interrupted counts, whatever ``latest`` names.
     """
     found: list[Any] = [_candidates(folder) if ranks.is_first else None]
     if ranks.world_size > 1:
@@ -90,17 +94,15 @@ def newest_sound_tag(folder: Path, ranks: Ranks) -> tuple[str | None, list[str]]
         bad = damaged_on_any_node(folder / tag, ranks)
         if not bad:
             return tag, complaints
-        complaints.append(
-            f"{folder / tag}: {', '.join(bad)} damaged or missing; falling back to an earlier checkpoint"
-        )
+        complaints.append(f"{folder / tag}: {', '.join(bad)} damaged or missing; using an earlier checkpoint")
     return None, complaints
 
 
 def _candidates(folder: Path) -> tuple[list[str], list[str]]:
-    """Complete tags, newest first, and what is wrong with the others and with ``latest``."""
+    """Complete tags, newest first, and one line per problem of the others and of ``latest``."""
     complete = complete_tags(folder)
     complaints = [
-        f"{folder / tag / MANIFEST}: missing; this checkpoint was not finished, it is left out"
+        f"{folder / tag / MANIFEST}: missing, so this checkpoint was not finished; using an earlier one"
         for tag in tags(folder)
         if tag not in complete
     ]
@@ -111,7 +113,7 @@ def _candidates(folder: Path) -> tuple[list[str], list[str]]:
         except OSError:
             named = None
         if named is None:
-            complaints.append(f"{latest}: missing; taking the newest complete checkpoint")
+            complaints.append(f"{latest}: missing; using the newest complete checkpoint")
         elif named not in complete:
-            complaints.append(f"{latest}: names {named!r}, no complete checkpoint; taking the newest one")
+            complaints.append(f"{latest}: names {named!r}, which is not a complete checkpoint; using the newest one")
     return complete, complaints

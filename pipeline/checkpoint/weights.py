@@ -1,4 +1,4 @@
-"""Weights from a checkpoint into a model."""
+"""Reads weights from a checkpoint into a model."""
 
 from pathlib import Path
 
@@ -24,13 +24,13 @@ def local_expert_names(model: nn.Module) -> dict[tuple[int, int], str]:
 
 @torch.no_grad()
 def read_weights(model: nn.Module, folder: Path) -> set[str]:
-    """Copy a tag's weights into the model: everything shared, and this rank's experts if the tag has them.
+    """Copy a tag's weights into the model: what all ranks share, and this rank's experts if the tag has them.
 
     Returns:
-        Names of the model's parameters and persistent buffers that the tag did not hold.
+        Names of the model's parameters and persistent buffers that are not in the tag.
 
     Raises:
-        UserError: a file can't be read, or a weight has another shape.
+        UserError: a file can't be read, or does not fit the model.
     """
     persistent = model.state_dict().keys()
     target: dict[str, Tensor] = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
@@ -39,20 +39,18 @@ def read_weights(model: nn.Module, folder: Path) -> set[str]:
 
     def copy(name: str, tensor: Tensor, path: Path) -> None:
         if name not in target:
-            raise UserError(
-                f"{path}: holds {name}, which this model does not have; it is a checkpoint of another model"
-            )
+            raise UserError(f"{path}: holds {name}, which this model does not have; name a checkpoint of this model")
         if target[name].shape != tensor.shape:
             raise UserError(
                 f"{path}: {name} has shape {list(tensor.shape)}, but the model's has {list(target[name].shape)}; "
-                "it is a checkpoint of another model or plan"
+                "name a checkpoint of this model and plan"
             )
         target[name].copy_(tensor)
         missing.discard(name)
 
     path = folder / main_file()
     if not path.is_file():
-        raise UserError(f"{path}: does not exist; the checkpoint is not complete")
+        raise UserError(f"{path}: does not exist, so the checkpoint is not complete; use another one")
     for name, tensor in load_tensors(path)["module"].items():
         copy(name, tensor, path)
     for (layer, number), prefix in local_expert_names(model).items():

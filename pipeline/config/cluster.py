@@ -13,11 +13,12 @@ _TIME = re.compile(r"^(\d+-)?\d+(:\d+){0,2}$")
 
 
 class JobConfig(Section):
-    """What one job asks for. A key that is not given is left to SLURM.
+    """What one job asks SLURM for. SLURM decides whatever has no value here.
 
-    ``ranks_per_node`` is the number of GPUs, or 1 without any. ``time`` is SLURM's: minutes, hours:minutes:seconds
-    or days-hours. ``sbatch`` are further options, ``setup`` shell lines that come before the step (module load,
-    conda activate). With ``image`` the step runs inside that Apptainer image, with ``image_options``.
+    ``ranks_per_node`` is by default the number of GPUs, or 1 without any. ``time`` is in SLURM's form: minutes,
+    hours:minutes:seconds or days-hours. ``sbatch`` are further options of sbatch. ``setup`` are shell lines that run
+    before the step, such as module load. With ``image`` the step runs inside that Apptainer image, with
+    ``image_options``.
     """
 
     partition: str | None = None
@@ -42,7 +43,7 @@ class JobConfig(Section):
     @classmethod
     def _time_is_slurms(cls, value: str | None) -> str | None:
         if value is not None and not _TIME.match(value):
-            raise ValueError(f"{value!r} is no time of SLURM's; write 24:00:00 or 2-00:00:00")
+            raise ValueError(f"{value!r} is not a time that SLURM takes; write 24:00:00 or 2-00:00:00")
         return value
 
     @field_validator("sbatch")
@@ -50,12 +51,12 @@ class JobConfig(Section):
     def _options_begin_with_dashes(cls, value: list[str]) -> list[str]:
         for option in value:
             if not option.startswith("-") or "\n" in option:
-                raise ValueError(f"{option!r} is no option of sbatch; write it as in --constraint=h100")
+                raise ValueError(f"{option!r} is not an option of sbatch; write it as in --constraint=h100")
         return value
 
     @property
     def tasks_per_node(self) -> int:
-        """Ranks on a node."""
+        """Ranks per node."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
     @property
@@ -65,12 +66,12 @@ class JobConfig(Section):
 
 
 class ClusterConfig(Section):
-    """What the jobs of a run ask for, each its own; ``every_job`` holds what most of them share.
+    """What each job of a run asks for; ``every_job`` holds what most of them share.
 
-    ``environment`` are variables that each process of the run gets, whatever launched it; they override the shell's.
-    ``restart``: a job that is stopped before its step is done is requeued; where that is forbidden, ``chain``
-    submits ``max_restarts`` further jobs that take its place. ``signal_seconds`` before the time limit it saves.
-    Several nodes of ``tokenize`` share the text.
+    ``environment`` are variables that each process of the run gets, however it was launched; they override the
+    shell's. ``restart``: with ``requeue``, a job that is stopped before its step is done goes back to the queue. On
+    clusters that forbid it, ``chain`` submits ``max_restarts`` further jobs, of which each continues the one before.
+    A job saves ``signal_seconds`` before its time limit. If ``tokenize`` has several nodes, they share the text.
     """
 
     environment: dict[str, str] = {}
@@ -91,7 +92,7 @@ class ClusterConfig(Section):
             return value
         for name in value:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)):
-                raise ValueError(f"{name!r} is no name of a variable; use letters, digits and _")
+                raise ValueError(f"{name!r} is not the name of a variable; use letters, digits and _")
         return {str(name): str(entry) if isinstance(entry, int | float) else entry for name, entry in value.items()}
 
     @model_validator(mode="after")
@@ -101,14 +102,16 @@ class ClusterConfig(Section):
         if self.job("prepare").world_size > 1:
             raise ValueError("prepare.nodes: the job is one process; give it nodes: 1 and more cpus_per_rank")
         if self.job("tokenize").tasks_per_node > 1:
-            raise ValueError("tokenize.ranks_per_node: one process uses a node's cores; give it 1, and more nodes")
+            raise ValueError(
+                "tokenize.ranks_per_node: one process uses all cores of a node; set it to 1, use more nodes"
+            )
         return self
 
     def job(self, name: str) -> JobConfig:
-        """What a job asks for: its own keys, and those of ``every_job`` that it does not give."""
+        """What a job asks for: its own keys, and for the others those of ``every_job``."""
         own: JobConfig = getattr(self, name)
         shared = {key: getattr(self.every_job, key) for key in self.every_job.model_fields_set}
-        if name in ("tokenize", "prepare"):  # a process a node, and at most one GPU, whatever training takes
+        if name in ("tokenize", "prepare"):  # one process per node and at most one GPU, whatever training takes
             gpus = 0 if name == "tokenize" else min(1, self.every_job.gpus_per_node)
             shared |= {"nodes": 1, "ranks_per_node": 1, "gpus_per_node": gpus}
         return JobConfig(**{**shared, **{key: getattr(own, key) for key in own.model_fields_set}})

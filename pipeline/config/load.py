@@ -1,4 +1,4 @@
-"""Reading a run's YAML: overrides, and each mistake as one line that names the key, the value and the mend."""
+"""Reading a run's YAML: overrides, and one line per mistake that names the key, the value and the fix."""
 
 import difflib
 from pathlib import Path
@@ -13,10 +13,14 @@ from pipeline.config.run import RunConfig
 
 
 def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Read a run's YAML, apply ``key.sub=value`` overrides, and check all of it.
+    """Read a run's YAML, apply overrides, and check all of it.
+
+    Args:
+        path: of the YAML.
+        overrides: such as ``stage1.lr=1e-4``.
 
     Raises:
-        UserError: one line for each mistake, naming the file, the key, the value and the mend.
+        UserError: one line per mistake, naming the file, the key, the value and the fix.
     """
     path = Path(path)
     try:
@@ -34,7 +38,15 @@ def load_run(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
 
 
 def parse_run(tree: dict[str, Any], name: str) -> RunConfig:
-    """Check a run's settings, given as nested dicts; ``name`` says in errors where they came from."""
+    """Check a run's settings.
+
+    Args:
+        tree: the settings as nested dictionaries.
+        name: where they are from, for errors.
+
+    Raises:
+        UserError: one line per mistake.
+    """
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
@@ -46,7 +58,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"--set {override}: not of the form key=value, such as --set stage1.lr=1e-4")
+        raise UserError(f"--set {override}: is not of the form key=value; write it as in --set stage1.lr=1e-4")
     value = parse_yaml(text, f"--set {key}")
     for part in parts[:-1]:
         child = tree.get(part)
@@ -59,7 +71,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(problem: dict[str, Any]) -> str:
-    """One line for one pydantic error: the key, the value, the mend."""
+    """One line for one pydantic error: the key, the value, the fix."""
     location = ".".join(str(part) for part in problem["loc"])
     kind, value, message = problem["type"], problem["input"], str(problem["msg"])
     if kind == "extra_forbidden":
@@ -69,7 +81,7 @@ def _explain(problem: dict[str, Any]) -> str:
     if kind == "value_error":
         message = message.removeprefix("Value error, ")
         return f"{location}: {message}" if location else message
-    return f"{location}: {value!r} won't do: {message[0].lower()}{message[1:]}; change the value"
+    return f"{location}: {value!r} is not valid: {message[0].lower()}{message[1:]}; change the value"
 
 
 def _nearest_key(location: tuple[str | int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""RunConfig: everything that a run's YAML may say, checked once, where it is read."""
+"""RunConfig: every key of a run's YAML, checked once, when it is read."""
 
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ class ModelConfig(Section):
 
 
 class SimilarityConfig(Section):
-    """How many ``tokens`` a language are read (paper: 100,000), in samples of ``sequence_length``."""
+    """How many ``tokens`` per language are read (paper: 100,000), in samples of ``sequence_length``."""
 
     tokens: Positive = 100_000
     sequence_length: Positive = 512
@@ -27,11 +27,11 @@ class SimilarityConfig(Section):
 
 
 class ExpertsConfig(Section):
-    """How many experts each layer gets, and how a token chooses among them.
+    """How many experts each layer gets, and how many of them a token uses (``top_k``).
 
-    ``num_new`` is the budget of new experts over all layers; ``delta`` is LayerMoE's own knob;
-    ``counts`` (with ``allocation: explicit``) lists each layer's experts, the original included.
-    ``classifier_layers`` is a number (the most similar layers) or a list of layers; 0 is none.
+    ``num_new`` is the budget of new experts over all layers. ``delta`` is LayerMoE's own parameter instead.
+    ``counts``, with ``allocation: explicit``, lists the experts of each layer, the original included.
+    ``classifier_layers`` is a number, of the most similar layers, or a list of layers; 0 is none.
     """
 
     allocation: Literal["layerwise", "uniform", "explicit"] = "layerwise"
@@ -57,7 +57,7 @@ class ExpertsConfig(Section):
         if self.delta is not None and not self.delta > 0:
             raise ValueError(f"delta: {self.delta} is not positive; the paper uses 70 for Llama-3.2-3B")
         if self.delta is not None and self.rounding != "ceil":
-            raise ValueError("delta: is only defined with rounding: ceil; add it; or give num_new instead")
+            raise ValueError("delta: works only with rounding: ceil; set that, or give num_new instead")
         for layer, count in enumerate(self.counts or []):
             if count < 1:
                 raise ValueError(f"counts[{layer}]: {count} is below 1; a layer has at least its original MLP")
@@ -65,7 +65,7 @@ class ExpertsConfig(Section):
 
 
 class StageConfig(Section):
-    """What both stages share. ``tokens`` of training, ``global_batch_size`` in samples of ``sequence_length``."""
+    """What both stages share: ``tokens`` to train on, in batches of ``global_batch_size`` x ``sequence_length``."""
 
     tokens: Positive
     sequence_length: Positive = 1024
@@ -91,12 +91,12 @@ class StageConfig(Section):
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps: whole batches only."""
+        """Number of optimizer steps: whole batches only."""
         return self.tokens // (self.global_batch_size * self.sequence_length)
 
 
 class Stage1Config(StageConfig):
-    """Stage 1: new experts and routers train on the new languages (METHOD: MoE-LPR section 3.2)."""
+    """Stage 1: new experts and routers train on the new languages (MoE-LPR section 3.2)."""
 
     balance_weight: float = Field(default=0.01, ge=0)
     balance_scale: Literal["paper", "reference"] = "paper"
@@ -113,23 +113,23 @@ class Stage2Config(StageConfig):
 
 
 class ValidateConfig(Section):
-    """During training: every so many tokens, bits per character on the head of each held-out set."""
+    """During training, every ``every_tokens``: bits per character on the head of each held-out set."""
 
     every_tokens: Positive | None = None
     max_tokens_per_set: Positive = 4096
 
 
 class EvaluateConfig(Section):
-    """At the end: whole held-out documents in fixed windows of so many tokens."""
+    """At the end: whole held-out documents, in windows of ``window`` tokens."""
 
     window: Positive = 1024
 
 
 class CheckpointConfig(Section):
-    """When a checkpoint is saved (always at the end of a stage) and how many are kept beside the best.
+    """When checkpoints are saved, besides the end of a stage, and how many are kept, besides the best.
 
-    ``if_full`` says what a save that can't be written (a full disk) does to the training: ``stop`` it, or
-    ``continue`` until the next one. The last save of a stage must be written.
+    ``if_full`` says what happens if a checkpoint can't be written, as on a full disk: ``stop`` the training, or
+    ``continue`` until the next one is due. The last one of a stage must be written.
     """
 
     every_steps: Positive | None = None
@@ -140,11 +140,11 @@ class CheckpointConfig(Section):
 
 
 class BadStepsConfig(Section):
-    """Which optimizer steps are skipped: a loss or gradient that is not finite, or a gradient norm far too large.
+    """Which optimizer steps are skipped: those with a loss or gradient that is not finite or far too large.
 
-    A step is skipped on all ranks alike if its gradient norm exceeds ``norm_factor`` times the median of the
-    last ``window`` steps' (no limit if null, and none before ``window`` / 4 of them). After ``stop_after``
-    skipped steps in a row the run saves a checkpoint and stops.
+    A step is skipped, on all ranks, if its gradient norm exceeds ``norm_factor`` times the median norm of the last
+    ``window`` steps. There is no limit if ``norm_factor`` is null, and none in the first ``window`` / 4 steps. After
+    ``stop_after`` skipped steps in a row the run saves a checkpoint and stops.
     """
 
     norm_factor: float | None = Field(default=20.0, gt=1)
@@ -153,9 +153,9 @@ class BadStepsConfig(Section):
 
 
 class ParallelConfig(Section):
-    """``ranks`` to start when no launcher did; experts are spread over groups of ``ep_size`` ranks.
+    """How the run is spread over ranks: ``ranks`` to start if no launcher has; new experts lie on ``ep_size`` of them.
 
-    A rank that makes no progress for ``timeout_minutes`` ends, and says where it was.
+    A rank that makes no progress for ``timeout_minutes`` ends, and prints where it was.
     """
 
     ranks: Positive = 1
@@ -165,10 +165,9 @@ class ParallelConfig(Section):
 
 
 class LogConfig(Section):
-    """Which of DeepSpeed's monitors are on. ``ranks`` notes where each rank ran and what it computed."""
+    """Which of DeepSpeed's monitors are on. ``ranks`` records where each rank ran and what it computed."""
 
     tensorboard: bool = True
-    csv: bool = False
     wandb: bool = False
     wandb_project: str = "moe-lpr"
     ranks: bool = False
@@ -211,12 +210,17 @@ class RunConfig(Section):
         Raises:
             UserError: the run has no such stage.
         """
-        stage = self.stage1 if number == 1 else self.stage2
-        if stage is None:
-            raise UserError("stage2: the run has no such section; add it, or train --stage 1")
-        return stage
+        settings = {1: self.stage1, 2: self.stage2}[number]
+        if settings is None:
+            raise UserError(f"stage{number}: the run has no such section; add it, or train --stage 1")
+        return settings
+
+    @property
+    def stage_numbers(self) -> list[int]:
+        """The stages that the run has, in order."""
+        return [1, 2] if self.stage2 is not None else [1]
 
     @property
     def folder(self) -> Path:
-        """Where this run's results lie."""
+        """Where this run's results go."""
         return self.output_dir / self.name

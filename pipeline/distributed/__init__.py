@@ -1,1 +1,1 @@
-"""Ranks: starting, joining, watching and ending them."""
+"""Ranks: starting, joining, dividing, watching and ending them."""

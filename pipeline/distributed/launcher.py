@@ -17,16 +17,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_verb(verb: str, run_file: Path, *, force: bool) -> None:
-    """``python -m pipeline VERB RUN.yaml`` in a process of its own; if it fails, this one ends with its exit code."""
+    """Run ``python -m pipeline VERB RUN.yaml`` in a separate process; if it fails, end with its exit code."""
     command = [sys.executable, "-m", "pipeline", verb, str(run_file), *(["--force"] if force else [])]
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     _wait(command, {**os.environ, "PYTHONPATH": path})
 
 
 def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -> None:
-    """Run ``deepspeed launch/ENTRY ARGUMENTS`` with so many local ranks, and wait for it.
+    """Run ``deepspeed launch/ENTRY ARGUMENTS`` and wait for it; if it fails, end with its exit code.
 
-    If it fails, this process ends with its exit code.
+    Args:
+        arguments: of the entry.
+        num_ranks: how many ranks to start on this machine.
+        entry: a file of launch/.
     """
     command = [
         str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks),
@@ -41,8 +44,8 @@ def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -
 def _wait(command: list[str], environment: dict[str, str]) -> None:
     """Run a command to its end.
 
-    A signal to stop, Ctrl-C too, goes to the ranks themselves, which save and end; DeepSpeed's launchers would
-    leave them running or cut them off. A second one ends everything at once.
+    A signal to stop, Ctrl-C too, is passed to the ranks, which save and end; DeepSpeed's launchers would leave them
+    running or kill them. A second signal ends everything at once.
     """
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     received: list[int] = []
@@ -63,16 +66,16 @@ def _wait(command: list[str], environment: dict[str, str]) -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
     if received and not code:
-        print(f"stopped by {signal.Signals(received[0]).name}; the same command goes on from there", flush=True)
+        print(f"stopped by {signal.Signals(received[0]).name}; the same command resumes from there", flush=True)
         raise SystemExit(0)
-    if code and code != EXIT_CODE:  # bad input has said its one line
+    if code and code != EXIT_CODE:  # for bad input one line has been printed already
         print(f"error: {' '.join(command)}: ended with code {code}; see above for why", file=sys.stderr, flush=True)
     if code:
-        raise SystemExit(code if code > 0 else 128 - code)  # as a shell says it of a signal
+        raise SystemExit(code if code > 0 else 128 - code)  # a shell's code for a signal
 
 
 def _ranks_below(pid: int) -> list[psutil.Process]:
-    """The ranks that a launcher has started."""
+    """The ranks among the processes that a launcher has started."""
     try:
         return [child for child in psutil.Process(pid).children(recursive=True) if "RANK" in child.environ()]
     except psutil.Error:

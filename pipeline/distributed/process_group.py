@@ -21,7 +21,14 @@ DEFAULT_TIMEOUT_MINUTES = 30.0
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the ranks."""
+    """This process's place among the ranks.
+
+    Attributes:
+        rank: its number.
+        world_size: number of ranks.
+        device: its GPU, or the CPU.
+        watchdog: ends this process if it is stuck; None in tests of one process.
+    """
 
     rank: int
     world_size: int
@@ -35,7 +42,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Rank 0 speaks."""
+        """Whether this is rank 0, the one that prints and writes."""
         return self.rank == 0
 
     def say(self, text: str) -> None:
@@ -44,47 +51,47 @@ class Ranks:
             print(text, flush=True)
 
     def wait(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have called this."""
         if self.world_size > 1:
             torch.distributed.barrier()
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All-reduce in place, and return."""
+        """Sum a tensor over all ranks, in place; returns it."""
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
 
 def device_type() -> str:
-    """``cuda`` or ``cpu``, by what is there; tells DeepSpeed, which would guess by the packages installed."""
+    """``cuda`` if there is a GPU, else ``cpu``; also tells DeepSpeed, which would guess from installed packages."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ.setdefault("DS_ACCELERATOR", kind)
     return kind
 
 
 def environment_world_size() -> int:
-    """How many ranks the launcher started; 1 without one. Known before any rank has joined."""
+    """How many ranks the launcher started, before any has joined; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def under_launcher() -> bool:
-    """Whether this process is a rank."""
+    """Whether a launcher started this process as a rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> Ranks:
     """Join the process group that the launcher's variables describe, or make one of a single rank.
 
-    Backend and device are chosen by what is there: nccl and GPUs, or gloo and the CPU. A rank that then
-    makes no progress for ``timeout_minutes``, or whose launcher dies, is ended by its watchdog.
+    With GPUs the backend is nccl, without any gloo. From here on a watchdog ends the process if it makes no progress
+    for ``timeout_minutes`` or if its launcher dies.
     """
     use_gpu = device_type() == "cuda"
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # of collectives' new names
-    # Its JIT build takes a minute, and a killed build leaves a lock that hangs later runs.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # collectives have new names
+    # Its JIT build takes a minute, and a build that is killed leaves a lock on which later runs hang.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not under_launcher():
         os.environ.update(
@@ -94,19 +101,21 @@ def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> Ranks:
     if use_gpu:
         torch.cuda.set_device(device)
     watchdog = Watchdog(int(os.environ["RANK"]), timeout_minutes * 60).start()
-    timeout = datetime.timedelta(minutes=timeout_minutes, seconds=60)  # the watchdog, which says more, comes first
+    timeout = datetime.timedelta(
+        minutes=timeout_minutes, seconds=60
+    )  # the watchdog's message says more, so it comes first
     deepspeed.init_distributed("nccl" if use_gpu else "gloo", timeout=timeout, verbose=False)
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, watchdog)
 
 
 def local_gpu() -> int:
-    """This rank's GPU: its number on the node, or 0 where the launcher lets it see one only."""
+    """The number of this rank's GPU: its local rank, or 0 if the launcher shows it only one GPU."""
     number = int(os.environ.get("LOCAL_RANK", "0"))
     return number if torch.cuda.device_count() > 1 else 0
 
 
 def leave(ranks: Ranks) -> None:
-    """Wait for the others and leave the group."""
+    """Wait for the other ranks and leave the group."""
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
     if ranks.watchdog is not None:
@@ -114,7 +123,7 @@ def leave(ranks: Ranks) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this rank has used: the GPU's, or the process's resident set."""
+    """The most memory that this rank has used: on the GPU, or without one the process's resident set."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     scale = 1 if sys.platform == "darwin" else 1024
@@ -122,7 +131,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class StopRequest:
-    """SIGTERM or SIGUSR1 asks a run to save and end at its next step; handlers are put back on exit."""
+    """Notes SIGTERM and SIGUSR1, which ask a run to save and end after its step, while its block runs.
+
+    Attributes:
+        requested: whether such a signal has come, since the process started.
+    """
 
     def __init__(self) -> None:
         self.requested = bool(EARLY_SIGNALS)

@@ -1,4 +1,4 @@
-"""A rank that can't go on ends by itself: its launcher is gone, or it has waited too long for the others."""
+"""Ends a rank that can't continue: its launcher is gone, or it has waited too long for the other ranks."""
 
 import faulthandler
 import os
@@ -9,18 +9,18 @@ import time
 import psutil
 
 EXIT_ORPHANED, EXIT_STUCK = 75, 76
-# In the message of a collective whose other end is gone.
+# One of these is in the error of a collective whose other end is gone.
 LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset", "timed out", "Timed out")
 SECONDS_BETWEEN_LOOKS = 1.0
 _LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "pipeline", "mpirun", "mpiexec", "prterun", "torchrun")
 
 
 class Watchdog:
-    """Watches one rank from a thread of its own.
+    """Watches one rank from a separate thread, and ends its process if it can't continue.
 
     Args:
         rank: this rank's number.
-        timeout: seconds without :meth:`at` after which the rank prints where it is and ends.
+        timeout: seconds without a call of :meth:`at` after which the rank prints where it is and ends.
     """
 
     def __init__(self, rank: int, timeout: float) -> None:
@@ -30,16 +30,16 @@ class Watchdog:
         self._done = threading.Event()
 
     def start(self) -> "Watchdog":
-        """Begin to watch."""
+        """Start the thread; returns self."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def stop(self) -> None:
-        """The rank has ended by itself."""
+        """Stop watching: the rank is done."""
         self._done.set()
 
     def at(self, where: str) -> None:
-        """The rank has come this far."""
+        """Note that the rank has come this far, and count its time from 0."""
         self._where, self._since = where, time.monotonic()
 
     def _watch(self) -> None:
@@ -53,16 +53,16 @@ class Watchdog:
                 self._end(
                     EXIT_STUCK,
                     f"no progress for {waited:.0f} s at {self._where}: a peer is gone or stuck, or "
-                    "parallel.timeout_minutes is too short; the run goes on from its last checkpoint",
+                    "parallel.timeout_minutes is too short; start the run again, it resumes from its last checkpoint",
                 )
 
     def _end(self, code: int, why: str) -> None:
         print(f"error: rank {self.rank}: {why}", file=sys.stderr, flush=True)
-        os._exit(code)  # a thread in a collective can't be interrupted
+        os._exit(code)  # the main thread, in a collective, can't be interrupted
 
 
 def launchers() -> list[tuple[psutil.Process, str]]:
-    """The process that started this one, and those above it that are launchers too; nearest first."""
+    """The process that started this rank, and the launchers above it, nearest first; each with its name and pid."""
     if "RANK" not in os.environ:
         return []
     found: list[tuple[psutil.Process, str]] = []

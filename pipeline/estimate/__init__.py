@@ -1,1 +1,1 @@
-"""What a run will take, before anything runs: parameters, memory a rank, network, checkpoints, time."""
+"""What a run will take, before it runs: parameters, memory per rank, network, checkpoints, time."""

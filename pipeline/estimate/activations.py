@@ -1,4 +1,4 @@
-"""What a decoder layer keeps for its backward, measured on three random layers of the model's own shape."""
+"""What a decoder layer keeps for its backward, measured on three random layers of the model's shape."""
 
 import copy
 from collections import defaultdict
@@ -9,27 +9,31 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline.model.backbone import Stage, decoder_layers, install_moe_layers, train_only
+from pipeline.method.stage import Stage
+from pipeline.model.backbone import decoder_layers, install_moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 
 TOKENS = 256
 VOCABULARY = 256
-_COUNTS = [3, 1, 3]  # gradients begin at the first layer's router; the other two are what is measured
+_COUNTS = [3, 1, 3]  # experts per layer; gradients begin at the first layer's router, the other two are measured
 
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Bytes a token that a dense layer and an MoE layer keep for the backward."""
+    """Bytes per token that a dense layer and an MoE layer keep for the backward."""
 
     dense: float
     moe: float
 
 
 def measure_layers(config: Any, top_k: int, dtype: torch.dtype, stage: Stage) -> LayerActivations:
-    """Run three random layers of the config's shape and add up what autograd saves, weights not counted.
+    """Run three random layers of the config's shape and add up what autograd saves, weights left out.
 
     Args:
         config: the model's Hugging Face config.
+        top_k: experts per token.
+        dtype: of the weights.
+        stage: what trains.
     """
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = len(_COUNTS), VOCABULARY
@@ -43,7 +47,7 @@ def measure_layers(config: Any, top_k: int, dtype: torch.dtype, stage: Stage) ->
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02) if parameter.ndim > 1 else parameter.fill_(1.0)
-    train_only(model, stage)
+    stage.train_only(model)
     model.train()
     saved = _saved_by_layer(model)
     return LayerActivations(saved[1] / TOKENS, saved[2] / TOKENS)
@@ -52,7 +56,7 @@ def measure_layers(config: Any, top_k: int, dtype: torch.dtype, stage: Stage) ->
 def _saved_by_layer(model: Any) -> dict[int, int]:
     """Bytes of new storage that each decoder layer saves in a forward of ``TOKENS`` tokens."""
     seen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    keep: list[Tensor] = []  # so that no address is used twice
+    keep: list[Tensor] = []  # so that no address is reused
     saved: dict[int, int] = defaultdict(int)
     current = [-1]
 

@@ -1,17 +1,21 @@
-"""Bytes a rank by kind, bytes a token over the network, bytes of a checkpoint."""
+"""Bytes per rank by kind, bytes per token over the network, bytes of a checkpoint."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.activations import LayerActivations
-from pipeline.model.backbone import Stage
+from pipeline.method.stage import Stage
+from pipeline.model.backbone import decoder_layers, find_mlp
 from pipeline.model.expert_plan import ExpertPlan
 
-# Of all tensors: what lies between blocks, and kernels' own. Measured: 7 to 10 % on a CPU, at 1 and 2 ranks.
+# A share of all tensors: gaps between blocks, and buffers of the kernels. Measured: 7 to 10 % on a CPU, 1 and 2 ranks.
 ALLOCATOR = 0.08
+FP32 = 4  # bytes
+MOMENTS = 2 * FP32  # Adam's, per parameter
 
 
 @dataclass(frozen=True)
@@ -19,9 +23,10 @@ class ModelSizes:
     """Parameters of the dense model and its parts.
 
     Attributes:
-        total: of the dense model, shared ones once.
+        total: of the dense model; a tied weight counts once.
         mlp: of one layer's MLP.
-        hidden: D. vocabulary: V.
+        hidden: D.
+        vocabulary: V.
     """
 
     total: int
@@ -32,7 +37,14 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's micro-batch. ``accumulation`` micro-steps make a step."""
+    """One rank's micro-batch.
+
+    Attributes:
+        sequences: B.
+        sequence_length: L.
+        accumulation: micro-steps per optimizer step.
+        checkpoint_activations: whether activations are computed again in the backward.
+    """
 
     sequences: int
     sequence_length: int
@@ -45,16 +57,37 @@ class Batch:
         return self.sequences * self.sequence_length
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Parameters of the fullest rank that train in a stage.
+
+    Attributes:
+        routers: of routers and, where the stage has them, classifiers; on every rank alike.
+        experts: of this rank's new experts, 0 where they are frozen.
+    """
+
+    routers: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.routers + self.experts
+
+
 def experts_by_rank(plan: ExpertPlan, ep_size: int) -> list[int]:
     """New experts on each rank of an expert-parallel group."""
     placement = plan.placement(ep_size).values()
     return [sum(len(layer[rank]) for layer in placement) for rank in range(ep_size)]
 
 
-def router_parameters(sizes: ModelSizes, plan: ExpertPlan, stage: Stage) -> int:
-    """Parameters of routers, and in stage 2 of classifiers."""
+def trained_parameters(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, stage: Stage) -> Trained:
+    """What trains on the fullest rank."""
     routers = sum(sizes.hidden * plan.counts[layer] for layer in plan.moe_layers)
-    return routers + (2 * sizes.hidden * len(plan.classifier_layers) if stage == 2 else 0)
+    if stage.has_classifiers:
+        routers += 2 * sizes.hidden * len(plan.classifier_layers)
+    experts = max(experts_by_rank(plan, dims.ep_size)) * sizes.mlp if stage.trains_experts else 0
+    return Trained(routers, experts)
 
 
 def memory_by_kind(
@@ -68,42 +101,54 @@ def memory_by_kind(
     stage: Stage,
     process: int,
 ) -> dict[str, float]:
-    """Bytes of the fullest rank in training, by kind, and their peak.
+    """Bytes of the fullest rank in training.
 
-    ZeRO-1 as this product runs it: gradients are accumulated in fp32 for all that a rank holds, masters and
-    moments are divided among the ranks that hold the same parameters. Stage 2 trains routers alone, in fp32.
+    ZeRO-1 as we configure it: gradients are summed in fp32 for all that trains on a rank; masters and moments are
+    divided among the ranks that hold the same parameters. Without ZeRO the weights that train are in fp32, need no
+    masters, and each rank holds all of their moments.
 
     Args:
+        sizes: parameters of the dense model.
+        plan: of the experts.
+        dims: how ranks are divided.
+        batch: one rank's micro-batch.
+        layers: what layers keep for the backward.
+        dtype: of the frozen weights.
+        stage: what trains, and how.
         process: bytes of the process before it holds any model.
+
+    Returns:
+        Bytes by kind: ``process``, ``weights``, ``gradients``, ``master weights``, ``moments``, ``activations`` (with
+        logits), ``allocator``, and the ``peak`` of all together.
     """
-    width = dtype.itemsize
+    width, trained = dtype.itemsize, trained_parameters(sizes, plan, dims, stage)
     experts = max(experts_by_rank(plan, dims.ep_size)) * sizes.mlp
-    routers = router_parameters(sizes, plan, stage)
-    trained = routers + (experts if stage == 1 else 0)
-    divided = routers / dims.world_size + (experts * dims.ep_size / dims.world_size if stage == 1 else 0)
-    weights = (sizes.total + experts) * width + routers * (width if stage == 1 else 4)
+    held = (
+        trained.routers / dims.world_size + trained.experts / dims.num_replicas if stage.uses_zero else trained.total
+    )
+    weights = (sizes.total + experts) * width + trained.routers * (width if stage.uses_zero else FP32)
     kinds = {
         "process": float(process),
         "weights": float(weights),
-        # fp32 sums, and beside them what the backward of one micro-batch leaves, in the weights' own type.
-        "gradients": float(trained * (4 + width if stage == 1 else 4)),
-        "master weights": 4 * divided if stage == 1 else 0.0,
-        "moments": 8 * divided if stage == 1 else 8.0 * routers,
+        # fp32 sums; with ZeRO also what the backward of one micro-batch leaves, in the weights' own type.
+        "gradients": float(trained.total * (FP32 + width if stage.uses_zero else FP32)),
+        "master weights": FP32 * held if stage.uses_zero else 0.0,
+        "moments": MOMENTS * float(held),
     }
     activations = _activations(plan, batch, layers, sizes.hidden * width)
     logits = 2 * batch.tokens * sizes.vocabulary * width  # and their gradient
     kinds["activations"] = activations + logits
-    fresh = 0.0 if batch.accumulation > 1 else min(kinds["activations"], trained * width if stage == 1 else 0.0)
+    fresh = trained.total * width if stage.uses_zero and batch.accumulation == 1 else 0.0
     kinds["allocator"] = ALLOCATOR * (sum(kinds.values()) - process)
-    # With one micro-batch a step, its gradients come as its activations go.
-    kinds["peak"] = sum(kinds.values()) - fresh
+    # With one micro-batch per step, its gradients come as its activations go.
+    kinds["peak"] = sum(kinds.values()) - min(kinds["activations"], fresh)
     return kinds
 
 
 def _activations(plan: ExpertPlan, batch: Batch, layers: LayerActivations, hidden_bytes: int) -> float:
-    """Layers below the first router keep nothing: no gradient gets there."""
+    """Bytes kept for the backward. Layers below the first router keep nothing: no gradient gets there."""
     kept = [layers.moe if count > 1 else layers.dense for count in plan.counts[plan.moe_layers[0] :]]
-    if batch.checkpoint_activations:  # every layer keeps its input, and one at a time is computed again
+    if batch.checkpoint_activations:  # each layer keeps its input, and one layer at a time is computed again
         return batch.tokens * (hidden_bytes * len(kept) + max(kept))
     return batch.tokens * sum(kept)
 
@@ -111,41 +156,40 @@ def _activations(plan: ExpertPlan, batch: Batch, layers: LayerActivations, hidde
 def network_per_token(
     sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, batch: Batch, *, dtype: torch.dtype, stage: Stage
 ) -> dict[str, float]:
-    """Bytes that leave a rank for each token it computes, if routers choose all experts alike.
+    """Bytes that a rank sends per token that it computes, if routers choose all experts equally often.
 
-    ``tokens`` there and back, forward and backward; ``gradients`` and ``weights`` once a step, in a ring.
+    Returns:
+        By kind: ``tokens`` to experts and back, forward and backward; ``gradients`` and, with ZeRO, ``weights``, once
+        per step in a ring.
     """
+    trained = trained_parameters(sizes, plan, dims, stage)
     away = (dims.ep_size - 1) / dims.ep_size
     trips = 4 + (2 if batch.checkpoint_activations else 0)
     rows = sum(plan.top_k * (count - 1) / count for count in plan.counts if count > 1)
-    experts = max(experts_by_rank(plan, dims.ep_size)) * sizes.mlp if stage == 1 else 0
-    routers, replicas = router_parameters(sizes, plan, stage), dims.num_replicas
-    in_a_step = batch.tokens * batch.accumulation
+    tokens_per_step = batch.tokens * batch.accumulation
 
     def ring(parameters: float, ranks: int) -> float:
-        return parameters * (ranks - 1) / ranks / in_a_step
+        return parameters * (ranks - 1) / ranks / tokens_per_step
 
+    reduced = ring(trained.experts, dims.num_replicas) + ring(trained.routers, dims.world_size)
     return {
         "tokens": rows * away * trips * sizes.hidden * dtype.itemsize,
-        "gradients": 4 * 2 * (ring(experts, replicas) + ring(routers, dims.world_size)),
-        "weights": dtype.itemsize * (ring(experts, replicas) + ring(routers, dims.world_size)) if stage == 1 else 0.0,
+        "gradients": FP32 * 2 * reduced,
+        "weights": dtype.itemsize * reduced if stage.uses_zero else 0.0,
     }
 
 
 def checkpoint_bytes(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, dtype: torch.dtype, stage: Stage) -> int:
-    """What trained: weights, and masters and moments in fp32."""
-    routers = router_parameters(sizes, plan, stage)
-    if stage == 2:
-        return routers * (4 + 8 * dims.ep_size)  # every expert-parallel rank writes the routers' optimizer
-    return (sum(plan.num_new) * sizes.mlp + routers) * (dtype.itemsize + 4 + 8)
+    """Bytes of a checkpoint: the weights that train, and masters and moments in fp32."""
+    trained = trained_parameters(sizes, plan, dims, stage)
+    if not stage.uses_zero:  # each rank of one expert-parallel group writes all of the moments
+        return trained.routers * (FP32 + MOMENTS * dims.ep_size)
+    experts = sum(plan.num_new) * sizes.mlp if stage.trains_experts else 0
+    return (experts + trained.routers) * (dtype.itemsize + FP32 + MOMENTS)
 
 
 def model_sizes(config: Any) -> ModelSizes:
-    """Count a config's parameters without making them."""
-    from transformers import AutoModelForCausalLM
-
-    from pipeline.model.backbone import decoder_layers, find_mlp
-
+    """Count a config's parameters without allocating them."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()

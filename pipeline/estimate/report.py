@@ -20,7 +20,9 @@ from pipeline.estimate.memory import (
     network_per_token,
 )
 from pipeline.method.allocation import allocate
-from pipeline.model.backbone import Stage, model_config, model_folder, parameter_counts
+from pipeline.method.stage import Stage
+from pipeline.method.stages import stages_of
+from pipeline.model.backbone import model_config, model_folder, parameter_counts
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.metrics import StepRow
 from pipeline.records.run_folder import METRICS_FILE, PLAN_FILE, RunFolder
@@ -29,14 +31,16 @@ from pipeline.training.ds_config import batch_shape, read_ds_config, training_dt
 # Gigabytes of memory (10^9 bytes).
 DEVICES = {"a100-40": 42.9, "a100": 85.9, "h100": 85.0, "h200": 151.0, "b200": 192.0, "l40s": 48.3, "mi300x": 206.0,
            "rtx4090": 25.8}  # fmt: skip
-USABLE = 0.92  # of a device: the rest is the runtime's and lost between blocks
+USABLE = 0.92  # of a device's memory; the rest goes to the runtime and to gaps between blocks
 GPU_PROCESS = 1_200_000_000  # a CUDA context and NCCL's buffers
 
 
 class Estimate:
-    """Both stages of a run on so many ranks.
+    """What all stages of a run will take.
 
     Args:
+        run: the run's settings.
+        dims: how many ranks there are, and how they are divided.
         device: a name of ``DEVICES``, gigabytes such as 80GB, or None for this machine's CPU.
 
     Raises:
@@ -50,34 +54,30 @@ class Estimate:
         self.dtype = training_dtype(read_ds_config(run.deepspeed))
         self.sizes: ModelSizes = model_sizes(self.config)
         self.plan, self.plan_note = find_plan(run, self.config.get_text_config().num_hidden_layers)
+        self.stages = stages_of(run)
         self.layers = {
-            number: measure_layers(self.config, self.plan.top_k, self.dtype, number) for number in self.stages
+            stage.number: measure_layers(self.config, self.plan.top_k, self.dtype, stage) for stage in self.stages
         }
         self.process = GPU_PROCESS if self.capacity else psutil.Process().memory_info().rss
 
-    @property
-    def stages(self) -> list[Stage]:
-        """The stages that the run has."""
-        return [1, 2] if self.run.stage2 else [1]
-
     def batch(self, stage: Stage, dims: ParallelDims) -> Batch:
         """One rank's micro-batch."""
-        settings = self.run.stage(stage)
+        settings = stage.settings
         shape = batch_shape(self.run, settings, dims.world_size, "cuda" if self.capacity else "cpu")
         return Batch(
             shape.micro_batch, settings.sequence_length, shape.accumulation, settings.activation_checkpointing
         )
 
     def memory(self, stage: Stage, dims: ParallelDims | None = None) -> dict[str, float]:
-        """Bytes of the fullest rank by kind."""
+        """Bytes of the fullest rank, by the kinds of :func:`memory_by_kind`; ``dims`` replaces the estimate's own."""
         dims = dims or self.dims
         return memory_by_kind(
-            self.sizes, self.plan, dims, self.batch(stage, dims), self.layers[stage],
+            self.sizes, self.plan, dims, self.batch(stage, dims), self.layers[stage.number],
             dtype=self.dtype, stage=stage, process=self.process,
         )  # fmt: skip
 
     def smallest_ep_size(self) -> int | None:
-        """The smallest ep_size with which both stages fit the device; None if none does."""
+        """The smallest ep_size with which all stages fit the device; None if none does."""
         assert self.capacity is not None
         for ep_size in range(1, self.dims.world_size + 1):
             if self.dims.world_size % ep_size or ep_size > sum(self.plan.num_new):
@@ -88,53 +88,55 @@ class Estimate:
         return None
 
     def text(self, tokens_per_second: float | None) -> str:
-        """The whole estimate, for people."""
+        """The whole estimate as text.
+
+        Args:
+            tokens_per_second: for the hours; None takes the speed of the steps that the run has done.
+        """
         counts = parameter_counts(self.sizes.total, self.sizes.mlp, self.sizes.hidden, self.plan)
         lines = [
             f"model: {counts['dense'] / 1e6:,.1f} M parameters -> {counts['total'] / 1e6:,.1f} M with "
-            f"{sum(self.plan.num_new)} new experts; {counts['active'] / 1e6:,.1f} M active a token; "
+            f"{sum(self.plan.num_new)} new experts; {counts['active'] / 1e6:,.1f} M active per token; "
             f"{counts['stage1_trained'] / 1e6:,.1f} M train in stage 1, {counts['stage2_trained'] / 1e6:,.2f} M in 2",
             f"experts by layer ({self.plan_note}): {' '.join(map(str, self.plan.counts))}",
             f"ranks: {self.dims.world_size}, ep_size {self.dims.ep_size}, {str(self.dtype).removeprefix('torch.')}",
             "",
             self._memory_table(),
             "",
-            aligned([["", *(f"stage {stage}" for stage in self.stages)], *self._work_rows(tokens_per_second)]),
+            aligned([["", *(f"stage {stage.number}" for stage in self.stages)], *self._work_rows(tokens_per_second)]),
         ]
         if "unknown" in lines[-1]:
-            lines.append("for the hours give --tokens-per-second, or run a few steps: their speed is taken")
+            lines.append("for the hours give --tokens-per-second, or run a few steps: their speed is used")
         if self.capacity:
             lines += ["", self._fit_line()]
         return "\n".join(lines)
 
     def _memory_table(self) -> str:
-        found = {stage: self.memory(stage) for stage in self.stages}
-        rows = [["GB of the fullest rank", *(f"stage {stage}" for stage in self.stages)]]
-        for kind in found[1]:
-            rows.append([kind, *(f"{found[stage][kind] / 1e9:.2f}" for stage in self.stages)])
+        found = [self.memory(stage) for stage in self.stages]
+        rows = [["GB of the fullest rank", *(f"stage {stage.number}" for stage in self.stages)]]
+        for kind in found[0]:
+            rows.append([kind, *(f"{memory[kind] / 1e9:.2f}" for memory in found)])
         return aligned(rows)
 
     def _work_rows(self, tokens_per_second: float | None) -> list[list[str]]:
-        network = {
-            stage: network_per_token(
+        network = [
+            network_per_token(
                 self.sizes, self.plan, self.dims, self.batch(stage, self.dims), dtype=self.dtype, stage=stage
             )
             for stage in self.stages
-        }
-        settings = {stage: self.run.stage(stage) for stage in self.stages}
+        ]
+        settings = [stage.settings for stage in self.stages]
         rows = [["micro-batch x accumulation", *(self._shape(stage) for stage in self.stages)]]
-        for kind in network[1]:
-            rows.append(
-                [f"network KB a token: {kind}", *(f"{network[stage][kind] / 1e3:.1f}" for stage in self.stages)]
-            )
+        for kind in network[0]:
+            rows.append([f"network KB per token: {kind}", *(f"{by_kind[kind] / 1e3:.1f}" for by_kind in network)])
         sizes = (checkpoint_bytes(self.sizes, self.plan, self.dims, self.dtype, stage) for stage in self.stages)
         rows.append(["checkpoint GB", *(f"{size / 1e9:.3f}" for size in sizes)])
-        rows.append(["tokens", *(f"{settings[stage].tokens:,}" for stage in self.stages)])
-        rows.append(["steps", *(f"{settings[stage].num_steps:,}" for stage in self.stages)])
-        speeds = {stage: tokens_per_second or self._measured_speed(stage) for stage in self.stages}
-        rows.append(["tokens a second", *(f"{speed:,.0f}" if speed else "unknown" for speed in speeds.values())])
-        hours = (f"{settings[s].tokens / speed / 3600:,.2f}" if speed else "-" for s, speed in speeds.items())
-        rows.append(["hours", *hours])
+        rows.append(["tokens", *(f"{stage.tokens:,}" for stage in settings)])
+        rows.append(["steps", *(f"{stage.num_steps:,}" for stage in settings)])
+        speeds = [tokens_per_second or self._measured_speed(stage) for stage in self.stages]
+        rows.append(["tokens per second", *(f"{speed:,.0f}" if speed else "unknown" for speed in speeds)])
+        hours = zip(settings, speeds, strict=True)
+        rows.append(["hours", *(f"{stage.tokens / speed / 3600:,.2f}" if speed else "-" for stage, speed in hours)])
         return rows
 
     def _shape(self, stage: Stage) -> str:
@@ -142,15 +144,15 @@ class Estimate:
         return f"{batch.sequences} x {batch.sequence_length} x {batch.accumulation}"
 
     def _measured_speed(self, stage: Stage) -> float | None:
-        """Of this run's own steps so far, if they ran on as many ranks."""
-        rows = StepRow.load_rows(RunFolder(self.run.folder) / f"stage{stage}" / METRICS_FILE)
+        """The median of the steps that the run has done, in tokens per second; None if there is none."""
+        rows = StepRow.load_rows(RunFolder(self.run.folder) / stage.name / METRICS_FILE)
         speeds = sorted(row.tokens_per_second for row in rows[1:])
         return speeds[len(speeds) // 2] if speeds else None
 
     def _fit_line(self) -> str:
         assert self.capacity is not None
         smallest = self.smallest_ep_size()
-        device = f"{self.capacity / 1e9:.0f} GB a device, {USABLE:.0%} of it used"
+        device = f"{self.capacity / 1e9:.0f} GB per device, {USABLE:.0%} of it used"
         if smallest is None:
             return (
                 f"does not fit {self.dims.world_size} ranks of {device}: use more ranks, a smaller "
@@ -160,7 +162,7 @@ class Estimate:
 
 
 def device_bytes(device: str) -> float:
-    """Memory of a device that a user names.
+    """Memory in bytes of a device that a user names.
 
     Raises:
         UserError: it is neither known nor a number of gigabytes.
@@ -174,7 +176,7 @@ def device_bytes(device: str) -> float:
 
 
 def find_plan(run: RunConfig, num_layers: int) -> tuple[ExpertPlan, str]:
-    """The run's plan; before its similarities are measured, the same experts spread evenly.
+    """The run's plan and where it is from; before similarities are measured, as many experts spread evenly.
 
     Raises:
         UserError: the number of experts itself depends on similarities.

@@ -1,4 +1,4 @@
-"""Bits per character over held-out documents, spread over the ranks."""
+"""Bits per character of held-out documents; all ranks share the work."""
 
 import math
 from dataclasses import dataclass, field
@@ -20,7 +20,12 @@ STATISTICS = ("tokens", "on_expert_0", "probability_0", "classified_old")  # of 
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive tokens of one document: each is scored given those before it in the window."""
+    """Consecutive tokens of one document; each is scored given those before it in the window.
+
+    Attributes:
+        document: its number in the set.
+        ids: the tokens, of which the first is only input.
+    """
 
     document: int
     ids: np.ndarray
@@ -28,13 +33,14 @@ class Window:
 
 @dataclass
 class SetScore:
-    """What a model made of one set.
+    """A model's score on one set.
 
     Attributes:
-        bits: [documents] fp64, summed over each document's scored tokens.
+        bits: [documents] fp64, summed over the tokens of each document.
         characters: [documents].
-        share_0, probability_0: a layer with a router: share of tokens that use expert 0, mean G_0.
-        classified_old: a layer: share of tokens that the classifier calls old.
+        share_0: for each MoE layer, the share of tokens that use expert 0.
+        probability_0: for each MoE layer, the mean G_0.
+        classified_old: for each MoE layer, the share of tokens that its classifier calls old.
     """
 
     bits: np.ndarray
@@ -52,11 +58,14 @@ class SetScore:
 def document_windows(store: TokenStore, name: str, window: int, max_tokens: int | None = None) -> list[Window]:
     """Whole documents in consecutive windows of at most ``window`` inputs.
 
-    A document begins after its BOS, or after the document separator where the tokenizer has none, so its
-    first token is scored too; the separator at its end is not.
+    The first input is the document's BOS, or the document separator if the tokenizer has no BOS. So the document's
+    first token is scored too. The separator at its end is not.
 
     Args:
-        max_tokens: stop after the first document that reaches so many tokens.
+        store: the tokens.
+        name: of the set.
+        window: tokens per window.
+        max_tokens: stop after the document that reaches this number; None scores all.
     """
     shard = store.held_out(name)
     windows: list[Window] = []
@@ -74,7 +83,7 @@ def document_windows(store: TokenStore, name: str, window: int, max_tokens: int 
 
 
 def make_batches(windows: list[Window], tokens_per_batch: int) -> list[list[Window]]:
-    """Windows of like length together; the same batches whatever the number of ranks."""
+    """Put windows of similar length together; the batches do not depend on the number of ranks."""
     batches: list[list[Window]] = []
     for window in sorted(windows, key=lambda w: (-len(w.ids), w.document)):
         if batches and (len(batches[-1]) + 1) * (len(batches[-1][0].ids) - 1) <= tokens_per_batch:
@@ -90,8 +99,16 @@ def score_set(
 ) -> SetScore:
     """Score a set's held-out documents; every rank gets the whole result.
 
-    All ranks make the same number of forward passes (with expert parallelism they meet in each), so a
+    All ranks make the same number of forward passes, because with expert parallelism they exchange tokens in each. A
     rank that has no batch left runs one token that counts for nothing.
+
+    Args:
+        model: dense, or with MoE layers whose experts are spread over the ranks.
+        store: the tokens.
+        name: of the set.
+        ranks: all of them take part.
+        window: tokens per window.
+        max_tokens: stop after the document that reaches this number; None scores all.
     """
     windows = document_windows(store, name, window, max_tokens)
     batches = make_batches(windows, TOKENS_PER_BATCH[ranks.device.type])
@@ -116,7 +133,7 @@ def score_set(
 
 
 def _mask(batch: list[Window]) -> torch.Tensor:
-    """[B, L]: true where a token is an input that counts."""
+    """True for inputs that are not padding, [B, L]."""
     if not batch:
         return torch.zeros(1, 1, dtype=torch.bool)
     longest = max(len(w.ids) - 1 for w in batch)
@@ -125,7 +142,7 @@ def _mask(batch: list[Window]) -> torch.Tensor:
 
 
 def _score_batch(model: nn.Module, batch: list[Window], filler: int, device: torch.device, bits: torch.Tensor) -> None:
-    """One forward pass; adds each window's bits to its document's."""
+    """Run one forward pass and add each window's bits to those of its document."""
     mask_BL = _mask(batch)
     rows = torch.full((mask_BL.shape[0], mask_BL.shape[1] + 1), filler)
     for row, window in zip(rows, batch, strict=False):

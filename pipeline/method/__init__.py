@@ -1,1 +1,1 @@
-"""The two papers, a section a file."""
+"""The two papers: one file per section, and one per stage of training."""

@@ -1,4 +1,4 @@
-"""How many experts each layer gets (LayerMoE, arXiv 2505.22582, section 3.2)."""
+"""How many experts each layer gets (LayerMoE, arXiv 2505.22582, sections 3.2 and 3.3)."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,13 @@ SMALLEST_SIMILARITY = 1e-3
 
 @dataclass(frozen=True)
 class Allocation:
-    """``counts[layer]`` experts, the original included; ``delta`` if the paper's formula gave them."""
+    """How many experts each layer gets.
+
+    Attributes:
+        counts: N_l of each layer, the original included.
+        delta: the paper's, if its formula gave them.
+        note: one line for the user: how the budget was met.
+    """
 
     counts: list[int]
     delta: float | None
@@ -24,16 +30,16 @@ def allocate(experts: ExpertsConfig, num_layers: int, similarity: list[float] | 
     Args:
         experts: the run's section.
         num_layers: L.
-        similarity: S_l a layer (positive); only ``layerwise`` needs it.
+        similarity: S_l of each layer (positive); only ``layerwise`` needs it.
 
     Raises:
-        UserError: a list of the wrong length, a budget that can't be met, a similarity that is not positive.
+        UserError: a list has the wrong length, the budget can't be met, or a similarity is not positive.
     """
     if experts.allocation == "explicit":
         counts = list(experts.counts or [])
         if len(counts) != num_layers:
             raise UserError(
-                f"experts.counts: {len(counts)} numbers, but the model has {num_layers} layers; give one each"
+                f"experts.counts: {len(counts)} numbers, but the model has {num_layers} layers; give one per layer"
             )
         return Allocation(counts, None, f"explicit: {sum(counts) - num_layers} new experts")
     if experts.allocation == "uniform":
@@ -59,7 +65,7 @@ def allocate(experts: ExpertsConfig, num_layers: int, similarity: list[float] | 
 
 
 def inverse_shares(similarity: list[float]) -> list[float]:
-    """(1/S_l) / sum_k (1/S_k) a layer: the less alike the languages, the larger the share (section 3.2).
+    """Each layer's share of the experts, (1/S_l) / sum_k (1/S_k): the less similar the languages, the larger (3.2).
 
     Raises:
         UserError: names the first layer whose similarity is not positive.
@@ -75,7 +81,7 @@ def inverse_shares(similarity: list[float]) -> list[float]:
 
 
 def clamp_similarity(similarity: list[float]) -> tuple[list[float], list[int]]:
-    """Raise values that are not positive to ``SMALLEST_SIMILARITY``; also returns the layers that changed."""
+    """Raise values below ``SMALLEST_SIMILARITY`` to it; also returns the numbers of the layers that changed."""
     changed = [layer for layer, value in enumerate(similarity) if not value >= SMALLEST_SIMILARITY]
     return [value if value >= SMALLEST_SIMILARITY else SMALLEST_SIMILARITY for value in similarity], changed
 
@@ -86,9 +92,9 @@ def ceil_counts(shares: list[float], delta: float) -> list[int]:
 
 
 def delta_for_total(shares: list[float], total: int) -> float:
-    """The delta whose ceil() counts come closest to ``total`` from below.
+    """The delta for which the counts of :func:`ceil_counts` sum to ``total``, or to as little below as possible.
 
-    sum ceil(share * delta) grows in steps at delta = k / share; the search walks those steps.
+    The sum of ceil(share * delta) grows in steps, at delta = k / share; the search tries these steps in order.
 
     Raises:
         UserError: even the smallest delta gives more than ``total``.
@@ -101,14 +107,16 @@ def delta_for_total(shares: list[float], total: int) -> float:
             break
         best = delta
     if best is None:
-        raise UserError(f"experts.num_new: {total - len(shares)} is too few for rounding up; use largest_remainder")
+        raise UserError(
+            f"experts.num_new: {total - len(shares)} is too few for rounding: ceil; use rounding: largest_remainder"
+        )
     return best
 
 
 def largest_remainder_counts(shares: list[float], total: int) -> list[int]:
-    """Counts that sum to ``total``, at least 1 each: whole shares first, the rest by the largest remainders.
+    """Counts of at least 1 that sum to ``total``: each share rounded down, the rest to the largest remainders.
 
-    A layer whose share is below 1 gets 1; what is left is shared among the others again.
+    A layer whose share is below 1 gets 1; the others then divide what is left.
     """
     counts = [0] * len(shares)
     free = list(range(len(shares)))
@@ -132,7 +140,7 @@ def largest_remainder_counts(shares: list[float], total: int) -> list[int]:
 
 
 def most_similar_layers(similarity: list[float], counts: list[int], how_many: int) -> list[int]:
-    """The ``how_many`` routed layers with the highest similarity: they get a classifier (section 3.3).
+    """The ``how_many`` layers with a router that have the highest similarity: they get a classifier (section 3.3).
 
     Raises:
         UserError: fewer layers have a router.
@@ -140,7 +148,7 @@ def most_similar_layers(similarity: list[float], counts: list[int], how_many: in
     routed = [layer for layer, count in enumerate(counts) if count > 1]
     if how_many > len(routed):
         raise UserError(
-            f"experts.classifier_layers: {how_many} layers asked for, but only {len(routed)} have a router"
+            f"experts.classifier_layers: {how_many} layers, but only {len(routed)} have a router; give at most that"
         )
     return sorted(sorted(routed, key=lambda layer: (-similarity[layer], layer))[:how_many])
 

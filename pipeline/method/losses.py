@@ -1,8 +1,8 @@
 """The losses: next token, load balancing, language priors routing (LPR), routing classifier.
 
-All are fp32. Sums are divided by counts of the *global* batch, which are known before the first
-backward of a step, so that the mean over ranks and accumulation steps is the loss of the whole batch,
-however unevenly tokens fall.
+All are fp32. They are sums over tokens, except for load balancing, which is a mean. The stages divide them by counts
+of the *global* batch, known before the first backward of a step. So summed over ranks and micro-steps they are the
+loss of the whole batch, however unevenly old tokens are spread.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,18 +15,18 @@ from torch import distributed as dist
 
 from pipeline.model.moe.router import NEW, OLD, Routing
 
-BYTES_AT_ONCE = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits held at a time: a cache's worth on a CPU
+BYTES_AT_ONCE = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits held at a time; on a CPU they fit its cache
 
 
 def _row_pieces(logits_TV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of the logits, and of tensors beside them, a few at a time."""
+    """A few rows at a time of the logits and of other tensors with as many rows."""
     num_rows = max(1, BYTES_AT_ONCE[logits_TV.device.type] // (4 * logits_TV.shape[1]))
     yield from zip(*(tensor.split(num_rows) for tensor in (logits_TV, *others)), strict=True)
 
 
 @torch.no_grad()
 def token_losses(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    """Cross-entropy of each token, [T] fp32, in nats; for scoring, without gradients."""
+    """Cross-entropy of each token in nats, [T] fp32, without gradients: for scoring."""
     pieces = _row_pieces(logits_TV, labels_T)
     return torch.cat([F.cross_entropy(logits.float(), labels, reduction="none") for logits, labels in pieces])
 
@@ -34,8 +34,8 @@ def token_losses(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     """Summed cross-entropy in fp32 that never holds all logits in fp32.
 
-    The gradient, softmax - one-hot, is made in the forward, a few rows at a time, in the logits' dtype:
-    one exponential an element instead of two, and the memory of one copy of the logits instead of five.
+    The forward also computes the gradient, softmax - one-hot, a few rows at a time, in the logits' dtype. That takes
+    one exponential per element instead of two, and the memory of one copy of the logits instead of five.
     """
 
     @staticmethod
@@ -59,7 +59,13 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, mask_BL: Tensor | None = None) -> Tensor:
-    """Cross-entropy of the next token, summed over the tokens where ``mask`` is true (all without one)."""
+    """L_NTP: cross-entropy of the next token, summed over tokens.
+
+    Args:
+        logits_BLV: the model's output.
+        labels_BL: the next tokens.
+        mask_BL: true for tokens that count; None counts all.
+    """
     weights_BL = torch.ones_like(labels_BL) if mask_BL is None else mask_BL
     return _CrossEntropy.apply(logits_BLV.flatten(0, 1), labels_BL.flatten(), weights_BL.flatten().float())
 
@@ -71,17 +77,17 @@ def load_balancing_loss(
     scale: Literal["paper", "reference"] = "paper",
     statistics: Literal["global", "local"] = "global",
 ) -> Tensor:
-    """N * sum_i f_i P_i, the mean over layers (Switch; MoE-LPR section 3.2, eq. 5). 1 when uniform.
+    """L_balance = N * sum_i f_i P_i, the mean over layers (MoE-LPR, arXiv 2408.11396, section 3.2, eq. 5).
 
-    f_i is the share of choices that fall on expert i, P_i the mean router probability. Over several
-    ranks f is all-reduced and P stays local, so that the mean over ranks is exactly the loss of all
-    their tokens together, and so is its gradient.
+    f_i is the share of choices that expert i gets, P_i its mean router probability; uniform routing gives 1. With
+    several ranks f is all-reduced and P stays local: the mean over ranks is then exactly the loss of all their tokens
+    together, and so is its gradient.
 
     Args:
-        routings: one a layer that has a router.
-        mask_T: true for tokens that count; padding never does.
-        scale: the reference implementation is K times the paper's (2 when uniform).
-        statistics: ``local`` computes f from this rank's tokens alone, as the reference does.
+        routings: one per MoE layer.
+        mask_T: true for tokens that count; None counts all.
+        scale: ``reference`` is the reference implementation's, K times the paper's.
+        statistics: ``local`` computes f from this rank's tokens alone, as the reference implementation does.
     """
     top_k = routings[0].ids_TK.shape[1]
     num_tokens = routings[0].scores_TE.shape[0]
@@ -104,18 +110,22 @@ def load_balancing_loss(
 
 @torch.no_grad()
 def _choices(routing: Routing, ones_T: Tensor) -> Tensor:
-    """How many of the counted tokens' choices fall on each expert, [E], fp32."""
+    """How many active choices of the counted tokens each expert gets, [E], fp32."""
     num_experts = routing.scores_TE.shape[1]
     weights = (ones_T.unsqueeze(-1) * routing.active_TK).flatten()
     return torch.zeros(num_experts, device=ones_T.device).index_add_(0, routing.ids_TK.flatten(), weights)
 
 
 def lpr_loss(routings: Sequence[Routing], old_T: Tensor, form: Literal["paper", "reference"] = "paper") -> Tensor:
-    """Language priors routing: - log G_0 of old languages' tokens (MoE-LPR section 3.3, eq. 6).
+    """L_LPR: - log G_0, summed over tokens of old languages, the mean over layers (MoE-LPR section 3.3, eq. 6).
 
-    Summed over the tokens where ``old`` is true, the mean over layers. Without any such token it is 0
-    and its gradient is zero. ``reference`` feeds the probabilities to another softmax, as the
-    reference implementation does: it can't reach 0.
+    Without any such token it is 0, and so is its gradient.
+
+    Args:
+        routings: one per MoE layer.
+        old_T: true for tokens of old languages that count.
+        form: ``reference`` feeds the probabilities to another softmax, as the reference implementation does; it
+            can't reach 0.
     """
     losses = []
     for routing in routings:
@@ -125,9 +135,14 @@ def lpr_loss(routings: Sequence[Routing], old_T: Tensor, form: Literal["paper", 
 
 
 def classifier_loss(routings: Sequence[Routing], old_T: Tensor, mask_T: Tensor | None = None) -> Tensor:
-    """Cross-entropy of the true language group, summed over tokens, the mean over layers with a classifier.
+    """L_cls: cross-entropy of the language group, summed over tokens, the mean over layers with a classifier.
 
-    LayerMoE section 3.3. Zero where no layer has a classifier.
+    LayerMoE, arXiv 2505.22582, section 3.3. It is 0 if no layer has a classifier.
+
+    Args:
+        routings: one per MoE layer.
+        old_T: true for tokens of old languages.
+        mask_T: true for tokens that count; None counts all.
     """
     target_T = torch.where(old_T, OLD, NEW)
     losses = []
@@ -141,9 +156,14 @@ def classifier_loss(routings: Sequence[Routing], old_T: Tensor, mask_T: Tensor |
 def routing_statistics(routing: Routing, mask_T: Tensor) -> dict[str, Any]:
     """Sums over the counted tokens of one layer, for metrics.
 
+    Args:
+        routing: of the layer.
+        mask_T: true for tokens that count.
+
     Returns:
-        ``tokens``; ``on_expert_0``: tokens whose output uses expert 0; ``probability_0``: sum of G_0;
-        ``classified_old``: tokens that the classifier sends to expert 0 alone; ``choices``: [E].
+        ``tokens``: how many count. ``on_expert_0``: how many use expert 0. ``probability_0``: their G_0 summed.
+        ``classified_old``: how many the classifier sends to expert 0 alone. ``choices``: [E], how many active choices
+        each expert gets.
     """
     mask = mask_T.float()
     on_expert_0 = ((routing.ids_TK == 0) & routing.active_TK).any(-1)

@@ -1,4 +1,4 @@
-"""How alike languages look to each layer (LayerMoE, arXiv 2505.22582, section 3.1), in one pass over the tokens."""
+"""How similar languages are at each layer (LayerMoE, arXiv 2505.22582, section 3.1), in one pass over the tokens."""
 
 from collections.abc import Iterable, Mapping
 from itertools import combinations
@@ -14,10 +14,13 @@ from pipeline.records.similarity import Similarity
 
 
 class MeanUnitVectors:
-    """One fp64 running sum of unit vectors a layer: all that the similarity needs of any number of tokens.
+    """For each layer, the sum in fp64 of its MLP inputs as unit vectors: all that the similarity needs.
 
-    The mean of all pairwise cosines between two languages' tokens is the dot product of their mean
-    unit vectors, so Q tokens cost O(Q h), and no hidden state is kept.
+    The mean of all pairwise cosines between the tokens of two languages is the dot product of their mean unit
+    vectors. So Q tokens cost O(Q h) instead of O(Q^2 h), and no hidden state is kept.
+
+    Args:
+        model: the dense model without its output head.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,14 +50,14 @@ class MeanUnitVectors:
         return add
 
     def add(self, model: nn.Module, ids_BL: Tensor, limit: int) -> int:
-        """Run the model and take in its first ``limit`` tokens; returns how many they were."""
+        """Run the model and add its first ``limit`` tokens; returns how many there were."""
         self._limit = min(limit, ids_BL.numel())
         model(input_ids=ids_BL, use_cache=False)
         self.tokens += self._limit
         return self._limit
 
     def means(self) -> np.ndarray:
-        """[L, D] fp64: the mean unit vector of each layer's MLP inputs."""
+        """The mean unit vector of each layer's MLP inputs, [layers, D] fp64."""
         assert self.tokens
         return torch.stack([s for s in self.sums if s is not None]).cpu().numpy() / self.tokens
 
@@ -63,7 +66,14 @@ class MeanUnitVectors:
 def mean_unit_vectors(
     model: nn.Module, batches: Iterable[np.ndarray], tokens: int, description: str
 ) -> MeanUnitVectors:
-    """Stream token ids [B, L] through the model until ``tokens`` of them are counted."""
+    """Run token ids through the model until ``tokens`` of them are added.
+
+    Args:
+        model: the dense model without its output head.
+        batches: token ids, [B, L] each.
+        tokens: how many to add.
+        description: of the progress bar.
+    """
     device = next(model.parameters()).device
     with MeanUnitVectors(model) as vectors, progress(tokens, description, "token") as bar:
         for batch in batches:
@@ -105,11 +115,14 @@ def similarity_of_sets(
 def similarity_of(means: dict[str, np.ndarray], tokens: dict[str, int], old: list[str], new: list[str]) -> Similarity:
     """All pairs' similarities, and S_l = (mean over new-new pairs + mean over new-old pairs) / 2.
 
-    With one new language there are no new-new pairs: the pairs of its own tokens take their place
-    (the paper has no such case).
+    With one new language there are no new-new pairs, a case that the paper does not have: pairs of its own tokens are
+    used instead.
 
     Args:
-        means: for each language, [L, D].
+        means: each language's mean unit vectors, [layers, D].
+        tokens: how many tokens of each language were read.
+        old: languages that the model knows.
+        new: languages that are added.
     """
     assert old and new
     languages = [*old, *new]
@@ -121,7 +134,13 @@ def similarity_of(means: dict[str, np.ndarray], tokens: dict[str, int], old: lis
 
 
 def layer_similarity(pairs: dict[str, list[float]], new_new: list[str], old_new: list[str]) -> list[float]:
-    """S_l (section 3.2): the mean of the two kinds of pairs' means."""
+    """S_l = (mean over new-new pairs + mean over old-new pairs) / 2 (section 3.2).
+
+    Args:
+        pairs: each pair's similarities, by layer.
+        new_new: names of the pairs of new languages.
+        old_new: names of the pairs of an old and a new language.
+    """
     within = np.mean([pairs[key] for key in new_new], axis=0)
     across = np.mean([pairs[key] for key in old_new], axis=0)
     return ((within + across) / 2).tolist()

@@ -1,4 +1,4 @@
-"""A dense Hugging Face model into a native DeepSpeed-MoE checkpoint (MoE-LPR, arXiv 2408.11396, section 3.1)."""
+"""Turns a dense Hugging Face model into a DeepSpeed-MoE checkpoint (MoE-LPR, arXiv 2408.11396, section 3.1)."""
 
 import shutil
 from dataclasses import asdict, dataclass
@@ -29,15 +29,22 @@ from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe.experts import fused_weights
 
 TAG = "upcycled"
-HF_FOLDER = "hf"  # config and tokenizer, so that a run does not need the dense model any more
-TOLERANCE = 1e-4  # of the largest logit; what fp32 rounding leaves is two orders of magnitude below
+HF_FOLDER = "hf"  # config and tokenizer, so that training does not need the dense model
+TOLERANCE = 1e-4  # of the largest logit; fp32 rounding stays two orders of magnitude below
 _HF_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.model", "vocab.json",
              "merges.txt", "chat_template*", "added_tokens.json")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Parity:
-    """The receipt: how far the upcycled model's logits are from the dense model's, in fp32, on real text."""
+    """The receipt: how far the upcycled model's logits are from the dense model's, in fp32, on real text.
+
+    Attributes:
+        max_abs_logit_difference: the largest difference.
+        max_abs_logit: the dense model's largest logit.
+        tolerance: the largest difference that is allowed.
+        tokens: how many were compared.
+    """
 
     max_abs_logit_difference: float
     max_abs_logit: float
@@ -53,17 +60,22 @@ class Parity:
 def upcycle(
     dense: Path, plan: ExpertPlan, samples: np.ndarray, target: Path, *, seed: int, model_hash: str
 ) -> dict[str, Any]:
-    """Write the upcycled checkpoint to ``target`` and return its manifest's figures.
+    """Write the upcycled checkpoint.
 
-    ``target`` holds the native checkpoint under ``upcycled/``, config and tokenizer under ``hf/``, and a
-    manifest: the dense model's hash, the plan with its ancestry, the parity receipt, each file's sha256.
+    It has three parts: the checkpoint proper in DeepSpeed's layout under ``upcycled/``, config and tokenizer under
+    ``hf/``, and a manifest with the dense model's hash, the plan, the figures below and each file's sha256.
 
     Args:
         dense: folder of the dense model.
+        plan: of the experts.
         samples: token ids of real text [B, L] for the receipt.
         target: the folder to make; it appears only when all of it is written and the receipt is good.
         seed: of the routers' Xavier-normal initialisation.
         model_hash: of the dense model's files.
+
+    Returns:
+        ``parity`` (the receipt, with ``holds``), ``dtype``, ``dense_parameters``, ``mlp_parameters`` (of one layer)
+        and ``hidden_size``.
 
     Raises:
         UserError: the model's MLPs can't become experts, or the logits differ.
@@ -82,7 +94,7 @@ def upcycle(
             raise UserError(
                 f"upcycle: the upcycled model's logits differ from the dense model's by "
                 f"{parity.max_abs_logit_difference:.3g} (allowed: {parity.tolerance:.3g}); nothing was written: "
-                "the model computes something that its decoder layers' MLPs do not show"
+                "this model does more with its MLPs than decoder layers usually do, so it can't be upcycled"
             )
         figures = {"parity": {**asdict(parity), "holds": parity.holds}, **shape}
         files = {
@@ -103,7 +115,7 @@ def _config_dtype(dense: Path) -> str:
 
 @torch.no_grad()
 def _write_weights(dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.dtype, seed: int) -> dict[str, Any]:
-    """The native layout: one file of everything that is not an expert, and a file an expert."""
+    """DeepSpeed's layout: one file per new expert, and one of everything else."""
     folder.mkdir()
     model = load_dense(dense, dtype)
     layers = decoder_layers(model)
@@ -136,7 +148,7 @@ def _write_weights(dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.
 
 
 def _without_aliases(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out names that share another's parameter, such as a tied output head."""
+    """Leave out names whose parameter has another name too, such as a tied output head."""
     return {name: state[name] for name, _ in model.named_parameters() if name in state} | {
         name: state[name] for name, _ in model.named_buffers() if name in state
     }
@@ -150,7 +162,14 @@ def load_upcycled(
     *,
     classifiers: bool = False,
 ) -> PreTrainedModel:
-    """The MoE model with its upcycled weights, each rank with its own experts only.
+    """The MoE model with its upcycled weights; each rank gets its own experts only.
+
+    Args:
+        folder: the upcycled checkpoint.
+        plan: of the experts.
+        dtype: of all weights but the routers', which are in fp32.
+        dims: how experts are spread over ranks; all on one rank unless given.
+        classifiers: whether the plan's classifier layers get their classifier.
 
     Raises:
         UserError: a file is missing or does not hold what the plan says.
@@ -162,14 +181,14 @@ def load_upcycled(
     missing = {name for name in missing if not name.endswith(".gate.classifier.weight")}
     if missing:
         raise UserError(
-            f"{folder}: lacks {sorted(missing)[0]} and {len(missing) - 1} more; upcycle again with --force"
+            f"{folder}: {sorted(missing)[0]} and {len(missing) - 1} more are missing; upcycle again with --force"
         )
     return model
 
 
 @torch.inference_mode()
 def measure_parity(dense: Path, folder: Path, plan: ExpertPlan, samples: np.ndarray) -> Parity:
-    """Compare logits of the dense model with those of the upcycled one, read back from its files, in fp32."""
+    """Compare the dense model's logits with those of the upcycled one, read back from its files, in fp32."""
     ids_BL = torch.from_numpy(samples.astype(np.int64))
     model = load_dense(dense, torch.float32)
     expected = [model(input_ids=row.unsqueeze(0), use_cache=False).logits for row in ids_BL]

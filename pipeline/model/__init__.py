@@ -1,1 +1,1 @@
-"""The Hugging Face base with its MoE layers, and the plan of its experts."""
+"""The Hugging Face model with its MoE layers, and the plan of its experts."""

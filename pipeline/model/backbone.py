@@ -1,8 +1,8 @@
-"""The Hugging Face base, its MoE layers, and which parameters train in which stage."""
+"""The Hugging Face model: loading it, putting MoE layers into it, freezing all that does not train."""
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,17 +16,16 @@ from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
 
-Stage = Literal[1, 2]
-transformers_logging.disable_progress_bar()  # ours says more
+transformers_logging.disable_progress_bar()  # we show our own
 ONE_RANK = ParallelDims(world_size=1, ep_size=1)
 _GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 def model_folder(model: ModelConfig) -> Path:
-    """The model's folder; a hub id is looked up in the local cache, or fetched where a hub is reached.
+    """The model's folder; a hub id is looked up in the local cache, or fetched from the hub.
 
     Raises:
-        UserError: it is neither a folder with a config.json nor a hub id that can be had.
+        UserError: it is neither a folder with a config.json nor a hub id that can be fetched.
     """
     folder = Path(model.path)
     if folder.is_dir():
@@ -43,55 +42,71 @@ def model_folder(model: ModelConfig) -> Path:
         return Path(snapshot_download(model.path, revision=model.revision, local_files_only=offline))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise UserError(
-            f"model.path: {model.path} is no folder here, and the hub does not give it ({type(error).__name__}); "
-            "fetch it where there is a network, or name a folder"
+            f"model.path: {model.path} is not a folder here, nor can it be fetched ({type(error).__name__}); "
+            "check the name, fetch it where there is a network, or name a folder"
         ) from error
 
 
 def model_config(folder: Path) -> Any:
-    """The model's Hugging Face config."""
+    """The model's Hugging Face config.
+
+    Raises:
+        UserError: transformers can't read it.
+    """
     try:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model.path: {folder}: transformers can't read its config ({error})".splitlines()[0]
-        ) from error
+        raise UserError(_one_line(f"model.path: {folder}: transformers can't read its config.json", error)) from error
+
+
+def _one_line(what: str, error: Exception) -> str:
+    """What is wrong, with the first line of its cause, and the fix."""
+    cause = (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{what} ({cause}); name a complete Hugging Face model's folder"
 
 
 def load_dense(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load a dense causal language model and check that its MLPs can become experts."""
+    """Load a dense causal language model and check that its MLPs can become experts.
+
+    Raises:
+        UserError: it can't be loaded, or has no gated MLPs.
+    """
     model_config(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise UserError(f"model.path: {folder}: can't be loaded ({error})".splitlines()[0]) from error
+        raise UserError(_one_line(f"model.path: {folder}: can't be loaded", error)) from error
     for layer in decoder_layers(model):
         find_mlp(layer)
     return move(model, device).eval()
 
 
 def move(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
-    """``model.to(device)``; transformers' own signature confuses type checkers."""
+    """``model.to(device)``, which transformers declares in a way that type checkers reject."""
     nn.Module.to(model, device)
     return model
 
 
 def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The architecture that a folder's config describes, weights not set, without dropout."""
+    """The architecture that a folder's config describes, without dropout; its weights are not set."""
     config = model_config(folder)
     if getattr(config, "attention_dropout", 0.0):
-        config.attention_dropout = 0.0  # nothing random happens in training: a resumed run is the same run
+        config.attention_dropout = 0.0  # training must not be random, so that a resumed run is the same run
     with no_init_weights():
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The model's list of decoder layers."""
+    """The model's list of decoder layers.
+
+    Raises:
+        UserError: it has none.
+    """
     layers = getattr(getattr(model, "base_model", model), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         raise UserError(
             f"model.path: {type(model).__name__} has no list of decoder layers with gate_proj/up_proj/down_proj MLPs; "
-            "Llama, Qwen2, Qwen3, Mistral and Gemma do"
+            "use Llama, Qwen2, Qwen3, Mistral, Gemma or one built like them"
         )
     return layers
 
@@ -100,7 +115,7 @@ def find_mlp(layer: nn.Module) -> str:
     """The name of a decoder layer's gated MLP.
 
     Raises:
-        UserError: the layer has none, or one whose projections are not plain linear maps.
+        UserError: the layer has none whose three projections are plain linear maps.
     """
     for name, child in layer.named_children():
         if all(isinstance(getattr(child, part, None), nn.Linear) for part in _GATED) and hasattr(child, "act_fn"):
@@ -115,7 +130,7 @@ def find_mlp(layer: nn.Module) -> str:
 def install_moe_layers(
     model: PreTrainedModel, plan: ExpertPlan, dims: ParallelDims = ONE_RANK, *, classifiers: bool = False
 ) -> dict[int, MoELayer]:
-    """Put MoE layers where the plan has new experts; layers of one expert stay dense.
+    """Replace MLPs by MoE layers where the plan has new experts; a layer of one expert stays dense.
 
     The new experts' weights are not set.
 
@@ -152,26 +167,36 @@ def install_moe_layers(
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """The MoE layers, in order."""
+    """The model's MoE layers, in order; without its dense layers."""
     return [module for module in model.modules() if isinstance(module, MoELayer)]
 
 
-def train_only(model: nn.Module, stage: Stage) -> None:
-    """Stage 1 trains new experts and routers, stage 2 routers and classifiers only (MoE-LPR section 3)."""
+def train_only(model: nn.Module, *, experts: bool, classifiers: bool) -> None:
+    """Freeze all of the model except its routers.
+
+    Args:
+        model: with its MoE layers.
+        experts: whether the new experts train too; expert 0 never does.
+        classifiers: whether the routing classifiers train too.
+    """
     model.requires_grad_(False)
     for layer in moe_layers(model):
-        layer.router.requires_grad_(True)
-        layer.local_experts.requires_grad_(stage == 1)
-        layer.experts_train = stage == 1
-        if stage == 1 and layer.router.classifier is not None:
-            layer.router.classifier.requires_grad_(False)
+        layer.router.wg.requires_grad_(True)
+        layer.local_experts.requires_grad_(experts)
+        layer.experts_train = experts
+        if layer.router.classifier is not None:
+            layer.router.classifier.requires_grad_(classifiers)
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Explicit optimizer groups: routers first, then experts.
+    """The optimizer's parameter groups: routers first, then experts, if they train.
 
-    DeepSpeed's own split of MoE parameters walks a set of strings, so that its order can differ from
-    rank to rank.
+    We give them explicitly because DeepSpeed's own split of MoE parameters iterates over a set of strings, whose
+    order can differ from rank to rank.
+
+    Returns:
+        Each group's ``params`` and ``name``; the experts' group also has ``moe: True``, and as its name that of their
+        process group.
     """
     dense = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "allreduce")]
     experts = [p for p in model.parameters() if p.requires_grad and hasattr(p, "allreduce")]
@@ -182,12 +207,17 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def parameter_counts(dense_total: int, mlp: int, hidden_size: int, plan: ExpertPlan) -> dict[str, int]:
-    """Parameters before and after, in all and those active for one token that is routed to K experts.
+    """Numbers of parameters before and after the expansion.
 
     Args:
         dense_total: parameters of the dense model.
         mlp: parameters of one layer's MLP.
         hidden_size: D.
+        plan: of the experts.
+
+    Returns:
+        ``dense``, ``total`` and ``active`` (used for one token that is routed to K experts) of the whole model;
+        ``stage1_trained`` and ``stage2_trained``.
     """
     routers = sum(hidden_size * plan.counts[layer] for layer in plan.moe_layers)
     routers += 2 * hidden_size * len(plan.classifier_layers)

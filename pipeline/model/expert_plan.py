@@ -1,4 +1,4 @@
-"""ExpertPlan: how many experts each layer has, where they lie and came from. The one place that checks them."""
+"""ExpertPlan: how many experts each layer has, which rank holds them, and what they were copied from."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,8 +14,10 @@ FILE_NAME = "expert_plan.json"
 class Round(BaseModel):
     """One expansion of the model: round 0 is the dense model, round 1 the first group of new languages.
 
-    ``num_new[layer]`` experts were added in this round; they are numbered after those of earlier rounds.
-    ``source`` is the expert they were copied from.
+    Attributes:
+        languages: those that the round added.
+        num_new: for each layer, how many experts it added; they are numbered after those of earlier rounds.
+        source: what they were copied from.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -26,10 +28,15 @@ class Round(BaseModel):
 
 
 class ExpertPlan(BaseModel):
-    """The plan that flows from allocation to upcycling, model, checkpoint and export.
+    """The shape of the expanded model: made by the allocation, read by all that comes after.
 
-    ``counts[layer]`` is N_l of METHOD 1: all experts of the layer, the original MLP (expert 0) included.
-    A layer of one expert is dense: it has no router.
+    Attributes:
+        counts: N_l of each layer: all of its experts, the original MLP (expert 0) included. A layer of one expert is
+            dense: it has no router.
+        top_k: K, experts per token.
+        classifier_layers: layers with a routing classifier.
+        rounds: the expansions, the dense model first.
+        similarity: S_l of each layer, if it was measured.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,7 +48,7 @@ class ExpertPlan(BaseModel):
     similarity: tuple[float, ...] | None = None
 
     def model_post_init(self, _context: object) -> None:
-        """Check what the fields promise each other.
+        """Check that the fields fit each other.
 
         Raises:
             UserError: names the layer and the number that do not fit.
@@ -82,7 +89,16 @@ class ExpertPlan(BaseModel):
         classifier_layers: list[int],
         similarity: list[float] | None = None,
     ) -> "ExpertPlan":
-        """The plan of a dense model's first expansion."""
+        """The plan of a dense model's first expansion.
+
+        Args:
+            counts: N_l of each layer.
+            old: languages that the dense model knows.
+            new: languages that are added.
+            top_k: K.
+            classifier_layers: layers with a routing classifier.
+            similarity: S_l of each layer, if it was measured.
+        """
         rounds = (
             Round(languages=tuple(old), num_new=(1,) * len(counts), source="mlp"),
             Round(languages=tuple(new), num_new=tuple(max(0, count - 1) for count in counts), source="expert 0"),
@@ -102,37 +118,36 @@ class ExpertPlan(BaseModel):
 
     @property
     def num_new(self) -> tuple[int, ...]:
-        """Experts beyond the original MLP, a layer."""
+        """For each layer, its experts besides the original MLP."""
         return tuple(count - 1 for count in self.counts)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
-        """The layers with a router. DeepSpeed's file names count these, not all layers."""
+        """The layers with a router; in names of checkpoint files only these count."""
         return tuple(layer for layer, count in enumerate(self.counts) if count > 1)
 
     @property
     def key(self) -> str:
-        """A content key: equal plans have equal keys. The similarities that led here do not count."""
+        """A content key: plans are equal if their keys are. The similarities are left out."""
         return content_key(self.model_dump(mode="json", exclude={"similarity"}))
 
     @property
     def experts_key(self) -> str:
-        """A content key of what stage 1 depends on: classifiers come with stage 2."""
+        """A content key of what stage 1 depends on: classifiers, which come with stage 2, are left out."""
         return content_key(self.model_dump(mode="json", exclude={"similarity", "classifier_layers"}))
 
     def placement(self, ep_size: int) -> dict[int, list[list[int]]]:
-        """Which new experts lie on which rank of an expert-parallel group.
+        """Which new experts each rank of an expert-parallel group holds.
 
-        The experts of a layer are dealt as evenly as they go; the ranks that hold fewer so far come
-        first for the odd ones, so over the whole model the fullest and the emptiest rank differ by
-        at most one expert.
+        Each layer's experts are divided as evenly as possible. Those left over go to the ranks that hold the fewest so
+        far. So over the whole model the fullest and the emptiest rank differ by at most one expert.
 
         Args:
-            ep_size: ranks in an expert-parallel group.
+            ep_size: ranks per expert-parallel group.
 
         Returns:
-            For each MoE layer, for each rank, the numbers of its experts (1 and up; 0 is the original MLP,
-            which lies on every rank).
+            For each MoE layer, for each rank, the numbers of its experts. They begin at 1; expert 0, the original
+            MLP, is on every rank.
 
         Raises:
             UserError: the model has fewer new experts than ranks, so that a rank would hold none.
@@ -161,7 +176,11 @@ class ExpertPlan(BaseModel):
 
     @classmethod
     def load(cls, path: Path) -> "ExpertPlan":
-        """Read a plan; a damaged or foreign file is a :class:`UserError`."""
+        """Read a plan.
+
+        Raises:
+            UserError: the file is damaged or not a plan.
+        """
         try:
             return cls.model_validate(read_json(path))
         except ValidationError as error:

@@ -27,8 +27,10 @@ def stage2_inputs(context: RunContext) -> Inputs:
 
 
 def _inputs(context: RunContext, number: int) -> Inputs:
+    from pipeline.method.stages import find_stage
+
     run, data = context.run, context.run.data
-    sets = data.new if number == 1 else {**data.old, **data.new}
+    sets = find_stage(run, number).sets(data)
     return {
         "upcycled": context.folder.manifest("upcycle").outputs["upcycled"],
         "tokens": context.store.key,
@@ -68,9 +70,10 @@ def check_stage2(context: RunContext) -> None:
 
 
 def _check_samples(context: RunContext, number: int) -> None:
+    from pipeline.method.stages import find_stage
     from pipeline.training.sample_order import stage_order
 
-    stage_order(context.store, context.run.data, context.run.stage(number), context.run.seed)
+    stage_order(context.store, context.run.data, find_stage(context.run, number), context.run.seed)
 
 
 def stage1_checkpoint(context: RunContext) -> Path:
@@ -91,9 +94,10 @@ def train_stage2(context: RunContext, ranks: "Ranks | None") -> Result | None:
 def _train(
     context: RunContext, ranks: "Ranks | None", number: int, inputs: Inputs, experts: Path | None
 ) -> Result | None:
+    from pipeline.method.stages import find_stage
+    from pipeline.training.inputs import StageInputs
+    from pipeline.training.monitors import finish_wandb_run, keep_wandb_run
     from pipeline.training.train import train_stage
-    from pipeline.training.trainer import StageInputs
-    from pipeline.training.wandb_run import finish_wandb_run, keep_wandb_run
 
     assert ranks is not None
     run, name = context.run, f"stage{number}"
@@ -108,7 +112,7 @@ def _train(
     if experts is not None:
         identity["stage1"] = {"tag": experts.name, "manifest": sha256_file(experts / "manifest.json")}
     stage_inputs = StageInputs(
-        run, 1 if number == 1 else 2, context.plan, context.store, context.upcycled, target, identity, experts
+        run, find_stage(run, number), context.plan, context.store, context.upcycled, target, identity, experts
     )
     figures = train_stage(stage_inputs, ranks)
     finish_wandb_run()
@@ -126,12 +130,13 @@ def check_parallel(context: RunContext, world_size: int, device: str) -> None:
     Raises:
         UserError: ep_size, batch, DeepSpeed config or monitors do not fit.
     """
-    from pipeline.training.ds_config import batch_shape, check_monitors, read_ds_config
+    from pipeline.method.stages import stages_of
+    from pipeline.training.ds_config import batch_shape, read_ds_config
+    from pipeline.training.monitors import check_monitors
 
     run = context.run
     read_ds_config(run.deepspeed)
     check_monitors(run.log)
     ParallelDims(world_size, run.parallel.ep_size)
-    for stage in (run.stage1, run.stage2):
-        if stage is not None:
-            batch_shape(run, stage, world_size, device)
+    for stage in stages_of(run):
+        batch_shape(run, stage.settings, world_size, device)

@@ -1,6 +1,5 @@
-"""The DeepSpeed config of a stage: the file that the run names, filled in from the run."""
+"""The DeepSpeed config of a stage: the file that the run names, with what the run decides filled in."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,10 @@ import torch
 
 from common.errors import UserError
 from common.files import read_json
-from pipeline.config.run import LogConfig, RunConfig, StageConfig
+from pipeline.config.run import RunConfig, StageConfig
+from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.method.stage import Stage
+from pipeline.training.monitors import monitor_sections
 
 _FILLED = (
     "train_batch_size",
@@ -25,7 +27,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     """Read and check a DeepSpeed config.
 
     Raises:
-        UserError: it is missing, fills in what the run decides, or asks for what can't work here.
+        UserError: it is missing, sets what the run decides, or asks for what can't work here.
     """
     if not path.is_file():
         raise UserError(f"deepspeed: {path} does not exist; name a file such as ds_configs/bf16_zero1.json")
@@ -60,7 +62,7 @@ def training_dtype(config: dict[str, Any]) -> torch.dtype:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How a global batch is spread: each of ``accumulation`` micro-steps takes ``micro_batch`` samples a rank.
+    """How a global batch is divided: ``accumulation`` micro-steps of ``micro_batch`` samples per rank.
 
     Where that is more than the global batch, the last micro-steps hold samples that count for nothing.
     """
@@ -70,7 +72,13 @@ class BatchShape:
 
 
 def batch_shape(run: RunConfig, stage: StageConfig, world_size: int, device: str) -> BatchShape:
-    """The run's micro-batch; or the one within a token budget a device that adds the fewest empty samples.
+    """The run's micro-batch; for ``auto`` the one within a device's token budget that adds the fewest empty samples.
+
+    Args:
+        run: the run's settings.
+        stage: the stage's settings.
+        world_size: number of ranks.
+        device: ``cpu`` or ``cuda``.
 
     Raises:
         UserError: the micro-batch is more than a rank's share of the global batch.
@@ -80,7 +88,7 @@ def batch_shape(run: RunConfig, stage: StageConfig, world_size: int, device: str
     if wanted != "auto":
         if wanted > share:
             raise UserError(
-                f"parallel.micro_batch_size: {wanted} is more than the {share} samples a rank has of a global batch "
+                f"parallel.micro_batch_size: {wanted} is more than the {share} samples per rank of a global batch "
                 f"of {stage.global_batch_size}; use at most {share}, or auto"
             )
         return BatchShape(wanted, -(-share // wanted))
@@ -90,47 +98,28 @@ def batch_shape(run: RunConfig, stage: StageConfig, world_size: int, device: str
 
 
 def fill_ds_config(
-    config: dict[str, Any],
-    run: RunConfig,
-    stage: StageConfig,
-    *,
-    stage_number: int,
-    world_size: int,
-    shape: BatchShape,
+    config: dict[str, Any], run: RunConfig, stage: Stage, dims: ParallelDims, shape: BatchShape
 ) -> dict[str, Any]:
     """The config that DeepSpeed gets.
 
-    Stage 2 trains the few router weights only: they stay in fp32, without ZeRO (DeepSpeed's ZeRO asserts
-    that trained experts exist), beside frozen weights in the run's precision.
+    Args:
+        config: what :func:`read_ds_config` read.
+        run: the run's settings.
+        stage: its learning rate and so on, and what it changes in the config.
+        dims: how ranks are divided.
+        shape: of the micro-batches.
     """
-    filled = dict(config)
-    filled["train_batch_size"] = world_size * shape.micro_batch * shape.accumulation
+    settings, filled = stage.settings, dict(config)
+    filled["train_batch_size"] = dims.world_size * shape.micro_batch * shape.accumulation
     filled["train_micro_batch_size_per_gpu"] = shape.micro_batch
     filled["gradient_accumulation_steps"] = shape.accumulation
-    filled["gradient_clipping"] = stage.gradient_clipping
+    filled["gradient_clipping"] = settings.gradient_clipping
     optimizer = filled.get("optimizer", {"type": "AdamW", "params": {}})
-    parameters = {"lr": stage.lr, "betas": list(stage.betas), "eps": stage.eps, "weight_decay": stage.weight_decay}
+    parameters = {
+        "lr": settings.lr,
+        "betas": list(settings.betas),
+        "eps": settings.eps,
+        "weight_decay": settings.weight_decay,
+    }
     filled["optimizer"] = {**optimizer, "params": {**optimizer.get("params", {}), **parameters}}
-    if stage_number == 2:
-        for key in ("bf16", "data_types", "zero_optimization"):
-            filled.pop(key, None)
-    return filled | monitors(run.log, run.folder, f"stage{stage_number}")
-
-
-def check_monitors(log: LogConfig) -> None:
-    """Raises :class:`UserError` where a monitor is on whose package is not there."""
-    for name, wanted in (("tensorboard", log.tensorboard), ("wandb", log.wandb)):
-        if wanted and importlib.util.find_spec(name) is None:
-            raise UserError(f"log.{name}: the package {name} is not installed; pip install {name}, or set it to false")
-
-
-def monitors(log: LogConfig, folder: Path, job: str) -> dict[str, Any]:
-    """DeepSpeed's monitor sections."""
-    sections: dict[str, Any] = {}
-    if log.tensorboard:
-        sections["tensorboard"] = {"enabled": True, "output_path": str(folder / "tensorboard"), "job_name": job}
-    if log.csv:
-        sections["csv_monitor"] = {"enabled": True, "output_path": str(folder / "csv"), "job_name": job}
-    if log.wandb:
-        sections["wandb"] = {"enabled": True, "project": log.wandb_project, "group": folder.name}
-    return sections
+    return stage.adapt_ds_config(filled) | monitor_sections(run.log, run.folder, stage.name)

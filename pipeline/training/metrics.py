@@ -1,6 +1,5 @@
 """What a training step measured: to DeepSpeed's monitors, to ``metrics.jsonl``, and to the progress bar."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,47 +7,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import UserError
-from common.files import write_text
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.losses import routing_statistics
+from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import Routing
-from pipeline.training.monitors import rewind_monitors
-
-METRICS_FILE = "metrics.jsonl"
-VALIDATION_FILE = "validation.jsonl"
+from pipeline.records.metrics import StepRow, ValidationRow
+from pipeline.records.run_folder import METRICS_FILE, VALIDATION_FILE
+from pipeline.training.monitors import rewind_tensorboard
 
 
 class StepSums:
-    """Sums over a step's micro-batches on this rank, then over ranks: losses by kind and how tokens were routed.
+    """Sums over a step's micro-batches on this rank, then over ranks: losses by name and how tokens were routed.
 
     Args:
-        num_sets: sets of this stage.
-        num_experts: experts of each layer with a router.
+        sources: names of the stage's sources.
+        plan: the experts of the model.
+        device: of the sums.
     """
 
     LOSSES = ("next_token", "balance", "lpr", "classifier")
 
-    def __init__(self, num_sets: int, num_experts: list[int], device: torch.device) -> None:
-        self.num_sets, self.num_experts = num_sets, num_experts
+    def __init__(self, sources: list[str], plan: ExpertPlan, device: torch.device) -> None:
+        self.sources = sources
+        self.num_experts = [plan.counts[layer] for layer in plan.moe_layers]
         self.losses = torch.zeros(len(self.LOSSES), device=device)
-        self.tokens = torch.zeros(num_sets, device=device)
-        self.on_expert_0 = torch.zeros(num_sets, device=device)
-        self.choices = [torch.zeros(count, device=device) for count in num_experts]
+        self.tokens = torch.zeros(len(sources), device=device)
+        self.on_expert_0 = torch.zeros(len(sources), device=device)
+        self.choices = [torch.zeros(count, device=device) for count in self.num_experts]
 
-    def add_losses(self, **losses: Tensor) -> None:
-        """Add one micro-batch's losses, already divided by the global batch's counts."""
+    def add_losses(self, losses: dict[str, Tensor]) -> None:
+        """Add one micro-batch's losses by name, already divided by the global batch's counts."""
         for index, name in enumerate(self.LOSSES):
             if name in losses:
                 self.losses[index] += losses[name].detach()
 
     @torch.no_grad()
     def add_routing(self, routings: list[Routing], sources_T: Tensor) -> None:
-        """Add one micro-batch's routing. ``sources_T``: the set that each token is from; below 0 it does not count."""
+        """Add one micro-batch's routing.
+
+        Args:
+            routings: one per MoE layer.
+            sources_T: index of the source that each token is from; a token below 0 does not count.
+        """
         everything = sources_T >= 0
         for choices, routing in zip(self.choices, routings, strict=True):
             choices.add_(routing_statistics(routing, everything)["choices"])
-        for index in range(self.num_sets):
+        for index in range(len(self.sources)):
             mask = sources_T == index
             self.tokens[index] += mask.sum()
             for routing in routings:
@@ -58,24 +62,33 @@ class StepSums:
         """All sums in one vector, for one all-reduce."""
         return torch.cat([self.losses, self.tokens, self.on_expert_0, *self.choices])
 
-    def read(self, packed: Tensor, set_names: list[str]) -> dict[str, Any]:
-        """The reduced vector as figures."""
-        sizes = [len(self.LOSSES), self.num_sets, self.num_sets, *self.num_experts]
+    def read(self, packed: Tensor) -> dict[str, Any]:
+        """The figures of the reduced vector.
+
+        Returns:
+            ``loss`` (by name, not weighted), ``expert_0_share`` (by source: the share of its tokens whose output uses
+            expert 0, the mean over MoE layers) and ``load_imbalance`` (per MoE layer: the busiest expert's tokens
+            over the mean expert's; 1 is balanced).
+        """
+        sizes = [len(self.LOSSES), len(self.sources), len(self.sources), *self.num_experts]
         losses, tokens, on_expert_0, *choices = packed.cpu().split(sizes)
-        share = on_expert_0 / tokens.clamp(min=1)
+        shares = zip(self.sources, on_expert_0 / tokens.clamp(min=1), tokens, strict=True)
         return {
             "loss": dict(zip(self.LOSSES, losses.tolist(), strict=True)),
-            "expert_0_share": {n: s for n, s, t in zip(set_names, share.tolist(), tokens.tolist(), strict=True) if t},
-            # The busiest expert's tokens over the mean: 1 is balanced.
+            "expert_0_share": {source: float(share) for source, share, count in shares if count},
             "load_imbalance": [float(c.max() / c.mean().clamp(min=1e-9)) for c in choices],
         }
 
 
 @dataclass
 class MetricsLog:
-    """Rank 0's records of a stage; each step appears once, also after a resume from an earlier one.
+    """Rank 0's records of a stage; each step appears once, also after a resume. On other ranks it does nothing.
 
-    On other ranks it does nothing.
+    Attributes:
+        folder: the stage's.
+        monitor: DeepSpeed's, of the engine.
+        layers: the MoE layers' numbers, for the names of curves.
+        writes: whether this is rank 0.
     """
 
     folder: Path
@@ -85,61 +98,37 @@ class MetricsLog:
 
     @classmethod
     def open(cls, folder: Path, monitor: Any, layers: list[int], step: int, ranks: Ranks) -> "MetricsLog":
-        """Continue after ``step`` steps: what an interrupted run recorded later is dropped, from monitors too."""
-        samples = 0
-        for name in (VALIDATION_FILE, METRICS_FILE) if ranks.is_first else ():
-            kept = [row for row in read_rows(folder / name) if row["step"] <= step]
-            write_text(folder / name, "".join(json.dumps(row) + "\n" for row in kept))
-            samples = kept[-1]["samples"] if kept else 0
+        """Continue after ``step`` steps: what an interrupted session recorded beyond them is dropped."""
         if ranks.is_first:
-            rewind_monitors(monitor, samples)
+            ValidationRow.drop_rows_after(folder / VALIDATION_FILE, step)
+            kept = StepRow.drop_rows_after(folder / METRICS_FILE, step)
+            rewind_tensorboard(monitor, kept[-1].samples if kept else 0)
         return cls(folder, monitor, layers, ranks.is_first)
 
     def training_seconds(self) -> float:
-        """What all steps took, without validation and saving; 0 on other ranks."""
-        return sum(row["seconds"] for row in read_rows(self.folder / METRICS_FILE)) if self.writes else 0.0
+        """What all steps took, without validating and saving; 0 on ranks other than 0."""
+        return sum(row.seconds for row in StepRow.load_rows(self.folder / METRICS_FILE)) if self.writes else 0.0
 
-    def step(self, row: dict[str, Any]) -> None:
+    def step(self, row: StepRow) -> None:
         """Record one training step."""
-        self._append(METRICS_FILE, row)
-        events = [(f"loss/{name}", value) for name, value in row["loss"].items()]
-        events += [(f"expert_0_share/{name}", value) for name, value in row["expert_0_share"].items()]
-        names = zip(self.layers, row["load_imbalance"], strict=True)
-        events += [(f"load_imbalance/layer_{layer:02d}", value) for layer, value in names]
-        events += [
-            (f"train/{name}", row[name]) for name in ("lr", "grad_norm", "tokens_per_second", "tokens", "memory_gb")
-        ]
-        events.append(("train/skipped", float(row["skipped"] is not None)))
-        self._send(events, row["samples"])
-
-    def validation(self, row: dict[str, Any]) -> None:
-        """Record one validation."""
-        self._append(VALIDATION_FILE, row)
-        self._send([(f"bits_per_character/{name}", value) for name, value in row["sets"].items()], row["samples"])
-
-    def _append(self, name: str, row: dict[str, Any]) -> None:
         if not self.writes:
             return
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        row.append_to(self.folder / METRICS_FILE)
+        events = [(f"loss/{name}", value) for name, value in row.loss.items()]
+        events += [(f"expert_0_share/{name}", value) for name, value in row.expert_0_share.items()]
+        names = zip(self.layers, row.load_imbalance, strict=True)
+        events += [(f"load_imbalance/layer_{layer:02d}", value) for layer, value in names]
+        names_of_figures = ("lr", "grad_norm", "tokens_per_second", "tokens", "memory_gb")
+        events += [(f"train/{name}", getattr(row, name)) for name in names_of_figures]
+        events.append(("train/skipped", float(row.skipped is not None)))
+        self._send(events, row.samples)
+
+    def validation(self, row: ValidationRow) -> None:
+        """Record one validation."""
+        if self.writes:
+            row.append_to(self.folder / VALIDATION_FILE)
+            self._send([(f"bits_per_character/{name}", value) for name, value in row.sets.items()], row.samples)
 
     def _send(self, events: list[tuple[str, float]], samples: int) -> None:
-        if self.writes and self.monitor.enabled:
+        if self.monitor.enabled:
             self.monitor.write_events([(name, value, samples) for name, value in events])
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a JSON-lines file; a last line that was cut off is left out.
-
-    Raises:
-        UserError: a line before it is damaged.
-    """
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: damaged; delete the line and run again") from error
-    return rows

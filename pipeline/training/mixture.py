@@ -1,28 +1,101 @@
-"""Which source each sample is from: sources take turns as evenly as their weights allow."""
+"""The mixture of a stage: its sources with their shares, and which of them each sample is from."""
 
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from data_prep.config import DataConfig, SetConfig
+from data_prep.store import TokenStore
+from pipeline.method.stage import Group
 
 Turns = tuple[NDArray[np.int64], NDArray[np.int64]]
 CHUNK = 1 << 14  # samples whose turns are worked out at a time
 
 
-class Interleaving:
-    """The source of any sample, and its number in that source, without those before it.
+class Tokens(Protocol):
+    """A run of token ids that need not be in memory."""
 
-    The j-th sample of source s is due at (j + 1/2) / weight_s; samples come in the order in which they are due. So
-    any n samples from the first on hold each source's share to one sample.
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Ids ``start`` to ``stop - 1``."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Training tokens of a set, or of one source of a set.
+
+    Attributes:
+        name: the set's name, or SET/NUMBER for one source of it.
+        tokens: its training tokens.
+        weight: its share of samples, up to a common factor.
+        is_old: whether its language is an old one.
+    """
+
+    name: str
+    tokens: Tokens
+    weight: float
+    is_old: bool
+
+
+def stage_sources(store: TokenStore, data: DataConfig, shares: dict[Group, float]) -> list[Source]:
+    """The sources of a stage, with their shares.
+
+    Args:
+        store: the tokens.
+        data: the run's ``data`` section.
+        shares: for each group, ``old`` or ``new``, the share of all samples that its sets divide among them.
+    """
+    sources: list[Source] = []
+    for group, share in shares.items():
+        sets = data.old if group == "old" else data.new
+        weights = {name: _weight(store, name, entry, data.temperature) for name, entry in sets.items()}
+        total = sum(weights.values())
+        for name, entry in sets.items():
+            sources += _sources_of_set(store, name, entry, share * weights[name] / total, group == "old")
+    return sources
+
+
+def _weight(store: TokenStore, name: str, entry: SetConfig, temperature: float | None) -> float:
+    """A set's share of its group: its weight, or with a temperature T, weight x tokens^(1/T)."""
+    if temperature is None:
+        return entry.weight
+    return float(entry.weight * len(store.train(name)) ** (1 / temperature))
+
+
+def _sources_of_set(store: TokenStore, name: str, entry: SetConfig, share: float, is_old: bool) -> list[Source]:
+    """A set as one source; if its sources have weights, each of them as one."""
+    weights = [source.weight for source in entry.sources]
+    if not any(weight is not None for weight in weights):
+        return [Source(name, store.train(name), share, is_old)]
+    total = sum(weight or 1.0 for weight in weights)
+    return [
+        Source(f"{name}/{number}", store.train(name, number), share * (weight or 1.0) / total, is_old)
+        for number, weight in enumerate(weights)
+    ]
+
+
+class Interleaving:
+    """The source of any sample, and its number in that source, without working through those before it.
+
+    The j-th sample of source s is due at (j + 1/2) / weight_s; samples come in the order in which they are due.
+    So the first n samples, for any n, hold each source's share to within one sample.
+
+    Args:
+        weights: of the sources, all positive.
     """
 
     def __init__(self, weights: list[float]) -> None:
         assert weights and min(weights) > 0, f"weights {weights}"
         self._weights = weights
-        self._span = CHUNK / sum(weights)  # of due times, a chunk
+        self._span = CHUNK / sum(weights)  # of due times, per chunk
 
     def turns(self, first: int, size: int) -> Turns:
-        """Samples `first` to `first + size - 1`: their sources and their numbers there, (size,) each."""
+        """Samples ``first`` to ``first + size - 1``: their sources and their numbers there, [size] each."""
         parts: list[Turns] = []
         while size > 0:
             chunk, start = self._chunk_of(first)
@@ -34,7 +107,7 @@ class Interleaving:
         return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
     def counts(self, num_samples: int) -> list[int]:
-        """How many of the first samples each source gives."""
+        """How many of the first ``num_samples`` samples each source gives."""
         if not num_samples:
             return [0] * len(self._weights)
         chunk, start = self._chunk_of(num_samples - 1)
@@ -66,6 +139,7 @@ class Interleaving:
 
     @lru_cache(maxsize=4)  # noqa: B019 - lives as long as the run
     def _turns(self, chunk: int) -> Turns:
+        """All samples of a chunk: their sources and their numbers there."""
         bounds = zip(self._before(chunk), self._before(chunk + 1), strict=True)
         numbers = [np.arange(start, stop) for start, stop in bounds]
         due = np.concatenate([(n + 0.5) / weight for n, weight in zip(numbers, self._weights, strict=True)])

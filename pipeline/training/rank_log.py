@@ -1,6 +1,7 @@
-"""What each rank was and did: with ``log.ranks``, STAGE/ranks/rank00000.jsonl.
+"""Where each rank ran and what it computed: with ``log.ranks``, STAGE/ranks/rank00000.jsonl.
 
-A line a start says where it ran and with which variables; a line a micro-batch says which samples it computed.
+One line per start: ``host``, ``process`` (its id), ``variables``. One line per micro-batch: ``step``, ``first`` and
+``size``, the samples that it computed.
 """
 
 import json
@@ -11,16 +12,22 @@ from typing import Any
 
 from common.files import write_text
 from common.launch_environment import RANK_VARIABLES
-from pipeline.training.metrics import read_rows
+from pipeline.records.record import read_rows
 
 PREFIXES = ("HF_", "OMP_", "NCCL_", "GLOO_", "CUDA_", "SLURM_JOB_ID", "SLURM_RESTART")
 
 
 class RankLog:
-    """One rank's lines; each step appears once, also after a resume from an earlier one."""
+    """One rank's lines; each step appears once, also after a resume from an earlier one.
+
+    Args:
+        folder: the stage's.
+        rank: this rank.
+        variables: names of the environment variables that the run sets; those that matter to every run are known.
+        writes: whether ``log.ranks`` is on.
+    """
 
     def __init__(self, folder: Path, rank: int, variables: list[str], *, writes: bool) -> None:
-        """``variables``: the run's own, beside those that matter to all."""
         self.path = folder / "ranks" / f"rank{rank:05d}.jsonl"
         self.variables, self.writes, self.is_open = {*variables, *RANK_VARIABLES}, writes, False
 

@@ -1,42 +1,23 @@
 """Which tokens each sample holds, and in which order samples come.
 
-The order is a pure function of (seed, shards, mixture, sequence length): the state of a run is one
-integer, the samples consumed. Ranks, micro-batch and accumulation only say who computes a sample.
+The order is a pure function of (seed, shards, mixture, sequence length). So the state of a run is one integer,
+the number of samples consumed. Ranks, micro-batch and accumulation only decide who computes a sample.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+import torch
 
 from common.errors import UserError
-from data_prep.config import DataConfig, SetConfig
+from data_prep.config import DataConfig
 from data_prep.store import TokenStore
-from pipeline.config.run import Stage1Config, Stage2Config
-from pipeline.training.mixture import Interleaving
-
-
-class Tokens(Protocol):
-    """A run of token ids that need not be in memory."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Ids `start` to `stop - 1`."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Training tokens of a set, or of one source of it; ``weight`` is its share of samples, up to a common factor."""
-
-    name: str
-    tokens: Tokens
-    weight: float
-    is_old: bool
+from pipeline.method.stage import Stage
+from pipeline.training.mixture import Interleaving, Source, stage_sources
 
 
 @dataclass(frozen=True)
@@ -48,7 +29,8 @@ class Batch:
         labels: [B, L] int64, the next tokens.
         is_old: [B, L] bool, whether the token is of an old language.
         sources: [B] int64, index of the source that each sample is from.
-        positions: [B, L] int64, each token's place in its document, counted from the sample's beginning; or None.
+        positions: [B, L] int64, each token's place in its document, counted from the sample's first token; None if
+            documents are not isolated.
     """
 
     ids: np.ndarray
@@ -58,12 +40,11 @@ class Batch:
     positions: np.ndarray | None = None
 
     def model_inputs(self, device: Any) -> dict[str, Any]:
-        """What a Hugging Face model takes, as tensors.
+        """What a Hugging Face model takes: ``input_ids`` and, if documents are isolated, ``position_ids``.
 
-        Where positions begin anew, transformers lets no token attend to one before (masking_utils, packed sequences).
+        Where positions start at 0 again, transformers lets no token attend to one before (masking_utils, packed
+        sequences).
         """
-        import torch
-
         inputs = {"input_ids": torch.from_numpy(self.ids).to(device)}
         if self.positions is not None:
             inputs["position_ids"] = torch.from_numpy(self.positions).to(device)
@@ -73,12 +54,15 @@ class Batch:
 class SampleOrder:
     """All samples of a stage, by number.
 
-    A sample is ``sequence_length`` + 1 consecutive tokens of one source (the last is only a label). A source's
-    windows come in a random order, another one each epoch. Sources take turns as evenly as their weights
-    allow, so that any stretch of samples holds nearly their shares.
+    A sample is ``sequence_length`` + 1 consecutive tokens of one source; the last is only a label. A source's
+    windows come in a random order, a new one in each epoch. Sources alternate as evenly as their weights allow.
 
     Args:
-        isolate: the document separator's id, where each document of a sample is to be attended to alone.
+        sources: where samples come from.
+        sequence_length: L.
+        num_samples: of the whole stage.
+        seed: of the orders of windows.
+        isolate: the document separator's id, if each document of a sample attends to itself alone.
 
     Raises:
         UserError: a source has fewer tokens than one sample.
@@ -142,63 +126,44 @@ class SampleOrder:
         return int(self.old_sources[self._interleaving.turns(first, size)[0]].sum()) * self.sequence_length
 
     def epochs(self) -> dict[str, float]:
-        """How often each source is gone through over all samples."""
+        """How often each source is read over all samples, by the source's name; 1 is once."""
         counts = self._interleaving.counts(self.num_samples)
         return {s.name: count / w for s, count, w in zip(self.sources, counts, self.windows, strict=True)}
 
 
 def document_positions(ids: np.ndarray, separator_id: int) -> np.ndarray:
-    """Each token's place in its document, [B, L]: 0 at a sample's beginning and after each separator."""
+    """Each token's place in its document, [B, L]: 0 at a sample's first token and after each separator."""
     places = np.arange(ids.shape[1])
     begins = np.zeros(ids.shape, np.int64)
     begins[:, 1:] = np.where(ids[:, :-1] == separator_id, places[1:], 0)
     return places - np.maximum.accumulate(begins, axis=1)
 
 
-def stage_order(store: TokenStore, data: DataConfig, stage: Stage1Config | Stage2Config, seed: int) -> SampleOrder:
-    """The samples of a stage: new sets in stage 1; in stage 2 old sets too, which share ``old_share``."""
-    shares = {"new": 1.0}
-    if isinstance(stage, Stage2Config):
-        shares = {"old": stage.old_share, "new": 1 - stage.old_share}
-    sources: list[Source] = []
-    for group, share in shares.items():
-        sets = data.old if group == "old" else data.new
-        weights = {name: _weight(store, name, entry, data.temperature) for name, entry in sets.items()}
-        total = sum(weights.values())
-        for name, entry in sets.items():
-            sources += _sources(store, name, entry, share * weights[name] / total, group == "old")
+def stage_order(store: TokenStore, data: DataConfig, stage: Stage, seed: int) -> SampleOrder:
+    """The samples of a stage.
+
+    Args:
+        store: the tokens.
+        data: the run's ``data`` section.
+        stage: which sets it reads, how many samples of which length.
+        seed: the run's.
+
+    Raises:
+        UserError: a set has fewer tokens than one sample.
+    """
     return SampleOrder(
-        sources,
-        sequence_length=stage.sequence_length,
-        num_samples=stage.num_steps * stage.global_batch_size,
-        seed=seed + (1 if isinstance(stage, Stage2Config) else 0),
+        stage_sources(store, data, stage.shares()),
+        sequence_length=stage.settings.sequence_length,
+        num_samples=stage.settings.num_steps * stage.settings.global_batch_size,
+        seed=seed + stage.seed_offset,
         isolate=store.separator_id if data.isolate_documents else None,
     )
-
-
-def _weight(store: TokenStore, name: str, entry: SetConfig, temperature: float | None) -> float:
-    """A set's share of its group: its weight, or with a temperature T, weight x tokens^(1/T)."""
-    if temperature is None:
-        return entry.weight
-    return float(entry.weight * len(store.train(name)) ** (1 / temperature))
-
-
-def _sources(store: TokenStore, name: str, entry: SetConfig, share: float, is_old: bool) -> list[Source]:
-    """A set as one source; where its sources have weights, each by itself."""
-    weights = [source.weight for source in entry.sources]
-    if not any(weight is not None for weight in weights):
-        return [Source(name, store.train(name), share, is_old)]
-    total = sum(weight or 1.0 for weight in weights)
-    return [
-        Source(f"{name}/{number}", store.train(name, number), share * (weight or 1.0) / total, is_old)
-        for number, weight in enumerate(weights)
-    ]
 
 
 def text_windows(
     store: TokenStore, name: str, sequence_length: int, seed: int, batch_size: int = 4
 ) -> Iterator[np.ndarray]:
-    """Windows drawn over the whole of a set's training tokens, in a random order, [B, L] each, one epoch."""
+    """All windows of a set's training tokens once, in a random order, [B, L] at a time."""
     tokens = store.train(name)
     length = min(sequence_length, len(tokens) - 1)
     windows = (len(tokens) - 1) // length

@@ -8,160 +8,126 @@ import torch
 from common.errors import AgreedError
 from common.progress import progress
 from pipeline import checkpoint
-from pipeline.config.run import RunConfig
 from pipeline.distributed.process_group import Ranks, StopRequest, peak_memory_bytes
+from pipeline.records.metrics import StepRow
+from pipeline.training.inputs import StageInputs
 from pipeline.training.metrics import MetricsLog
-from pipeline.training.trainer import StageInputs, Trainer
+from pipeline.training.resume import Saves, resume
+from pipeline.training.state import TrainingState
+from pipeline.training.step import train_step
+from pipeline.training.validation import validate, validation_is_due
 
 
 def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
     """Train a stage to its end, or until a signal asks to stop.
 
     Returns:
-        The stage's figures when it is done; None when it was asked to stop (a checkpoint is saved).
+        The stage's figures when it is done, see :func:`_figures`; None if it was asked to stop, after a checkpoint.
 
     Raises:
-        AgreedError: too many steps in a row were bad, or a checkpoint can't be written.
+        AgreedError: too many steps in a row were skipped, or a checkpoint can't be written.
     """
-    run, stage = inputs.run, inputs.stage
+    run, settings = inputs.run, inputs.stage.settings
     started = time.monotonic()
-    trainer = Trainer(inputs, ranks)
+    state = TrainingState.start(inputs, ranks)
     if run.checkpoint.resume == "auto":
-        trainer.resume()
-    _say_start(trainer)
-    log = MetricsLog.open(inputs.folder, trainer.engine.monitor, list(inputs.plan.moe_layers), trainer.step, ranks)
-    saves = Saves(trainer)
-    bar = progress(stage.num_steps * trainer.batch_tokens, f"stage {inputs.number}", "token", show=ranks.is_first)
+        resume(state)
+    _say_start(state)
+    log = MetricsLog.open(inputs.folder, state.engine.monitor, list(inputs.plan.moe_layers), state.step, ranks)
+    saves = Saves(state)
+    total = settings.num_steps * state.batch_tokens
+    bar = progress(total, f"stage {inputs.stage.number}", "token", show=ranks.is_first)
     with StopRequest() as stop, bar:
-        bar.update(trainer.step * trainer.batch_tokens)
-        while trainer.step < stage.num_steps:
-            ranks.at(f"stage {inputs.number}, step {trainer.step + 1}")
-            row = trainer.train_step()
-            last = trainer.step == stage.num_steps
+        bar.update(state.step * state.batch_tokens)
+        while state.step < settings.num_steps:
+            state.at(f"step {state.step + 1}")
+            row = train_step(state)
             log.step(row)
             bar.set_postfix_str(_short(row), refresh=False)
-            bar.update(trainer.batch_tokens)
-            if row["skipped"]:
-                ranks.say(f"stage {inputs.number}: step {trainer.step} skipped: {row['skipped']}")
-            if _validation_due(run, stage.num_steps, trainer.step, trainer.batch_tokens):
-                _validate(trainer, log, saves)
-            stopping, save_due = _agree(ranks, stop.requested, saves.due())
-            gives_up = trainer.guard.gives_up()
-            if save_due or stopping or last or gives_up:
-                saves.save(must_be_written=stopping or last or gives_up)
-            if gives_up:
-                raise AgreedError(_bad_steps_line(trainer, row))
+            bar.update(state.batch_tokens)
+            if row.skipped:
+                state.say(f"step {state.step} skipped: {row.skipped}")
+            if validation_is_due(run.validate_, state.step, settings.num_steps, state.batch_tokens):
+                _validate(state, log, saves)
+            last, too_many_skipped = state.step == settings.num_steps, state.skipped_steps.too_many()
+            stopping, save_due = _any_rank(ranks, stop.requested, saves.due())
+            if save_due or stopping or last or too_many_skipped:
+                saves.save(must_be_written=stopping or last or too_many_skipped)
+            if too_many_skipped:
+                raise AgreedError(_skipped_steps_line(state, row))
             if stopping and not last:
-                ranks.say(f"stage {inputs.number}: stopped by a signal after {trainer.step} steps; run again to go on")
+                state.say(f"stopped by a signal after {state.step} steps; run the same command again to resume")
                 return None
-    return _figures(trainer, log, saves, time.monotonic() - started)
+    return _figures(state, log, saves, time.monotonic() - started)
 
 
-class Saves:
-    """When checkpoints are saved, and what they cost."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.seconds = 0.0
-        self.count = 0
-        self.last = time.monotonic()
-
-    def due(self) -> bool:
-        """Whether the settings want a checkpoint now; ranks' clocks differ, so that they must agree."""
-        settings = self.trainer.inputs.run.checkpoint
-        by_step = settings.every_steps is not None and self.trainer.step % settings.every_steps == 0
-        minutes = (time.monotonic() - self.last) / 60
-        return by_step or (settings.every_minutes is not None and minutes >= settings.every_minutes)
-
-    def save(self, *, must_be_written: bool = False) -> bool:
-        """Save unless this step's checkpoint is there already; false if it can't be written and that is allowed."""
-        trainer, ranks = self.trainer, self.trainer.ranks
-        ranks.at(f"stage {trainer.inputs.number}, saving after step {trainer.step}")
-        self.last = time.monotonic()
-        try:
-            figures = trainer.save()
-        except AgreedError as error:
-            if must_be_written or trainer.inputs.run.checkpoint.if_full == "stop":
-                raise
-            ranks.say(f"stage {trainer.inputs.number}: warning: {error}; training goes on (checkpoint.if_full)")
-            return False
-        if figures is not None:
-            self.count += 1
-            self.seconds += figures["seconds"]
-            ranks.say(
-                f"stage {trainer.inputs.number}: saved {trainer.tag}, {figures['gigabytes']:.2f} GB in "
-                f"{figures['seconds']:.1f} s"
-            )
-        return True
-
-
-def _validate(trainer: Trainer, log: MetricsLog, saves: Saves) -> None:
-    """Score, and keep the checkpoint if it is the best so far."""
-    row = trainer.validate()
+def _validate(state: TrainingState, log: MetricsLog, saves: Saves) -> None:
+    """Score, and save and mark a checkpoint if it is the best so far."""
+    row = validate(state)
     log.validation(row)
-    if row["best"] and saves.save() and trainer.ranks.is_first:
-        checkpoint.mark_best(trainer.inputs.folder, trainer.tag, row["mean"])
+    if row.best and saves.save() and state.ranks.is_first:
+        checkpoint.mark_best(state.inputs.folder, state.tag, row.mean)
 
 
-def _bad_steps_line(trainer: Trainer, row: dict[str, Any]) -> str:
+def _any_rank(ranks: Ranks, *flags: bool) -> list[bool]:
+    """Each flag is true on all ranks if it is true on one: clocks and signals differ from rank to rank."""
+    return [bool(value) for value in ranks.sum(torch.tensor([float(flag) for flag in flags], device=ranks.device))]
+
+
+def _skipped_steps_line(state: TrainingState, row: StepRow) -> str:
     return (
-        f"stage {trainer.inputs.number}: {trainer.inputs.run.bad_steps.stop_after} steps in a row were skipped, "
-        f"the last because {row['skipped']}; stopped after step {trainer.step}, a checkpoint is saved. "
+        f"stage {state.stage.number}: {state.inputs.run.bad_steps.stop_after} steps in a row were skipped, "
+        f"the last because {row.skipped}; stopped after step {state.step}, a checkpoint is saved. "
         "Lower lr, look at the data of these steps, or change bad_steps"
     )
 
 
-def _figures(trainer: Trainer, log: MetricsLog, saves: Saves, seconds: float) -> dict[str, Any]:
-    """What the stage's manifest says it took; ``seconds`` is of this session, the speed is of the whole stage."""
+def _figures(state: TrainingState, log: MetricsLog, saves: Saves, seconds: float) -> dict[str, Any]:
+    """What the stage's manifest says of it.
+
+    ``tag`` (its last checkpoint), ``steps``, ``tokens``, ``training_seconds`` (of the steps alone),
+    ``tokens_per_second`` and ``skipped_steps`` are of the whole stage; ``seconds``, ``saves`` and ``save_seconds`` of
+    this session; ``peak_memory_gb`` of all ranks together. ``epochs`` says how often each source is read.
+    """
     training_seconds = log.training_seconds()
-    memory = torch.tensor([float(peak_memory_bytes(trainer.ranks.device))], device=trainer.ranks.device)
+    memory = torch.tensor([float(peak_memory_bytes(state.ranks.device))], device=state.ranks.device)
+    tokens = state.progress["tokens"]
     return {
-        "tag": trainer.saved_tag,
-        "steps": trainer.step,
-        "tokens": trainer.step * trainer.batch_tokens,
+        "tag": state.saved_tag,
+        "steps": state.step,
+        "tokens": tokens,
         "seconds": seconds,
         "training_seconds": training_seconds,
-        "tokens_per_second": trainer.step * trainer.batch_tokens / max(training_seconds, 1e-9),
-        "peak_memory_gb": float(trainer.ranks.sum(memory)) / 1e9,
-        "ranks": trainer.ranks.world_size,
-        "ep_size": trainer.inputs.run.parallel.ep_size,
-        "micro_batch_size": trainer.shape.micro_batch,
-        "epochs": trainer.order.epochs(),
-        "skipped_steps": trainer.guard.skipped,
+        "tokens_per_second": tokens / max(training_seconds, 1e-9),
+        "peak_memory_gb": float(state.ranks.sum(memory)) / 1e9,
+        "ranks": state.dims.world_size,
+        "ep_size": state.dims.ep_size,
+        "micro_batch_size": state.shape.micro_batch,
+        "epochs": state.order.epochs(),
+        "skipped_steps": state.skipped_steps.count,
         "saves": saves.count,
         "save_seconds": saves.seconds,
     }
 
 
-def _validation_due(run: RunConfig, num_steps: int, step: int, batch_tokens: int) -> bool:
-    """Every so many tokens and at the end, but not just before the end."""
-    if run.validate_.every_tokens is None:
-        return False
-    every = max(1, run.validate_.every_tokens // batch_tokens)
-    return step == num_steps or (step % every == 0 and num_steps - step >= every / 2)
-
-
-def _agree(ranks: Ranks, *flags: bool) -> list[bool]:
-    """Each flag is true for all ranks if it is for one: clocks and signals differ."""
-    return [bool(value) for value in ranks.sum(torch.tensor([float(flag) for flag in flags], device=ranks.device))]
-
-
-def _say_start(trainer: Trainer) -> None:
-    inputs, ranks, stage = trainer.inputs, trainer.ranks, trainer.stage
-    trained = torch.tensor([0, 0], dtype=torch.int64, device=ranks.device)
-    for parameter in trainer.engine.module.parameters():
+def _say_start(state: TrainingState) -> None:
+    """One line: steps, batch, ranks, what trains, epochs."""
+    settings, shape = state.settings, state.shape
+    trained = torch.tensor([0, 0], dtype=torch.int64, device=state.ranks.device)  # routers, experts
+    for parameter in state.engine.module.parameters():
         if parameter.requires_grad:
             trained[int(hasattr(parameter, "allreduce"))] += parameter.numel()
-    experts = int(ranks.sum(trained.clone())[1]) // max(1, ranks.world_size // inputs.run.parallel.ep_size)
-    epochs = ", ".join(f"{name} {value:.2f}" for name, value in trainer.order.epochs().items())
-    ranks.say(
-        f"stage {inputs.number}: {stage.num_steps} steps of {stage.global_batch_size} x {stage.sequence_length} tokens"
-        f" on {ranks.world_size} ranks (ep_size {inputs.run.parallel.ep_size}, micro-batch "
-        f"{trainer.shape.micro_batch} x {trainer.shape.accumulation}); {(int(trained[0]) + experts) / 1e6:.1f} M "
+    experts = int(state.ranks.sum(trained.clone())[1]) // state.dims.num_replicas
+    epochs = ", ".join(f"{name} {value:.2f}" for name, value in state.order.epochs().items())
+    state.say(
+        f"{settings.num_steps} steps of {settings.global_batch_size} x {settings.sequence_length} tokens"
+        f" on {state.dims.world_size} ranks (ep_size {state.dims.ep_size}, micro-batch "
+        f"{shape.micro_batch} x {shape.accumulation}); {(int(trained[0]) + experts) / 1e6:.1f} M "
         f"parameters train; epochs: {epochs}"
     )
 
 
-def _short(row: dict[str, Any]) -> str:
-    losses = " ".join(f"{name} {value:.3f}" for name, value in row["loss"].items() if value)
-    return f"{losses} lr {row['lr']:.1e} grad {row['grad_norm']:.2f}"
+def _short(row: StepRow) -> str:
+    """A row of metrics for the progress bar."""
+    losses = " ".join(f"{name} {value:.3f}" for name, value in row.loss.items() if value)
+    return f"{losses} lr {row.lr:.1e} grad {row.grad_norm:.2f}"

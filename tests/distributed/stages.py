@@ -1,4 +1,4 @@
-"""What the distributed tests run on each rank: stages of a tiny run through the product's own Trainer."""
+"""What the distributed tests run on each rank: stages of a tiny run through the product's own training."""
 
 import os
 import signal
@@ -14,18 +14,25 @@ from pipeline import checkpoint
 from pipeline.config.load import parse_run
 from pipeline.config.run import RunConfig
 from pipeline.distributed.process_group import Ranks
+from pipeline.method.stages import STAGES, find_stage
 from pipeline.model.backbone import moe_layers
+from pipeline.records.metrics import StepRow
 from pipeline.run.context import RunContext
+from pipeline.training import train
+from pipeline.training.inputs import StageInputs
+from pipeline.training.resume import resume, save
+from pipeline.training.state import TrainingState
+from pipeline.training.step import train_step
 from pipeline.training.train import train_stage
-from pipeline.training.trainer import StageInputs, Trainer
 
 
 def stage_inputs(tree: dict[str, Any], number: int, folder: Path) -> StageInputs:
     """The inputs of a stage whose checkpoints go to ``folder``; stage 2 starts from the upcycled experts."""
     run: RunConfig = parse_run(tree, "tiny.yaml")
     context = RunContext(run)
+    stage = find_stage(run, number)
     identity = context.identity("stage2")
-    return StageInputs(run, 1 if number == 1 else 2, context.plan, context.store, context.upcycled, folder, identity)
+    return StageInputs(run, stage, context.plan, context.store, context.upcycled, folder, identity)
 
 
 def canonical(model: torch.nn.Module, tensor_of: Any) -> dict[str, torch.Tensor]:
@@ -49,21 +56,21 @@ def train_steps(
     folder: Path,
     steps: int,
     save_at: int | None = None,
-    resume: bool = False,
+    resumes: bool = False,
 ) -> dict[str, Any]:
     """Take optimizer steps; returns rows of metrics, the first step's gradients, weights, and what was frozen."""
-    trainer = Trainer(stage_inputs(tree, number, folder), ranks)
-    if resume:
-        trainer.resume()
+    trainer = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+    if resumes:
+        resume(trainer)
     frozen = {n: p.detach().clone() for n, p in trainer.engine.module.named_parameters() if not p.requires_grad}
     gradients: dict[str, torch.Tensor] = {}
     if trainer.step == 0:
         _record_gradients(trainer, gradients)
     rows = []
     while trainer.step < steps:
-        rows.append(trainer.train_step())
+        rows.append(train_step(trainer).model_dump())
         if trainer.step == save_at:
-            trainer.save()
+            save(trainer)
     model = trainer.engine.module
     unchanged = all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     for row in rows:
@@ -82,21 +89,21 @@ def train_steps(
     return result
 
 
-def _record_gradients(trainer: Trainer, into: dict[str, torch.Tensor]) -> None:
+def _record_gradients(trainer: TrainingState, into: dict[str, torch.Tensor]) -> None:
     """Copy the first step's reduced, unclipped gradients just before the engine's first optimizer step."""
     step, calls = trainer.engine.step, []
 
     def recording_step(*arguments: Any, **options: Any) -> Any:
         calls.append(None)
         if len(calls) == trainer.shape.accumulation:
-            get = safe_get_full_grad if trainer.inputs.number == 1 else (lambda p: p.grad)
+            get = safe_get_full_grad if trainer.stage.uses_zero else (lambda p: p.grad)
             into.update(canonical(trainer.engine.module, lambda p: get(p) if p.requires_grad else None))
         return step(*arguments, **options)
 
     trainer.engine.step = recording_step
 
 
-def _moments(trainer: Trainer) -> list[torch.Tensor]:
+def _moments(trainer: TrainingState) -> list[torch.Tensor]:
     """The optimizer's moments and fp32 weights on this rank."""
     optimizer = trainer.engine.basic_optimizer
     tensors = []
@@ -112,23 +119,22 @@ def train_to_the_end(
     ranks: Ranks, tree: dict[str, Any], number: int, folder: Path, term_at: int | None = None
 ) -> dict[str, Any] | None:
     """The product's whole loop; where asked to, rank 1 gets a SIGTERM during a step."""
-    real_step = Trainer.train_step
 
-    def step_with_signal(self: Trainer) -> dict[str, Any]:
-        if self.step + 1 == term_at and ranks.rank == 1:
+    def step_with_signal(state: TrainingState) -> StepRow:
+        if state.step + 1 == term_at and ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return real_step(self)
+        return train_step(state)
 
-    Trainer.train_step = step_with_signal  # type: ignore[method-assign]
+    train.train_step = step_with_signal
     try:
         return train_stage(stage_inputs(tree, number, folder), ranks)
     finally:
-        Trainer.train_step = real_step  # type: ignore[method-assign]
+        train.train_step = train_step
 
 
 def first_logits(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> torch.Tensor:
     """The untrained model's logits on samples that are the same on all ranks, gathered from rank 0."""
-    trainer = Trainer(stage_inputs(tree, number, folder), ranks)
+    trainer = TrainingState.start(stage_inputs(tree, number, folder), ranks)
     ids = torch.from_numpy(trainer.order.batch(0, 4).ids)
     trainer.engine.module.eval()
     with torch.no_grad():
@@ -139,7 +145,7 @@ def first_logits(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) 
 
 def load_with_deepspeeds_own_engine(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[str]:
     """Zero all weights, load the upcycled checkpoint as DeepSpeed alone would; names that differ from ours."""
-    trainer = Trainer(stage_inputs(tree, 1, folder), ranks)
+    trainer = TrainingState.start(stage_inputs(tree, 1, folder), ranks)
     expected = {name: p.detach().clone() for name, p in trainer.engine.module.named_parameters()}
     with torch.no_grad():
         for parameter in trainer.engine.module.parameters():
@@ -155,7 +161,7 @@ def load_with_deepspeeds_own_engine(ranks: Ranks, tree: dict[str, Any], folder: 
 
 def count_experts(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[int]:
     """Experts on this rank, a layer with a router."""
-    trainer = Trainer(stage_inputs(tree, 1, folder), ranks)
+    trainer = TrainingState.start(stage_inputs(tree, 1, folder), ranks)
     counts = [len(layer.local_numbers) for layer in moe_layers(trainer.engine.module)]
     trainer.engine.destroy()
     return counts
@@ -170,11 +176,11 @@ def move_and_train(
     ranks: Ranks, tree: dict[str, Any], number: int, source: Path, target: Path, steps: int
 ) -> list[dict[str, Any]]:
     """Resume from the checkpoint in ``source`` on these ranks, save at once in ``target``, then train on."""
-    trainer = Trainer(stage_inputs(tree, number, source), ranks)
-    trainer.resume()
+    trainer = TrainingState.start(stage_inputs(tree, number, source), ranks)
+    resume(trainer)
     dims = {"ranks": ranks.world_size, "ep_size": trainer.dims.ep_size}
     checkpoint.save_checkpoint(trainer.engine, target, trainer.tag, dims, keep=1)
-    rows = [trainer.train_step() for _ in range(trainer.step, steps)]
+    rows = [train_step(trainer).model_dump() for _ in range(trainer.step, steps)]
     trainer.engine.destroy()
     return rows
 
@@ -184,41 +190,44 @@ def train_with_bad_steps(
 ) -> dict[str, Any] | str:
     """The product's loop, with rank 1's loss multiplied at some steps; weights before and after each step.
 
-    Returned is the error's text where the run gives up.
+    Returned is the error's text where the run stops.
     """
-    real_losses, real_step = Trainer._losses, Trainer.train_step
+    kind = STAGES[number]
+    real_losses = kind.losses
     weights: list[dict[str, torch.Tensor]] = []
     moments: list[list[torch.Tensor]] = []
+    current = [0]
 
-    def losses(self: Trainer, *arguments: Any) -> Any:
+    def losses(self: Any, *arguments: Any) -> Any:
         result = real_losses(self, *arguments)
-        factor = factors.get(self.step + 1, 1.0) if ranks.rank == 1 else 1.0
+        factor = factors.get(current[0], 1.0) if ranks.rank == 1 else 1.0
         return {name: (loss * factor, weight) for name, (loss, weight) in result.items()}
 
-    def step(self: Trainer) -> dict[str, Any]:
-        row = real_step(self)
-        weights.append(canonical(self.engine.module, lambda p: p if p.requires_grad else None))
-        moments.append(_moments(self))
+    def step(state: TrainingState) -> StepRow:
+        current[0] = state.step + 1
+        row = train_step(state)
+        weights.append(canonical(state.engine.module, lambda p: p if p.requires_grad else None))
+        moments.append(_moments(state))
         return row
 
-    Trainer._losses, Trainer.train_step = losses, step  # type: ignore[method-assign]
+    kind.losses, train.train_step = losses, step  # type: ignore[method-assign]
     try:
         figures = train_stage(stage_inputs(tree, number, folder), ranks)
     except UserError as error:
         return str(error)
     finally:
-        Trainer._losses, Trainer.train_step = real_losses, real_step  # type: ignore[method-assign]
+        kind.losses, train.train_step = real_losses, train_step  # type: ignore[method-assign]
     return {"figures": figures, "weights": weights, "moments": moments}
 
 
 def held_bytes(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> dict[str, int]:
     """What this rank holds after a step, by kind, and what its checkpoint's tensors take."""
-    trainer = Trainer(stage_inputs(tree, number, folder), ranks)
-    trainer.train_step()
-    trainer.save()
+    trainer = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+    train_step(trainer)
+    save(trainer)
     parameters, optimizer = list(trainer.engine.module.parameters()), trainer.engine.basic_optimizer
     states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-    masters = [p for group in optimizer.param_groups for p in group["params"]] if number == 1 else []
+    masters = [p for group in optimizer.param_groups for p in group["params"]] if trainer.stage.uses_zero else []
     sums = getattr(trainer.engine.optimizer, "fp32_groups_gradients_flat", [])
     held = {
         "weights": sum(p.numel() * p.element_size() for p in parameters),

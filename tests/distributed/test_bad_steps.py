@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline import checkpoint
-from pipeline.training.metrics import read_rows
+from pipeline.records.record import read_rows
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_with_bad_steps, with_parallel
 from tests.helpers.tiny import prepared_run, run_tree

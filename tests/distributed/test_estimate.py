@@ -10,6 +10,7 @@ from pipeline.config.load import parse_run
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.memory import checkpoint_bytes, experts_by_rank, network_per_token
 from pipeline.estimate.report import Estimate
+from pipeline.method.stages import find_stage
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import held_bytes, with_parallel
 from tests.helpers.tiny import prepared_run, run_tree, save_model
@@ -33,12 +34,13 @@ def test_weights_gradients_masters_moments_and_checkpoint_are_what_the_fullest_r
     tree = with_parallel(tree, ranks=ranks, ep_size=ep_size, micro_batch_size=2)
     held = pools[ranks].run(held_bytes, tree, number, tmp_path)
     estimate = Estimate(parse_run(tree, "x"), ParallelDims(ranks, ep_size), None)
-    memory = estimate.memory(1 if number == 1 else 2)
+    stage = find_stage(estimate.run, number)
+    memory = estimate.memory(stage)
     for kind in ("weights", "master weights", "moments"):
         assert memory[kind] == pytest.approx(max(rank[kind] for rank in held), rel=0.02), kind
     if number == 1:  # beside the fp32 sums, one micro-batch's in bf16
         assert memory["gradients"] == pytest.approx(max(rank["gradients"] for rank in held) * 6 / 4, rel=0.02)
-        size = checkpoint_bytes(estimate.sizes, estimate.plan, estimate.dims, estimate.dtype, 1)
+        size = checkpoint_bytes(estimate.sizes, estimate.plan, estimate.dims, estimate.dtype, stage)
         assert held[0]["checkpoint"] == pytest.approx(size, rel=0.02)
 
 
@@ -46,8 +48,9 @@ def test_the_plan_is_the_runs_own_and_the_network_follows_from_it(tree: dict[str
     estimate = Estimate(parse_run(tree, "x"), ParallelDims(4, 2), None)
     assert estimate.plan.counts == (3, 2, 1, 4)
     assert experts_by_rank(estimate.plan, 2) == [3, 3]
-    batch = estimate.batch(1, estimate.dims)
-    network = network_per_token(estimate.sizes, estimate.plan, estimate.dims, batch, dtype=estimate.dtype, stage=1)
+    stage = estimate.stages[0]
+    batch = estimate.batch(stage, estimate.dims)
+    network = network_per_token(estimate.sizes, estimate.plan, estimate.dims, batch, dtype=estimate.dtype, stage=stage)
     # Two choices a token, 2/3, 1/2 and 3/4 of them new experts, half of those away; four trips of 128 bf16 numbers.
     assert network["tokens"] == pytest.approx(2 * (2 / 3 + 1 / 2 + 3 / 4) / 2 * 4 * 128 * 2)
 
@@ -56,7 +59,7 @@ def test_the_smallest_ep_size_that_fits(tree: dict[str, Any]) -> None:
     run = parse_run(tree, "x")
     whole = Estimate(run, ParallelDims(2, 1), "80GB")
     assert whole.smallest_ep_size() == 1
-    peaks = [whole.memory(1, ParallelDims(2, ep_size))["peak"] for ep_size in (1, 2)]
+    peaks = [whole.memory(whole.stages[0], ParallelDims(2, ep_size))["peak"] for ep_size in (1, 2)]
     assert peaks[1] < peaks[0]
     between = sum(peaks) / 2 / 0.92 / 1e9
     assert Estimate(run, ParallelDims(2, 1), f"{between}GB").smallest_ep_size() == 2

@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from pipeline import checkpoint
-from pipeline.training.metrics import METRICS_FILE, read_rows
+from pipeline.records.record import read_rows
+from pipeline.records.run_folder import METRICS_FILE
 from tests.faults.processes import Launch
 from tests.helpers.tiny import run_tree, save_model
 

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import checkpoint
 from pipeline.checkpoint import damaged_files
-from pipeline.training.metrics import read_rows
+from pipeline.records.record import read_rows
 from tests.faults.disk import SmallDisk, small_disk
 from tests.faults.processes import Launch
 from tests.helpers.tiny import save_model, write_run
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(
         f"{stage / stopped_at}: can't be written (the disk is full); checkpoints before it are as they were"
         in errors[0]
     )
-    assert ("step000008: can't be written (the disk is full)" in log) and ("training goes on" in log) == (
+    assert ("step000008: can't be written (the disk is full)" in log) and ("training continues" in log) == (
         if_full == "continue"
     )
     assert checkpoint.complete_tags(stage) == ["step000004"]

@@ -1,4 +1,4 @@
-"""Tokens to the ranks that hold their experts, and back: dropless, ragged all-to-all."""
+"""Sends tokens to the ranks that hold their experts, and back: all-to-all of unequal sizes that drops no token."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class _AllToAll(torch.autograd.Function):
-    """all_to_all_single with ragged splits; the backward sends gradients the way back.
+    """all_to_all_single with unequal splits; the backward sends the gradients the other way.
 
-    ``anchor`` is a scalar that requires gradients exactly where all ranks of the group agree that a
-    backward happens. Without it a rank whose rows need no gradient (it holds no expert of the layer)
-    would leave its peers waiting in theirs.
+    ``anchor`` is a scalar that requires a gradient if the backward reaches this layer, which all ranks of the group
+    know alike. Without it autograd would skip the backward on a rank whose rows need no gradient (it holds no expert
+    of the layer), and the other ranks would wait for it.
     """
 
     @staticmethod
@@ -37,10 +37,13 @@ class Exchange:
     """How many rows go where in one layer's forward.
 
     Attributes:
-        sent, received: rows to and from each rank of the group.
-        slot_counts: rows each local slot gets, from all ranks together.
-        by_slot: the order that sorts received rows by slot (they arrive sorted by rank, then slot).
+        sent: rows to each rank of the group.
+        received: rows from each rank of the group.
+        slot_counts: rows for each local slot, from all ranks together.
+        by_slot: the order that sorts received rows by slot; they arrive sorted by rank, then slot.
         by_rank: its inverse.
+        group: the process group.
+        anchor: see :class:`_AllToAll`.
     """
 
     sent: list[int]
@@ -53,11 +56,17 @@ class Exchange:
 
     @classmethod
     def plan(cls, counts_RS: Tensor, group: Any, needs_gradient: bool) -> "Exchange":
-        """Agree with the group on all counts. ``counts_RS``: rows for each rank's each slot, int64."""
+        """Tell the group how many rows each of its ranks gets from here, and learn the same from the others.
+
+        Args:
+            counts_RS: rows for each slot of each rank, int64.
+            group: the process group.
+            needs_gradient: whether the backward reaches this layer.
+        """
         received_RS = torch.empty_like(counts_RS)
         dist.all_to_all_single(received_RS, counts_RS.contiguous(), group=group)
         num_ranks, num_slots = counts_RS.shape
-        both = torch.stack([counts_RS, received_RS]).tolist()  # the one wait for the device
+        both = torch.stack([counts_RS, received_RS]).tolist()  # waits for the device; nothing else in the layer does
         sent = [sum(row) for row in both[0]]
         received = [sum(row) for row in both[1]]
         slot_counts = [sum(row[slot] for row in both[1]) for slot in range(num_slots)]
@@ -69,9 +78,9 @@ class Exchange:
         return cls(sent, received, slot_counts, by_slot, by_rank, group, anchor)
 
     def dispatch(self, rows: Tensor) -> Tensor:
-        """Rows sorted by (rank, slot) here; returned are this rank's rows sorted by slot."""
+        """Send rows, sorted by rank, then slot; returns the rows for this rank, sorted by slot."""
         return _AllToAll.apply(rows, self.anchor, self.sent, self.received, self.group).index_select(0, self.by_slot)
 
     def combine(self, rows: Tensor) -> Tensor:
-        """The way back: results in the order in which the rows were dispatched."""
+        """Send results back; returns them in the order in which the rows were dispatched."""
         return _AllToAll.apply(rows.index_select(0, self.by_rank), self.anchor, self.received, self.sent, self.group)

@@ -1,4 +1,4 @@
-"""The new experts that lie on this rank."""
+"""The new experts that this rank holds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ ROWS_MULTIPLE = 64
 
 
 def in_whole_blocks(function: Callable[[Tensor], Tensor], x_AD: Tensor) -> Tensor:
-    """``function(x)`` for a function of rows, with rows of zeros added up to a multiple of 64 where that is faster.
+    """``function(x)`` for a function of rows, padded with zeros to a multiple of 64 rows in bf16 on a CPU.
 
-    In bf16 a CPU's kernels are generated anew for each number of rows they meet, which costs more than the
-    product itself; and each stays in memory. Expert batches have another size every time.
+    There a kernel is generated for each new number of rows, which takes longer than the product itself, and stays in
+    memory. Expert batches have a different size every time.
     """
     missing = -len(x_AD) % ROWS_MULTIPLE
     if not missing or x_AD.dtype != torch.bfloat16 or x_AD.device.type != "cpu":
@@ -47,7 +47,7 @@ class Expert(nn.Module):
         self.act_fn: Callable[[Tensor], Tensor] = mlp.act_fn  # type: ignore[assignment]
 
     def forward(self, x_AD: Tensor) -> Tensor:
-        """Shape [A, D] to [A, D]; A may be 0, and the weights then get zero gradients."""
+        """Shape [A, D] to [A, D]. A may be 0; the weights then get gradients of zero."""
         return in_whole_blocks(self._forward, x_AD)
 
     def _forward(self, x_AD: Tensor) -> Tensor:
@@ -67,11 +67,18 @@ def fused_weights(mlp: nn.Module) -> dict[str, Tensor]:
 
 
 class EmptySlot(nn.Module):
-    """Stands where a rank has one expert fewer than others, so that DeepSpeed's slot numbers hold."""
+    """Fills the last slot of a rank that has one expert fewer than others, as DeepSpeed numbers experts by slot."""
 
 
 class LocalExperts(nn.Module):
-    """This rank's experts of one layer, in slots; every rank has the same number of slots."""
+    """This rank's experts of one layer, in slots; every rank has the same number of slots.
+
+    Args:
+        mlp: see :class:`Expert`.
+        num_local: experts of this rank.
+        num_slots: of every rank.
+        group_name: DeepSpeed's name of the experts' process groups.
+    """
 
     def __init__(self, mlp: nn.Module, num_local: int, num_slots: int, group_name: str) -> None:
         super().__init__()
@@ -91,7 +98,14 @@ class LocalExperts(nn.Module):
         return [expert for expert in self.deepspeed_experts if isinstance(expert, Expert)]
 
     def forward(self, x_AD: Tensor, counts: list[int]) -> Tensor:
-        """Rows sorted by slot, ``counts[slot]`` each. All experts are called, without rows too: their hooks fire."""
+        """Compute rows that are sorted by slot.
+
+        An expert without rows is called too: DeepSpeed reduces gradients in hooks, which must run on all ranks.
+
+        Args:
+            x_AD: the rows.
+            counts: rows of each slot.
+        """
         pieces = x_AD.split(counts[: self.num_local]) if self.num_local else ()
         outputs = [expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)]
         return torch.cat(outputs) if outputs else x_AD

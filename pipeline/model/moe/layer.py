@@ -1,4 +1,4 @@
-"""The MoE layer that stands where the decoder layer's MLP stood."""
+"""The MoE layer that replaces a decoder layer's MLP."""
 
 from typing import Any
 
@@ -29,16 +29,16 @@ class _RoutedExperts(nn.Module):
 class MoELayer(MoE):
     """Expert 0 is the original MLP, frozen and on every rank; the new experts are spread over ``ep_size`` ranks.
 
-    A subclass of DeepSpeed's MoE, so that its engine makes the groups, reduces the gradients and writes
-    the expert files; gate, dispatch and experts are this package's.
+    It is a subclass of DeepSpeed's MoE so that the engine creates the groups, reduces the gradients and writes the
+    expert files. Router, dispatch and experts are our own.
 
     Args:
         mlp: the decoder layer's MLP; it becomes ``base_mlp``.
-        num_experts: N_l, the original included.
+        num_experts: N_l, expert 0 included.
         top_k: K.
         placement: for each rank of the expert-parallel group, the numbers of its experts (1 and up).
         dims: how ranks are divided, and which one this is.
-        has_classifier: whether a routing classifier stands before the router.
+        has_classifier: whether the layer has a routing classifier.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class MoELayer(MoE):
         self.local_numbers = placement[dims.ep_rank]
         self.use_residual = False
         self.enable_expert_tensor_parallelism = False
-        # DeepSpeed takes a weight for an expert's if its name holds "expert": this one's must not.
+        # DeepSpeed treats a weight as an expert's if its name contains "expert", so this name does not.
         self.base_mlp = mlp
         gate = projections(mlp)[0]
         router = Router(gate.in_features, num_experts, top_k, has_classifier).to(gate.weight.device)
@@ -80,7 +80,7 @@ class MoELayer(MoE):
         return self.deepspeed_moe.experts
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Make the expert-parallel groups if no layer has yet; DeepSpeed's engine calls this."""
+        """Create the expert-parallel groups unless another layer has; DeepSpeed's engine calls this."""
         if self.expert_group_name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(
                 self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
@@ -88,7 +88,7 @@ class MoELayer(MoE):
         self.deepspeed_moe._set_ep_group(groups._get_expert_parallel_group(self.expert_group_name))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Shape [..., D] to [..., D]: y = sum_i w_i E_i(x) (MoE-LPR section 3.1, eq. 2)."""
+        """Shape [..., D] to [..., D]: y = sum_i w_i E_i(x) (MoE-LPR, arXiv 2408.11396, section 3.1, eq. 2)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.router(x_TD)
         token_A, expert_A, weight_A = _assignments(routing)
@@ -97,14 +97,14 @@ class MoELayer(MoE):
         sizes = [num_base, len(token_A) - num_base]
         base_AD, new_AD = x_TD.index_select(0, token_A).split(sizes)
         outputs = in_whole_blocks(self.base_mlp, base_AD), self._new_experts(new_AD, counts_E[1:])
-        # At most K = 2 rows add to one token, onto zero: exact in any order, so repeatable on a GPU too.
+        # With K = 2 at most two rows are added to zero, in any order: so a GPU's result is repeatable too.
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for output_AD, tokens, weights in zip(outputs, token_A.split(sizes), weight_A.split(sizes), strict=True):
             y_TD = y_TD.index_add_(0, tokens, output_AD.float() * weights.unsqueeze(-1))
         return y_TD.to(hidden_states.dtype).view(hidden_states.shape)
 
     def _new_experts(self, rows_AD: Tensor, counts_N: Tensor) -> Tensor:
-        """Rows sorted by expert, through the experts wherever they lie."""
+        """Rows sorted by expert, computed by the ranks that hold the experts."""
         if self.ep_size == 1:
             return self.local_experts(rows_AD, counts_N.tolist())
         assert self.deepspeed_moe.ep_group is not None, "set_deepspeed_parallelism was not called"

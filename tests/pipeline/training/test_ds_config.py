@@ -12,6 +12,8 @@ import pytest
 
 from common.errors import UserError
 from pipeline.config.load import parse_run
+from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.method.stages import find_stage
 from pipeline.training.ds_config import BatchShape, batch_shape, fill_ds_config, read_ds_config
 from tests.helpers.tiny import run_tree
 
@@ -63,7 +65,7 @@ def test_every_config_that_ships_is_accepted_and_trained_with() -> None:
 def test_stage_2_runs_without_zero_in_fp32(tmp_path: Path) -> None:
     run = parse_run(run_tree(tmp_path), "tiny.yaml")
     config = read_ds_config(ROOT / "ds_configs" / "bf16_zero1.json")
-    filled = fill_ds_config(config, run, run.stage(2), stage_number=2, world_size=2, shape=BatchShape(4, 1))
+    filled = fill_ds_config(config, run, find_stage(run, 2), ParallelDims(2, 1), BatchShape(4, 1))
     assert not {"bf16", "data_types", "zero_optimization"} & filled.keys()
 
 
@@ -84,6 +86,6 @@ def test_any_number_of_ranks_takes_the_whole_batch_with_the_fewest_empty_samples
 
 def test_a_micro_batch_above_a_ranks_share_is_refused(tmp_path: Path) -> None:
     run = parse_run(run_tree(tmp_path, parallel={"micro_batch_size": 5}), "tiny.yaml")
-    with pytest.raises(UserError, match="5 is more than the 4 samples a rank has .* use at most 4, or auto"):
+    with pytest.raises(UserError, match="5 is more than the 4 samples per rank of .* use at most 4, or auto"):
         batch_shape(run, run.stage1, 2, "cpu")
     assert batch_shape(run, run.stage1, 1, "cpu") == BatchShape(5, 2)  # 8 samples in 2 micro-steps of 5

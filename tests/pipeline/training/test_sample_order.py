@@ -17,8 +17,9 @@ from data_prep.prepare import prepare
 from data_prep.store import TokenStore
 from pipeline.config.load import parse_run
 from pipeline.config.run import RunConfig
-from pipeline.training.mixture import CHUNK, Interleaving
-from pipeline.training.sample_order import SampleOrder, Source, document_positions, stage_order
+from pipeline.method.stages import find_stage
+from pipeline.training.mixture import CHUNK, Interleaving, Source
+from pipeline.training.sample_order import SampleOrder, document_positions, stage_order
 from tests.helpers.tiny import run_tree, save_corpus, save_model
 
 LENGTH = 8
@@ -178,7 +179,7 @@ def stored(folder: Path, **data: Any) -> tuple[TokenStore, RunConfig]:
 
 
 def shares(store: TokenStore, run: RunConfig, stage: int = 1) -> dict[str, float]:
-    order = stage_order(store, run.data, run.stage(stage), 17)
+    order = stage_order(store, run.data, find_stage(run, stage), 17)
     counts = Counter(order.sources[s].name for s in order.batch(0, order.num_samples).sources.tolist())
     return {name: count / order.num_samples for name, count in counts.items()}
 
@@ -205,7 +206,7 @@ def test_sources_share_a_sets_samples_by_their_weights(tmp_path: Path) -> None:
 
 def test_a_stage_isolates_documents_where_the_run_says_so(tmp_path: Path) -> None:
     store, run = stored(tmp_path, isolate_documents=True)
-    order = stage_order(store, run.data, run.stage1, 17)
+    order = stage_order(store, run.data, find_stage(run, 1), 17)
     batch = order.batch(0, order.num_samples)
     assert batch.positions is not None
     np.testing.assert_array_equal(batch.positions, document_positions(batch.ids, store.separator_id))

@@ -1,9 +1,9 @@
-"""The learning rate. Run: pytest tests/pipeline/training/test_trainer.py"""
+"""The learning rate. Run: pytest tests/pipeline/training/test_engine.py"""
 
 import pytest
 
 from pipeline.config.run import StageConfig
-from pipeline.training.trainer import learning_rate_factor
+from pipeline.training.engine import learning_rate_factor
 
 
 def test_warm_up_then_a_cosine_to_the_least() -> None:

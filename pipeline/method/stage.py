@@ -1,0 +1,130 @@
+"""Stage: everything that differs between the stages of training. stage1.py and stage2.py each fill it in."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from data_prep.config import DataConfig, SetConfig
+from pipeline.config.run import StageConfig
+from pipeline.method.losses import next_token_loss
+from pipeline.model.backbone import train_only
+from pipeline.model.moe import Routing
+
+Group = Literal["old", "new"]
+Losses = dict[str, tuple[Tensor, float]]  # by name: this micro-batch's part of the global batch's mean, and its weight
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """Counts of the batch of one optimizer step, over all ranks and micro-steps; known before its first forward.
+
+    Attributes:
+        samples: number of samples.
+        sequence_length: tokens per sample.
+        old_tokens: how many of its tokens are of old languages.
+    """
+
+    samples: int
+    sequence_length: int
+    old_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """All of its tokens."""
+        return self.samples * self.sequence_length
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One rank's forward over one micro-batch: what the losses are computed from.
+
+    Attributes:
+        logits_BLV: the model's output.
+        routings: one per MoE layer.
+        labels_BL: the next tokens.
+        counts_T: false for tokens of samples that only fill up the last micro-step; they count for nothing.
+        old_T: whether the token is of an old language.
+        samples: how many samples of this micro-step count, on all ranks together.
+        world_size: number of ranks.
+    """
+
+    logits_BLV: Tensor
+    routings: list[Routing]
+    labels_BL: Tensor
+    counts_T: Tensor
+    old_T: Tensor
+    samples: int
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Stage(ABC):
+    """One stage of training, with the settings that the run gives it.
+
+    Attributes:
+        settings: the run's ``stage1`` or ``stage2`` section.
+        number: 1 or 2.
+        seed_offset: added to the run's seed for the order of samples, so that no two stages share it.
+        trains_experts: whether the new experts train. Routers train in every stage.
+        has_classifiers: whether the plan's classifier layers have a routing classifier; where they do, it trains.
+        uses_zero: whether DeepSpeed's ZeRO-1 runs: the weights that train have fp32 masters, and these and the
+            optimizer's moments are divided among the ranks. If not, the weights that train are in fp32 themselves,
+            and each rank holds all of the moments.
+        starts_from: the number of the stage whose last checkpoint holds the experts; None if they are as upcycled.
+    """
+
+    settings: StageConfig
+
+    number: ClassVar[int]
+    seed_offset: ClassVar[int]
+    trains_experts: ClassVar[bool]
+    has_classifiers: ClassVar[bool]
+    uses_zero: ClassVar[bool]
+    starts_from: ClassVar[int | None]
+
+    @property
+    def name(self) -> str:
+        """The stage's name in folders, manifests and monitors."""
+        return f"stage{self.number}"
+
+    @abstractmethod
+    def shares(self) -> dict[Group, float]:
+        """The groups of sets that it trains on, and the share of samples that each gets; they sum to 1."""
+
+    @abstractmethod
+    def losses(self, micro: MicroBatch, batch: GlobalBatch) -> Losses:
+        """Each loss of one micro-batch.
+
+        Args:
+            micro: one rank's micro-batch.
+            batch: counts of the global batch that it is part of.
+
+        Returns:
+            For each loss its part of the global batch's mean (summed over ranks and micro-steps it is that mean)
+            and its weight.
+        """
+
+    @abstractmethod
+    def adapt_ds_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What it changes in the DeepSpeed config that the run names."""
+
+    @abstractmethod
+    def gradient_norm(self, model: nn.Module) -> float | None:
+        """The norm of the gradients before clipping; None where DeepSpeed knows it, but only after its step."""
+
+    def sets(self, data: DataConfig) -> dict[str, SetConfig]:
+        """The sets that it trains on, by name."""
+        groups = {"old": data.old, "new": data.new}
+        return {name: entry for group in self.shares() for name, entry in groups[group].items()}
+
+    def train_only(self, model: nn.Module) -> None:
+        """Freeze all of the model except what trains in this stage."""
+        train_only(model, experts=self.trains_experts, classifiers=self.has_classifiers)
+
+
+def mean_next_token_loss(micro: MicroBatch, batch: GlobalBatch) -> Tensor:
+    """This micro-batch's part of L_NTP, the mean over the global batch's tokens."""
+    mask_BL = micro.counts_T.view_as(micro.labels_BL)
+    return next_token_loss(micro.logits_BLV, micro.labels_BL, mask_BL) / batch.tokens

@@ -1,0 +1,58 @@
+"""Stage 1: new experts and routers learn the new languages (MoE-LPR, arXiv 2408.11396, section 3.2)."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from pipeline.config.run import Stage1Config
+from pipeline.method.losses import load_balancing_loss
+from pipeline.method.stage import GlobalBatch, Group, Losses, MicroBatch, Stage, mean_next_token_loss
+
+
+@dataclass(frozen=True)
+class Stage1(Stage):
+    """L = L_NTP + alpha L_balance, on the new languages alone; all but new experts and routers is frozen."""
+
+    settings: Stage1Config
+
+    number: ClassVar[int] = 1
+    seed_offset: ClassVar[int] = 0
+    trains_experts: ClassVar[bool] = True
+    has_classifiers: ClassVar[bool] = False
+    uses_zero: ClassVar[bool] = True
+    starts_from: ClassVar[int | None] = None
+
+    def shares(self) -> dict[Group, float]:
+        """All samples are of new sets."""
+        return {"new": 1.0}
+
+    def losses(self, micro: MicroBatch, batch: GlobalBatch) -> Losses:
+        """L_NTP, and L_balance with the weight alpha."""
+        balance = load_balancing_loss(
+            micro.routings,
+            mask_T=micro.counts_T,
+            scale=self.settings.balance_scale,
+            statistics=self.settings.balance_statistics,
+        )  # a mean already: over this rank's tokens
+        return {
+            "next_token": (mean_next_token_loss(micro, batch), 1.0),
+            "balance": (balance * self._share(micro, batch) / micro.world_size, self.settings.balance_weight),
+        }
+
+    def _share(self, micro: MicroBatch, batch: GlobalBatch) -> float:
+        """The part of the global batch that the balance loss stands for: the micro-step's samples on all ranks.
+
+        With local statistics it is this rank's samples, as if all ranks had as many.
+        """
+        if self.settings.balance_statistics == "local":
+            return float(micro.counts_T.sum()) / batch.sequence_length * micro.world_size / batch.samples
+        return micro.samples / batch.samples
+
+    def adapt_ds_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Nothing: the run's config is for this stage."""
+        return config
+
+    def gradient_norm(self, model: nn.Module) -> float | None:
+        """DeepSpeed's ZeRO measures it in its step, over all ranks."""
+        return None

@@ -1,0 +1,22 @@
+"""The stages that a run has."""
+
+from pipeline.config.run import RunConfig
+from pipeline.method.stage import Stage
+from pipeline.method.stage1 import Stage1
+from pipeline.method.stage2 import Stage2
+
+STAGES: dict[int, type[Stage]] = {kind.number: kind for kind in (Stage1, Stage2)}
+
+
+def find_stage(run: RunConfig, number: int) -> Stage:
+    """One stage, by its number.
+
+    Raises:
+        UserError: the run has no such stage.
+    """
+    return STAGES[number](run.stage(number))
+
+
+def stages_of(run: RunConfig) -> list[Stage]:
+    """All stages that the run has, in order."""
+    return [find_stage(run, number) for number in run.stage_numbers]

@@ -1,0 +1,78 @@
+"""The DeepSpeed engine of a stage: its model, what trains of it, and the optimizer with its schedule."""
+
+import io
+import math
+from contextlib import redirect_stdout
+from typing import Any
+
+import deepspeed
+from torch.optim.lr_scheduler import LambdaLR
+
+from pipeline import checkpoint
+from pipeline.config.run import StageConfig
+from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.method.upcycle import load_upcycled
+from pipeline.model.backbone import moe_layers, parameter_groups
+from pipeline.training.ds_config import BatchShape, fill_ds_config, read_ds_config, training_dtype
+from pipeline.training.inputs import StageInputs
+
+
+def build_engine(inputs: StageInputs, dims: ParallelDims, shape: BatchShape) -> Any:
+    """The engine, before any step.
+
+    Args:
+        inputs: what the stage starts from.
+        dims: how ranks are divided.
+        shape: of the micro-batches.
+
+    Returns:
+        A ``deepspeed.DeepSpeedEngine`` that writes and reads checkpoints in our way.
+    """
+    ds_config = read_ds_config(inputs.run.deepspeed)
+    model = _load_model(inputs, dims, ds_config)
+    settings = inputs.stage.settings
+    with redirect_stdout(io.StringIO()):  # it prints memory figures, not through its logger
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=parameter_groups(model),
+            lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings)),
+            config=fill_ds_config(ds_config, inputs.run, inputs.stage, dims, shape),
+            dist_init_required=False,
+        )
+    # DeepSpeed writes this list into checkpoints, and by it means experts that have a file: all but expert 0.
+    engine.num_experts = [layer.num_experts - 1 for layer in moe_layers(engine.module)]
+    engine.checkpoint_engine = checkpoint.AtomicCheckpointEngine(engine._config, engine.module, dims)
+    return engine
+
+
+def _load_model(inputs: StageInputs, dims: ParallelDims, ds_config: dict[str, Any]) -> Any:
+    """The upcycled model, with the experts of the stage before if there is one; only what trains is not frozen."""
+    stage = inputs.stage
+    model = load_upcycled(
+        inputs.upcycled, inputs.plan, training_dtype(ds_config), dims, classifiers=stage.has_classifiers
+    )
+    if inputs.stage1_checkpoint is not None:
+        checkpoint.read_weights(model, inputs.stage1_checkpoint)
+    stage.train_only(model)
+    model.train()
+    if stage.settings.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def learning_rate_factor(step: int, settings: StageConfig) -> float:
+    """Linear warm-up to 1 over ``warmup_ratio`` of the steps, then a cosine down to ``min_lr_ratio``.
+
+    Args:
+        step: number of optimizer steps taken before.
+        settings: of the stage.
+
+    Returns:
+        The learning rate as a multiple of ``lr``.
+    """
+    warmup = math.ceil(settings.warmup_ratio * settings.num_steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress_made = (step - warmup) / max(1, settings.num_steps - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress_made)))
+    return settings.min_lr_ratio + (1 - settings.min_lr_ratio) * cosine

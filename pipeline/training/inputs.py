@@ -1,0 +1,36 @@
+"""StageInputs: what the training of a stage starts from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.store import TokenStore
+from pipeline.config.run import RunConfig
+from pipeline.method.stage import Stage
+from pipeline.model.expert_plan import ExpertPlan
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """What a stage starts from.
+
+    Attributes:
+        run: the run's settings.
+        stage: which stage, with its settings.
+        plan: the experts of the model.
+        store: the tokens.
+        upcycled: folder of the upcycled checkpoint.
+        folder: where checkpoints and metrics of the stage go.
+        identity: what its checkpoints are of: ``model``, ``plan`` and ``tokenizer`` (content keys), ``settings`` (of
+            all that the stage's result depends on), and for stage 2 ``stage1`` (``tag`` and ``manifest``, a sha256).
+        stage1_checkpoint: for stage 2, the folder of the stage-1 checkpoint that holds the experts.
+    """
+
+    run: RunConfig
+    stage: Stage
+    plan: ExpertPlan
+    store: TokenStore
+    upcycled: Path
+    folder: Path
+    identity: dict[str, Any]
+    stage1_checkpoint: Path | None = None

@@ -1,0 +1,131 @@
+"""Saving a stage, and resuming it from its newest sound checkpoint on any number of ranks."""
+
+import io
+import time
+from contextlib import redirect_stdout
+
+from common.errors import AgreedError
+from pipeline import checkpoint
+from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.training.state import TrainingState
+
+
+def resume(state: TrainingState) -> None:
+    """Load the newest sound checkpoint, if there is one, whatever number of ranks saved it.
+
+    Raises:
+        AgreedError: it is of another model, plan or tokenizer, or of other settings.
+    """
+    inputs = state.inputs
+    tag, complaints = checkpoint.newest_sound_tag(inputs.folder, state.ranks)
+    for complaint in complaints:
+        state.ranks.say(complaint)
+    if tag is None:
+        return
+    folder = inputs.folder / tag
+    manifest = checkpoint.read_manifest(folder)
+    checkpoint.check_same_run(manifest, inputs.identity, folder)
+    if manifest.get("settings") != inputs.identity.get("settings"):
+        raise AgreedError(
+            f"{folder}: was saved with other settings of this stage; add --force to train the stage from its start, "
+            "or give the run another name"
+        )
+    saved_by = ParallelDims(manifest["ranks"], manifest["ep_size"])
+    _load(state, tag, saved_by)
+    state.step, state.saved_tag = manifest["step"], tag
+    if manifest["best_tag"]:
+        state.best_value, state.best_tag = manifest["best_value"], manifest["best_tag"]
+        if state.ranks.is_first and state.best_tag in checkpoint.complete_tags(inputs.folder):
+            checkpoint.mark_best(inputs.folder, state.best_tag, state.best_value)
+    state.skipped_steps.load(manifest["skipped_steps"])
+    others = f" (saved by {saved_by.world_size} ranks, ep_size {saved_by.ep_size})" if saved_by != state.dims else ""
+    state.say(f"resumed from {folder}{others} after {state.step} steps")
+
+
+def _load(state: TrainingState, tag: str, saved_by: ParallelDims) -> None:
+    """Load weights, optimizer and schedule into the engine; the optimizer of other ranks is converted."""
+    files = state.engine.checkpoint_engine
+    if saved_by != state.dims:
+        files.saved_by_others = checkpoint.SavedOptimizer(state.inputs.folder / tag, state.inputs.plan, saved_by)
+    with redirect_stdout(io.StringIO()):
+        state.engine.load_checkpoint(str(state.inputs.folder), tag=tag, load_module_strict=False)
+    files.saved_by_others = None
+
+
+def save(state: TrainingState) -> dict[str, float] | None:
+    """Save a checkpoint, unless the one of this step was read or written already.
+
+    Returns:
+        How long it took (``seconds``) and how large it is (``gigabytes``); None if nothing was saved.
+
+    Raises:
+        AgreedError: it can't be written.
+    """
+    if state.saved_tag.partition("-")[0] == state.tag:  # the tag of a resized one ends in its ranks
+        return None
+    manifest = {
+        **state.inputs.identity,
+        "stage": state.stage.number,
+        "step": state.step,
+        "samples": state.progress["samples"],
+        "best_value": state.best_value if state.best_tag else None,
+        "best_tag": state.best_tag,
+        "skipped_steps": state.skipped_steps.state(),
+        "ranks": state.dims.world_size,
+        "ep_size": state.dims.ep_size,
+        "expert_plan": state.inputs.plan.model_dump(mode="json"),
+    }
+    keep = state.inputs.run.checkpoint.keep
+    figures = checkpoint.save_checkpoint(state.engine, state.inputs.folder, state.tag, manifest, keep)
+    state.saved_tag = state.tag
+    return figures
+
+
+class Saves:
+    """When checkpoints are saved, and what they cost.
+
+    Attributes:
+        count: how many this session has saved.
+        seconds: how long they took.
+    """
+
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
+        self._settings = state.inputs.run.checkpoint
+        self._last = time.monotonic()
+        self.seconds = 0.0
+        self.count = 0
+
+    def due(self) -> bool:
+        """Whether the settings ask for a checkpoint now; clocks differ from rank to rank, so ranks must agree."""
+        by_step = self._settings.every_steps is not None and self._state.step % self._settings.every_steps == 0
+        minutes = (time.monotonic() - self._last) / 60
+        return by_step or (self._settings.every_minutes is not None and minutes >= self._settings.every_minutes)
+
+    def save(self, *, must_be_written: bool = False) -> bool:
+        """Save unless this step's checkpoint exists already.
+
+        Args:
+            must_be_written: raise if it can't be written, whatever ``checkpoint.if_full`` says.
+
+        Returns:
+            False if it could not be written and training continues without it.
+
+        Raises:
+            AgreedError: it can't be written.
+        """
+        state = self._state
+        state.at(f"saving after step {state.step}")
+        self._last = time.monotonic()
+        try:
+            figures = save(state)
+        except AgreedError as error:
+            if must_be_written or self._settings.if_full == "stop":
+                raise
+            state.say(f"warning: {error}; training continues (checkpoint.if_full)")
+            return False
+        if figures is not None:
+            self.count += 1
+            self.seconds += figures["seconds"]
+            state.say(f"saved {state.tag}, {figures['gigabytes']:.2f} GB in {figures['seconds']:.1f} s")
+        return True

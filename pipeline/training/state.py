@@ -1,0 +1,110 @@
+"""TrainingState: a stage in training on one rank: its engine and samples, and how far it has come."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline import checkpoint
+from pipeline.config.run import StageConfig
+from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.distributed.process_group import Ranks
+from pipeline.method.stage import Stage
+from pipeline.training.ds_config import BatchShape, batch_shape
+from pipeline.training.engine import build_engine
+from pipeline.training.inputs import StageInputs
+from pipeline.training.rank_log import RankLog
+from pipeline.training.sample_order import SampleOrder, stage_order
+from pipeline.training.skipped_steps import SkippedSteps
+
+
+@dataclass
+class TrainingState:
+    """All that the functions of this folder work on.
+
+    Attributes:
+        inputs: what the stage starts from.
+        ranks: this process among the others.
+        dims: how ranks are divided.
+        shape: of the micro-batches.
+        order: the samples.
+        engine: DeepSpeed's.
+        skipped_steps: which steps are skipped, and how many were.
+        rank_log: what this rank notes of itself.
+        step: number of optimizer steps taken, skipped ones included.
+        best_value: the lowest mean of bits per character of any validation.
+        best_tag: the checkpoint that it was measured on; empty if there is none.
+        saved_tag: the newest checkpoint that was read or written; empty if there is none.
+    """
+
+    inputs: StageInputs
+    ranks: Ranks
+    dims: ParallelDims
+    shape: BatchShape
+    order: SampleOrder
+    engine: Any
+    skipped_steps: SkippedSteps
+    rank_log: RankLog
+    step: int = 0
+    best_value: float = math.inf
+    best_tag: str = ""
+    saved_tag: str = ""
+
+    @classmethod
+    def start(cls, inputs: StageInputs, ranks: Ranks) -> "TrainingState":
+        """Check what the stage reads, load the model and build the engine; no step is taken.
+
+        Raises:
+            AgreedError: weights that the stage starts from are damaged.
+            UserError: a setting does not fit the ranks or the data.
+        """
+        run, settings = inputs.run, inputs.stage.settings
+        order = stage_order(inputs.store, run.data, inputs.stage, run.seed)
+        shape = batch_shape(run, settings, ranks.world_size, ranks.device.type)
+        dims = ParallelDims(ranks.world_size, run.parallel.ep_size, ranks.rank)
+        _check_weights(inputs, ranks)
+        engine = build_engine(inputs, dims, shape)
+        inputs.folder.mkdir(parents=True, exist_ok=True)
+        rank_log = RankLog(inputs.folder, ranks.rank, list(run.cluster.environment), writes=run.log.ranks)
+        return cls(inputs, ranks, dims, shape, order, engine, SkippedSteps(run.bad_steps, engine), rank_log)
+
+    @property
+    def stage(self) -> Stage:
+        """Which stage it is."""
+        return self.inputs.stage
+
+    @property
+    def settings(self) -> StageConfig:
+        """The stage's settings."""
+        return self.inputs.stage.settings
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens per optimizer step."""
+        return self.settings.global_batch_size * self.settings.sequence_length
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """How far it has come: ``step``, ``samples``, ``tokens``; the beginning of each row of metrics."""
+        samples = self.step * self.settings.global_batch_size
+        return {"step": self.step, "samples": samples, "tokens": self.step * self.batch_tokens}
+
+    @property
+    def tag(self) -> str:
+        """The name of a checkpoint taken now."""
+        return f"step{self.step:06d}"
+
+    def say(self, text: str) -> None:
+        """Print a line about this stage, on rank 0."""
+        self.ranks.say(f"stage {self.stage.number}: {text}")
+
+    def at(self, where: str) -> None:
+        """Tell the watchdog how far this rank has come."""
+        self.ranks.at(f"stage {self.stage.number}, {where}")
+
+
+def _check_weights(inputs: StageInputs, ranks: Ranks) -> None:
+    """Verify the files that the stage starts from, on all ranks."""
+    checkpoint.check_sound(inputs.upcycled, ranks, "upcycle again with --force")
+    if inputs.stage1_checkpoint is not None:
+        weights = checkpoint.weight_files(inputs.stage1_checkpoint)
+        checkpoint.check_sound(inputs.stage1_checkpoint, ranks, "train stage 1 again with --force", weights)

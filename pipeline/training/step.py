@@ -1,0 +1,105 @@
+"""One optimizer step over one global batch: batch, forward, losses, backward, step, metrics."""
+
+import hashlib
+import time
+import warnings
+
+import torch
+
+from pipeline.distributed.process_group import peak_memory_bytes
+from pipeline.method.stage import GlobalBatch, MicroBatch
+from pipeline.model.moe import collect_routings
+from pipeline.records.metrics import StepRow
+from pipeline.training.metrics import StepSums
+from pipeline.training.state import TrainingState
+
+
+def train_step(state: TrainingState) -> StepRow:
+    """Take one optimizer step, or skip it; either way ``state.step`` counts it.
+
+    Returns:
+        Its row of metrics, the same on all ranks except for times and memory.
+    """
+    started = time.monotonic()
+    _seed(state)
+    batch = _global_batch(state)
+    sums = StepSums([source.name for source in state.order.sources], state.inputs.plan, state.ranks.device)
+    for micro_step in range(state.shape.accumulation):
+        _micro_step(state, micro_step, batch, sums)
+        if micro_step < state.shape.accumulation - 1:
+            state.engine.step()  # counts the micro-step; only the last one updates the weights
+    figures = sums.read(state.ranks.sum(sums.pack()))
+    learning_rate = state.engine.get_lr()[0]
+    grad_norm, skipped = _optimizer_step(state, sum(figures["loss"].values()))
+    state.step += 1
+    seconds = time.monotonic() - started
+    return StepRow(
+        **state.progress,
+        **figures,
+        lr=learning_rate,
+        grad_norm=grad_norm,
+        skipped=skipped,
+        tokens_per_second=state.batch_tokens / seconds,
+        memory_gb=peak_memory_bytes(state.ranks.device) / 1e9,
+        seconds=seconds,
+    )
+
+
+def _seed(state: TrainingState) -> None:
+    """Make random numbers a function of run, stage, step and rank, so that a resumed run draws the same."""
+    name = f"{state.inputs.run.seed}/{state.stage.number}/{state.step}/{state.ranks.rank}".encode()
+    torch.manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:8], "little"))
+
+
+def _global_batch(state: TrainingState) -> GlobalBatch:
+    samples = state.settings.global_batch_size
+    return GlobalBatch(samples, state.settings.sequence_length, state.order.old_tokens(state.step * samples, samples))
+
+
+def _micro_step(state: TrainingState, micro_step: int, batch: GlobalBatch, sums: StepSums) -> None:
+    """Forward and backward of one micro-batch.
+
+    Where the ranks do not divide the global batch, the last micro-step has room for more samples than are left. Its
+    empty places repeat earlier samples, so that all ranks do the same work, and count for nothing.
+    """
+    size, device, length = state.shape.micro_batch, state.ranks.device, batch.sequence_length
+    samples_at_once = state.ranks.world_size * size
+    end = (state.step + 1) * batch.samples
+    wanted = state.step * batch.samples + micro_step * samples_at_once + state.ranks.rank * size
+    state.rank_log.samples(state.step + 1, wanted, max(0, min(size, end - wanted)))
+    first = min(wanted, end - size)
+    samples = state.order.batch(first, size)
+    counts_T = (torch.arange(first, end)[:size] >= wanted).to(device).repeat_interleave(length)
+    with collect_routings(state.engine.module) as routings:
+        logits_BLV = state.engine(**samples.model_inputs(device), use_cache=False).logits
+    micro = MicroBatch(
+        logits_BLV,
+        routings,
+        labels_BL=torch.from_numpy(samples.labels).to(device),
+        counts_T=counts_T,
+        old_T=torch.from_numpy(samples.is_old).flatten().to(device),
+        samples=min(samples_at_once, batch.samples - micro_step * samples_at_once),
+        world_size=state.ranks.world_size,
+    )
+    losses = state.stage.losses(micro, batch)
+    sums.add_losses({name: loss for name, (loss, _) in losses.items()})
+    sources_T = torch.from_numpy(samples.sources).to(device).repeat_interleave(length)
+    sums.add_routing(routings, torch.where(counts_T, sources_T, -1))
+    total = sum(weight * loss for loss, weight in losses.values())
+    # The engine averages over ranks and divides by the accumulation steps; our losses are divided already.
+    state.engine.backward(total * state.ranks.world_size * state.shape.accumulation)
+
+
+def _optimizer_step(state: TrainingState, loss: float) -> tuple[float, str | None]:
+    """Update the weights unless the step is to be skipped; returns the gradient norm, and why it was skipped."""
+    engine = state.engine
+    norm = state.stage.gradient_norm(engine.module)
+    state.skipped_steps.expect(loss, norm)
+    engine.step()
+    if norm is None:
+        norm = float(engine.get_global_grad_norm())
+    if getattr(engine.optimizer, "overflow", False):
+        # DeepSpeed has skipped this step and not moved the schedule; ours follows the step's number.
+        with warnings.catch_warnings(action="ignore"):  # torch's, if the very first step was skipped
+            engine.lr_scheduler.step()
+    return norm, state.skipped_steps.record(norm)

@@ -1,0 +1,124 @@
+"""What each stage reads, trains, loses and changes. Run: pytest tests/pipeline/method/test_stages.py"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from common.errors import UserError
+from pipeline.config.load import parse_run
+from pipeline.config.run import RunConfig
+from pipeline.method.losses import classifier_loss, load_balancing_loss, lpr_loss
+from pipeline.method.stage import GlobalBatch, MicroBatch
+from pipeline.method.stages import STAGES, find_stage, stages_of
+from pipeline.model.backbone import install_moe_layers
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.moe import collect_routings
+from tests.helpers.tiny import run_tree
+
+DS_CONFIG = {"bf16": {"enabled": True}, "data_types": {}, "zero_optimization": {"stage": 1}, "optimizer": {}}
+
+# (number, what the table says of it)
+TABLE: list[tuple[int, dict[str, Any]]] = [
+    (1, {
+        "name": "stage1", "starts from": None, "seed offset": 0, "zero": True,
+        "sets": ["el", "hu"], "shares": {"new": 1.0},
+        "trained": {"gate.wg", "experts"},
+        "losses": {"next_token": 1.0, "balance": 0.02},
+        "dropped": set(), "norm": None,
+    }),
+    (2, {
+        "name": "stage2", "starts from": 1, "seed offset": 1, "zero": False,
+        "sets": ["en", "el", "hu"], "shares": {"old": 0.3, "new": 0.7},
+        "trained": {"gate.wg", "gate.classifier"},
+        "losses": {"next_token": 1.0, "lpr": 0.3, "classifier": 0.4},
+        "dropped": {"bf16", "data_types", "zero_optimization"}, "norm": 5.0,
+    }),
+]  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunConfig:
+    tree = run_tree(tmp_path)
+    tree["stage1"] |= {"balance_weight": 0.02}
+    tree["stage2"] |= {"lpr_weight": 0.3, "classifier_weight": 0.4}
+    return parse_run(tree, "tiny.yaml")
+
+
+@pytest.fixture
+def model() -> Any:
+    """Two layers with routers and classifiers, one dense layer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=50, num_hidden_layers=3, **sizes)).train()
+    plan = ExpertPlan.first_expansion([3, 1, 4], old=["en"], new=["el"], top_k=2, classifier_layers=[0, 2])
+    install_moe_layers(model, plan, classifiers=True)
+    for name, parameter in model.named_parameters():
+        if "deepspeed_moe" in name:
+            parameter.data.normal_(0, 0.3)
+    return model
+
+
+def micro_batch(model: Any, counts: int = 8) -> MicroBatch:
+    """One sample of eight tokens of which three are old; the first ``counts`` of them count."""
+    ids = torch.arange(8).view(1, 8)
+    with collect_routings(model) as routings:
+        logits = model(input_ids=ids, use_cache=False).logits
+    places = torch.arange(8)
+    return MicroBatch(logits, routings, ids + 1, places < counts, places % 3 == 1, samples=1, world_size=2)
+
+
+@pytest.mark.parametrize(("number", "expected"), TABLE, ids=["stage1", "stage2"])
+def test_what_each_stage_is(number: int, expected: dict[str, Any], run: RunConfig, model: Any) -> None:
+    stage = find_stage(run, number)
+    assert (stage.name, stage.starts_from, stage.seed_offset, stage.uses_zero) == (
+        expected["name"], expected["starts from"], expected["seed offset"], expected["zero"],
+    )  # fmt: skip
+    assert list(stage.sets(run.data)) == expected["sets"]
+    assert stage.shares() == pytest.approx(expected["shares"])
+    stage.train_only(model)
+    kinds = ("gate.wg", "gate.classifier", "experts")
+    trained = {
+        next((kind for kind in kinds if kind in name), name)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert trained == expected["trained"]
+    losses = stage.losses(micro_batch(model), GlobalBatch(samples=4, sequence_length=8, old_tokens=5))
+    assert {name: weight for name, (_, weight) in losses.items()} == expected["losses"]
+    assert set(DS_CONFIG) - set(stage.adapt_ds_config(DS_CONFIG)) == expected["dropped"]
+    linear = torch.nn.Linear(2, 1, bias=False)
+    linear.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert stage.gradient_norm(linear) == expected["norm"]
+
+
+def test_losses_are_parts_of_the_global_batchs_mean(run: RunConfig, model: Any) -> None:
+    batch, micro = GlobalBatch(samples=4, sequence_length=8, old_tokens=5), micro_batch(model, counts=6)
+    old_that_count = micro.old_T & micro.counts_T
+    first, second = (find_stage(run, number).losses(micro, batch) for number in (1, 2))
+    expected = torch.nn.functional.cross_entropy(micro.logits_BLV[0, :6], micro.labels_BL[0, :6], reduction="sum") / 32
+    torch.testing.assert_close(first["next_token"][0], expected)
+    torch.testing.assert_close(second["next_token"][0], expected)
+    balance = load_balancing_loss(micro.routings, mask_T=micro.counts_T)
+    torch.testing.assert_close(first["balance"][0], balance / 4 / 2)  # a quarter of the batch, on two ranks
+    torch.testing.assert_close(second["lpr"][0], lpr_loss(micro.routings, old_that_count) / 5)
+    torch.testing.assert_close(
+        second["classifier"][0], classifier_loss(micro.routings, micro.old_T, micro.counts_T) / 32
+    )
+
+
+def test_local_balance_statistics_weigh_this_ranks_own_samples(run: RunConfig, model: Any) -> None:
+    settings = run.stage1.model_copy(update={"balance_statistics": "local"})
+    batch, micro = GlobalBatch(samples=4, sequence_length=8, old_tokens=5), micro_batch(model, counts=0)
+    loss, _ = STAGES[1](settings).losses(micro, batch)["balance"]
+    assert loss.item() == 0.0  # none of its samples counts
+
+
+def test_a_run_without_stage_2_has_one_stage(run: RunConfig) -> None:
+    assert [stage.number for stage in stages_of(run)] == [1, 2]
+    alone = run.model_copy(update={"stage2": None})
+    assert [stage.number for stage in stages_of(alone)] == [1]
+    with pytest.raises(UserError, match="stage2: the run has no such section; add it, or train --stage 1"):
+        find_stage(alone, 2)
