@@ -62,6 +62,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def save_array(path: Path, values: Any) -> None:
+    """Write a numpy array as a .npy file, as :func:`write_bytes` does."""
+    import numpy as np  # reads variables such as OMP_NUM_THREADS, which a rank sets first
+
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, values)
+
+
 def json_text(value: Any) -> str:
     """JSON as this product's files hold it: indented for people."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

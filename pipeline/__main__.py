@@ -9,7 +9,7 @@ from pathlib import Path
 from common.errors import EXIT_CODE, AgreedError, BusyError, OwnError, UserError
 from common.launch_environment import become_rank, is_first_rank, listen_early, set_variables
 from pipeline import checkpoint_verbs
-from pipeline.config.cluster import JOBS, ClusterConfig
+from pipeline.config.cluster import JOBS
 from pipeline.config.load import load_run
 from pipeline.distributed.watchdog import EXIT_STUCK, LOST_PEER
 from pipeline.run.fetch import with_fetched
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> int:
         device_type()
         return checkpoint_verbs.run(options)
     run = load_run(options.run, options.set) if options.run else None
-    set_variables(run.cluster if run else ClusterConfig())
+    set_variables(run.cluster.environment if run else {})
     if run and options.verb != "fetch":
         run = with_fetched(run)
     from pipeline import commands  # imports torch, which reads the variables

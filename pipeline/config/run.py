@@ -7,15 +7,8 @@ from pydantic import Field, model_validator
 
 from common.errors import UserError
 from common.section import Fraction, Positive, Section
-from data_prep.config import DataConfig
+from data_prep.config import DataConfig, ModelConfig, PreparationConfig, Stage1Tokens
 from pipeline.config.cluster import ClusterConfig
-
-
-class ModelConfig(Section):
-    """The dense model: a folder, or a hub id with a revision."""
-
-    path: str
-    revision: str | None = None
 
 
 class SimilarityConfig(Section):
@@ -215,6 +208,17 @@ class RunConfig(Section):
         if stage is None:
             raise UserError("stage2: the run has no such section; add it, or train --stage 1")
         return stage
+
+    @property
+    def preparation(self) -> PreparationConfig:
+        """What preparing its text depends on."""
+        return PreparationConfig(
+            model=self.model,
+            data=self.data,
+            seed=self.seed,
+            cache_dir=self.cache_dir,
+            stage1=Stage1Tokens(tokens=self.stage1.tokens),
+        )
 
     @property
     def folder(self) -> Path:
