@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,20 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, sync it, and rename it into place."""
     with atomic_file(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_once(path: Path, content: bytes) -> None:
+    """Write a file as :func:`write_bytes` does, unless there is one: of several processes, the first one's stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new{platform.node()}-{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        fsync_path(temporary)
+        with suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

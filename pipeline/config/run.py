@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 
 from common.errors import UserError
 from common.section import Fraction, Positive, Section
-from data_prep.config import DataConfig, ModelConfig, PreparationConfig, Stage1Tokens
+from data_prep.config import DataConfig, PreparationConfig, Stage1Tokens
+from data_prep.config import ModelConfig as ModelConfig  # others import it from here
 from pipeline.config.cluster import ClusterConfig
 
 

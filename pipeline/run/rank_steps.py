@@ -63,7 +63,7 @@ class RankSteps(Steps):
         sets = data.new if number == 1 else {**data.old, **data.new}
         inputs = {
             "upcycled": self.folder.manifest("upcycle")["outputs"]["upcycled"],
-            "tokens": self.store.key,
+            "tokens": content_key(self.store.keys),
             "plan": self._identity(number)["plan"],
             "weights": {name: entry.weight for name, entry in sets.items()},
             "seed": self.run.seed,
@@ -114,7 +114,7 @@ class RankSteps(Steps):
         """What the evaluation depends on."""
         stages = [1, 2] if self.run.stage2 else [1]
         return {
-            "tokens": self.store.key,
+            "tokens": content_key(self.store.keys),
             "model": self.model_hash,
             "window": self.run.evaluate.window,
             "stages": {f"stage{number}": self.folder.hash_of(f"stage{number}") for number in stages},
@@ -179,7 +179,7 @@ class RankSteps(Steps):
     def _identity(self, number: int) -> dict[str, Any]:
         """What a stage's checkpoints are of."""
         plan = self.plan.experts_key if number == 1 else self.plan.key
-        return {"model": self.model_hash, "plan": plan, "tokenizer": self.store.manifest.tokenizer_key}
+        return {"model": self.model_hash, "plan": plan, "tokenizer": self.store.tokenizer_key}
 
     def report(self) -> Path:
         """Everything measured to report.html, and the table."""

@@ -12,7 +12,7 @@ from common.launch_environment import is_first_rank
 from common.remembered_hashes import RememberedHashes
 from data_prep.executor.launch import Backend, shares_an_srun
 from data_prep.make_plan import Planned
-from data_prep.prepare import plan_run, prepare_run
+from data_prep.prepare import plan_preparation, prepare
 from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
 from pipeline.method.allocation import allocate, clamp_similarity, most_similar_layers
@@ -61,7 +61,8 @@ class Steps:
     @cached_property
     def store(self) -> TokenStore:
         """The tokens, which must be there."""
-        return TokenStore(self.run.cache_dir / "tokens" / self.folder.manifest("tokenize")["outputs"]["tokens"])
+        keys = self.folder.manifest("tokenize")["outputs"]["sets"]
+        return TokenStore(self.run.cache_dir / "tokens", self.run.data, keys)
 
     @cached_property
     def plan(self) -> ExpertPlan:
@@ -88,28 +89,29 @@ class Steps:
         """Text to token shards in the cache; tasks that srun started on several nodes share the work."""
         started = time.monotonic()
         backend: Backend = "array" if shares_an_srun() else "local"
-        planned = plan_run(self.run, backend)
+        planned = plan_preparation(self.run.preparation, backend)
         inputs = _tokenize_inputs(planned)
         if self._tokens_are_there(planned):
             return
-        store = prepare_run(self.run, backend, force=self.force, planned=planned)
+        store = prepare(self.run.preparation, backend, force=self.force, planned=planned)
         assert store is not None
         if not is_first_rank():
             return
         write_json(self.folder.path / "data_statistics.json", store.statistics.model_dump(mode="json"))
-        sets = {
-            name: entry.model_dump(mode="json", exclude={"sources", "shards"}) for name, entry in store.sets.items()
+        figures = seconds_since(started) | {
+            "sets": {
+                name: one.manifest.model_dump(mode="json", include={"train", "held_out", "dropped", "bad_rows"})
+                for name, one in store.sets.items()
+            }
         }
-        self.folder.finish(
-            "tokenize", inputs, outputs={"tokens": store.key}, figures=seconds_since(started) | {"sets": sets}
-        )
+        self.folder.finish("tokenize", inputs, outputs={"sets": store.keys}, figures=figures)
 
     def tokenize_is_done(self) -> bool:
         """Whether the tokens of these texts, with these settings, are there."""
-        return self._tokens_are_there(plan_run(self.run))
+        return self._tokens_are_there(plan_preparation(self.run.preparation))
 
     def _tokens_are_there(self, planned: Planned) -> bool:
-        return self.done("tokenize", _tokenize_inputs(planned)) and (planned.folder / "manifest.json").is_file()
+        return self.done("tokenize", _tokenize_inputs(planned)) and planned.is_prepared({})
 
     def similarity(self) -> None:
         """Tokens and dense model to similarity.json: one pass, nothing stored but means."""
@@ -135,7 +137,7 @@ class Steps:
 
     def _similarity_inputs(self) -> dict[str, Any]:
         settings = self.run.similarity.model_dump(mode="json", exclude={"not_positive"})
-        return {"model": self.model_hash, "tokens": self.store.key, "settings": settings}
+        return {"model": self.model_hash, "tokens": content_key(self.store.keys), "settings": settings}
 
     def _measure_similarity(self, target: Path) -> None:
         import torch
@@ -260,7 +262,7 @@ class Steps:
 
 
 def _tokenize_inputs(planned: Planned) -> dict[str, Any]:
-    return {"tokens": planned.folder.name, "tokenizer": planned.encoder.spec.key}
+    return {"sets": planned.keys, "tokenizer": planned.tokenizer_key}
 
 
 def seconds_since(started: float) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from common.launch_environment import become_rank, first_host, set_variables, th
 from pipeline.cluster.check import describe_nodes, find_mismatches
 from pipeline.cluster.jobs import Job, jobs_of
 from pipeline.cluster.script import batch_script, sbatch_options
-from pipeline.config.cluster import ClusterConfig
 from pipeline.config.load import parse_run
 from tests.helpers.tiny import run_tree
 
