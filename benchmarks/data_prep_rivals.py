@@ -69,7 +69,7 @@ def _load_transformers(job: Job) -> None:
 
 def _ours(job: Job, **changes: Any) -> Loaded:
     import data_prep.statistics.page  # noqa: F401 - loaded before the clock starts
-    from data_prep.config import DataConfig
+    from data_prep.config import PreparationConfig
     from data_prep.prepare import prepare
 
     _load_transformers(job)
@@ -78,14 +78,15 @@ def _ours(job: Job, **changes: Any) -> Loaded:
         # Held-out documents are wanted of every set: one in a hundred, which are tokenized as the others are.
         tree: dict[str, Any] = {"held_out": {"fraction": 0.01, "near_copy_threshold": None}}
         tree["new"] = {Path(file).stem: {"path": file, "language": Path(file).stem} for file in job.files}
-        data = DataConfig.model_validate(tree | changes)
+        settings = {"model": {"path": job.tokenizer}, "cache_dir": job.folder / "cache", "data": tree | changes}
         sys.stdout, shown = sys.stderr, sys.stdout
         try:
-            store = prepare(data, job.tokenizer, 49152, job.folder / "cache", 17, workers=job.cores)
+            store = prepare(PreparationConfig.model_validate(settings), "local", job.cores)
         finally:
             sys.stdout = shown
-        sets = store.sets.values()
-        return sum(entry.held_out.tokens + (entry.train.tokens if entry.train else 0) for entry in sets)
+        assert store is not None
+        manifests = [one.manifest for one in store.sets.values()]
+        return sum(found.held_out.tokens + (found.train.tokens if found.train else 0) for found in manifests)
 
     return run
 

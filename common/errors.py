@@ -7,7 +7,7 @@ EXIT_CODE = 2
 
 
 class UserError(Exception):
-    """A mistake of the user's or of the surroundings: one line that says what, where, and how to mend it."""
+    """A mistake of the user's or of the surroundings: one line that says what, where, and how to fix it."""
 
 
 class BusyError(UserError):
@@ -20,6 +20,11 @@ class AgreedError(UserError):
 
 class OwnError(UserError):
     """One that this process alone has met, in its share of the work: it says it itself."""
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """What an exception says, as one line of at most so many characters."""
+    return " ".join(str(error).split())[:most]
 
 
 def exit_on_user_error(main: Callable[[], int]) -> int:

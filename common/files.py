@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,31 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def write_once(path: Path, content: bytes) -> None:
+    """Write a file as :func:`write_bytes` does, unless there is one: of several processes, the first one's stays."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new{platform.node()}-{os.getpid()}")
+    try:
+        temporary.write_bytes(content)
+        fsync_path(temporary)
+        with suppress(FileExistsError):
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync_path(path.parent)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file as :func:`write_bytes` does, in UTF-8."""
     write_bytes(path, text.encode())
+
+
+def save_array(path: Path, values: Any) -> None:
+    """Write a numpy array as a .npy file, as :func:`write_bytes` does."""
+    import numpy as np  # reads variables such as OMP_NUM_THREADS, which a rank sets first
+
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, values)
 
 
 def json_text(value: Any) -> str:

@@ -8,11 +8,10 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 from common.errors import EXIT_CODE, UserError
 from common.hosts import free_port, interface_towards, own_address
-from pipeline.config.cluster import ClusterConfig
 
 Environment = MutableMapping[str, str]
 # DeepSpeed and torch read these; where one is missing, DeepSpeed would try MPI, which ends a rank under srun.
@@ -86,21 +85,21 @@ def _become_rank_of_mpirun(environment: Environment) -> None:
 
 def _agree_over_mpi(world_size: int) -> tuple[str, int]:
     """Rank 0's address and a free port of it, told over MPI; then MPI is left, and ranks are plain processes."""
-    mend = "name the first host yourself: mpirun -x MASTER_ADDR=… -x MASTER_PORT=29500 …"
+    fix = "name the first host yourself: mpirun -x MASTER_ADDR=… -x MASTER_PORT=29500 …"
     # Started by another MPI than mpi4py's, MPI may wait for ever.
-    timer = threading.Timer(SECONDS_FOR_MPI, _give_up, [f"mpirun: MPI does not start from mpi4py; {mend}"])
+    timer = threading.Timer(SECONDS_FOR_MPI, _give_up, [f"mpirun: MPI does not start from mpi4py; {fix}"])
     timer.daemon = True
     timer.start()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"mpirun: mpi4py can't be used to find rank 0 ({error}); pip install mpi4py, or {mend}"
+            f"mpirun: mpi4py can't be used to find rank 0 ({error}); pip install mpi4py, or {fix}"
         ) from error
     found = MPI.COMM_WORLD.Get_size()
     if found != world_size:
         raise UserError(
-            f"mpirun: it started {world_size} processes, but mpi4py counts {found}, as it uses another MPI; {mend}"
+            f"mpirun: it started {world_size} processes, but mpi4py counts {found}, as it uses another MPI; {fix}"
         )
     place = (own_address(), free_port()) if MPI.COMM_WORLD.Get_rank() == 0 else None
     address, port = MPI.COMM_WORLD.bcast(place, root=0)
@@ -122,12 +121,12 @@ def first_host(hosts: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first[0])
 
 
-def set_variables(cluster: ClusterConfig, environment: Environment = os.environ) -> None:
+def set_variables(variables: Mapping[str, str], environment: Environment = os.environ) -> None:
     """Set the run's variables, and what follows from this rank's place: threads, and gloo's interface.
 
     The run's own come before the shell's: launchers pass on different parts of a shell, and ranks must agree.
     """
-    environment.update(cluster.environment)
+    environment.update(variables)
     if "RANK" not in environment:
         return
     environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(environment)))

@@ -14,7 +14,7 @@ _FLOAT = re.compile(
     |[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$""",
     re.X,
 )
-_INT = re.compile(r"^[-+]?(?:0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$")  # 24:00:00 is no number in base 60
+_INT = re.compile(r"^[-+]?(?:0x[0-9a-fA-F_]+|0|[1-9][0-9_]*)$")  # 24:00:00 is not a number in base 60
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 
 
@@ -50,4 +50,4 @@ def parse_yaml(text: str, name: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}, line {mark.line + 1}" if mark else name
         problem = getattr(error, "problem", None) or "not YAML"
-        raise UserError(f"{where}: {problem}; mend the YAML there") from error
+        raise UserError(f"{where}: {problem}; fix the YAML there") from error

@@ -8,9 +8,11 @@ import argparse
 import sys
 
 from common.errors import exit_on_user_error
+from common.settings import load_settings
+from data_prep.config import PreparationConfig
 from data_prep.executor.launch import BACKENDS
-from data_prep.prepare import prepare_run
-from pipeline.config.load import load_run
+from data_prep.prepare import prepare
+from data_prep.statistics.show_samples import inspect_sets, open_sets
 
 VERBS = ("prepare", "inspect", "verify")
 
@@ -24,28 +26,28 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", metavar="RUN.yaml", help="a run; for inspect and verify also a folder of tokens")
+    parser.add_argument("run", metavar="RUN.yaml", help="a run; for inspect and verify also the folder of a set")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the run")
     if verb == "prepare":
         parser.add_argument("--executor", choices=BACKENDS, default="auto", help="what to run tasks on")
-        parser.add_argument("--workers", type=int, help="processes on this machine; by default one a core")
+        parser.add_argument("--workers", type=int, help="processes on this machine; by default one per core")
         parser.add_argument("--force", action="store_true", help="accept a tokenizer that has changed")
     if verb == "inspect":
         parser.add_argument("--samples", type=int, default=3, help="samples of each set")
-        parser.add_argument("--length", type=int, default=256, help="tokens a sample")
+        parser.add_argument("--length", type=int, default=256, help="tokens of each sample")
         parser.add_argument("--only", metavar="SET", help="this set alone")
     options = parser.parse_args(arguments)
     if verb == "prepare":
-        prepare_run(load_run(options.run, options.set), options.executor, options.workers, force=options.force)
+        config = load_settings(PreparationConfig, options.run, options.set)
+        prepare(config, options.executor, options.workers, force=options.force)
         return 0
-    from data_prep.statistics.show_samples import inspect_store, open_store
-
-    store = open_store(options.run, options.set)
-    if verb == "verify":
-        store.verify(show=True)
-        print(f"{store.folder}: every file is as it was written", flush=True)
-    else:
-        inspect_store(store, options.only, options.samples, options.length)
+    sets = open_sets(options.run, options.set)
+    if verb == "inspect":
+        inspect_sets(sets, options.only, options.samples, options.length)
+        return 0
+    for one in sets.values():
+        one.verify(show=True)
+        print(f"{one.folder}: every file is as it was written", flush=True)
     return 0
 
 

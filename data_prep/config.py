@@ -1,8 +1,9 @@
-"""The data section of a run: which text, what is done to it, and how it is mixed."""
+"""What a run says of its text: which it is, what is done to it, and how it is mixed."""
 
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from common.section import Fraction, Positive, Section
 
@@ -177,7 +178,6 @@ class DataConfig(Section):
     slice_bytes: Positive = 64 << 20
     tokenizer: str | None = None
     separator: str = "auto"
-    token_dtype: Literal["auto", "uint16", "int32"] = "auto"
     temperature: float | None = Field(default=None, gt=0)
     isolate_documents: bool = False
 
@@ -231,3 +231,36 @@ class DataConfig(Section):
     def group(self, name: str) -> Literal["old", "new", "watch"]:
         """Which group the set of this name is in."""
         return "old" if name in self.old else "new" if name in self.new else "watch"
+
+
+class ModelConfig(Section):
+    """The dense model: a folder, or a hub id with a revision."""
+
+    path: str
+    revision: str | None = None
+
+
+class Stage1Tokens(Section):
+    """How many ``tokens`` stage 1 trains on, which ``data.replay.share`` is a share of; None is no limit of replay."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    tokens: Positive | None = None
+
+
+class PreparationConfig(Section):
+    """The keys of a run's YAML that preparing its text depends on; the others are left to who reads the whole run."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    model: ModelConfig
+    data: DataConfig
+    seed: int = Field(default=17, ge=0)
+    cache_dir: Path = Path("cache")
+    stage1: Stage1Tokens = Stage1Tokens()
+
+    @property
+    def tokenizer(self) -> tuple[str, str | None]:
+        """The tokenizer's path or hub id, and its revision: the model's, unless ``data.tokenizer`` names one."""
+        named = self.data.tokenizer
+        return (self.model.path, self.model.revision) if named is None else (named, None)

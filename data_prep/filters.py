@@ -92,7 +92,9 @@ def _identifier(name: str) -> tuple[Callable[[str], tuple[str, float]], frozense
         langid = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
         return lambda text: _pair(langid.classify(text)), frozenset(langid.labels)
     if not Path(name).is_file():
-        raise UserError(f"data.filters.language.identifier: {name} is no file; name py3langid or a fastText model.bin")
+        raise UserError(
+            f"data.filters.language.identifier: {name} is not a file; name py3langid or a fastText model.bin"
+        )
     try:
         import fasttext
     except ImportError as error:
@@ -102,7 +104,7 @@ def _identifier(name: str) -> tuple[Callable[[str], tuple[str, float]], frozense
     try:
         model = fasttext.load_model(name)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"data.filters.language.identifier: {name} is no fastText model ({error})") from error
+        raise UserError(f"data.filters.language.identifier: {name} is not a fastText model ({error})") from error
     labels, _ = model.predict("a", k=-1)  # every one that it knows
     return lambda text: _of_fasttext(model.predict(text)), frozenset(map(_plain, labels))
 

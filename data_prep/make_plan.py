@@ -1,101 +1,166 @@
-"""From settings to a plan: the sources' files are hashed and cut, and all that the result depends on makes its key."""
+"""From settings to a plan: sources are hashed and cut, every set gets its key, and what is missing is planned."""
 
 import importlib.metadata
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import rensa
-
-from common.errors import UserError
-from common.files import content_key, read_json, sha256_file, write_json
-from data_prep.config import DataConfig, FiltersConfig, SourceConfig
+from common.errors import UserError, one_line
+from common.files import content_key, read_json, write_json
+from data_prep.config import DataConfig, PreparationConfig, SetConfig, SourceConfig
 from data_prep.executor.pool import Executor, Phase
-from data_prep.phases.replay import budgets
-from data_prep.plan import Group, Json, Plan, Slice, Work
+from data_prep.keys import differs_only_in_cleaning, replay_budgets, with_keys
+from data_prep.manifest import MANIFEST, SetManifest, read_manifest
+from data_prep.plan import Group, HeldOutText, Json, KeptSet, Plan, SetPlan, Work, copies_record
 from data_prep.reading import hub
-from data_prep.reading.file_splits import FileIndex, FileToIndex, Piece, pack
-from data_prep.reading.sources import compression_of, format_of, source_files
-from data_prep.tokenizer import DocumentEncoder, choose_dtype
+from data_prep.reading.file_splits import FileIndex, FileToIndex, Piece, index_file, pack
+from data_prep.reading.sources import source_files
+from data_prep.tokenizer import DocumentEncoder, dtype_of
 
-FORMAT_VERSION = 2  # part of the content key: raise it when the same inputs give other shards
 PACKAGES = ("tokenizers", "transformers", "sentencepiece", "rensa", "numpy")
 
 
-class Inputs(NamedTuple):
-    """What is prepared, for which model; `stage1_tokens` is what `data.replay.share` is a share of."""
+@dataclass(frozen=True)
+class Planned:
+    """What a run wants: every set with its key, and the tokenizer. `sets` has the benchmarks last."""
 
-    data: DataConfig
-    tokenizer_path: str
-    vocab_size: int
-    cache_dir: Path
-    seed: int
-    revision: str | None = None
-    stage1_tokens: int | None = None
-
-
-class Planned(NamedTuple):
-    """A plan, the tokenizer, and the folder that the store will be."""
-
-    plan: Plan
+    config: PreparationConfig
     encoder: DocumentEncoder
-    folder: Path
+    dtype: Literal["uint16", "int32"]
+    fraction: float
+    sets: list[SetPlan]
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The wanted key of each of the run's sets, by name, without benchmarks."""
+        return {one.name: one.key for one in self.sets if one.group != "benchmark"}
+
+    @property
+    def tokenizer_key(self) -> str:
+        """Changes with anything that changes a document's ids."""
+        return self.encoder.spec.key
+
+    @property
+    def tokens(self) -> Path:
+        """The folder of finished sets."""
+        return self.config.cache_dir / "tokens"
+
+    def has(self, key: str) -> bool:
+        """Whether a set is in the cache."""
+        return (self.tokens / key / MANIFEST).is_file()
+
+    def is_prepared(self, keep: Mapping[str, str]) -> bool:
+        """Whether all of the run's sets are in the cache, with those that `kept_keys` keeps."""
+        return all(map(self.has, kept_keys(self, keep).values()))
 
 
-class _Read(NamedTuple):
-    """One source as it was found: its set or benchmark, its number there, and its files or its dataset."""
+def kept_keys(planned: Planned, keep: Mapping[str, str]) -> dict[str, str]:
+    """The key of each set, by name, that the store will have.
 
-    group: Group
-    name: str
-    number: int
-    config: SourceConfig
-    files: list[FileToIndex]
+    Args:
+        planned: what the run wants.
+        keep: keys by name of training sets that training has begun with. One is kept if it is in the cache and
+            differs from the wanted one only in the held-out texts it was cleaned of.
+    """
+    keys = planned.keys
+    for one in planned.sets:
+        kept = keep.get(one.name)
+        if kept is None or kept == one.key or not one.trains or not planned.has(kept):
+            continue
+        if differs_only_in_cleaning(read_manifest(planned.tokens / kept, SetManifest).settings, one.settings):
+            keys[one.name] = kept
+    return keys
 
 
-def make_plan(inputs: Inputs, executor: Executor) -> Planned:
+def make_plan(config: PreparationConfig, executor: Executor) -> Planned:
     """Look at every source; files that are new or have changed are read once for their hash.
 
     Raises:
-        UserError: a source, the tokenizer or a setting won't do.
+        UserError: a source, the tokenizer or a setting can't be used.
     """
-    data = inputs.data
-    dtype = choose_dtype(data.token_dtype, inputs.vocab_size)
-    encoder = DocumentEncoder.create(inputs.tokenizer_path, data.separator, inputs.vocab_size, inputs.revision)
+    data = config.data
+    path, revision = config.tokenizer
+    vocab_size = _vocab_size(config)
+    encoder = DocumentEncoder.create(path, data.separator, vocab_size, revision)
+    dtype = dtype_of(vocab_size)
     found = _find(data)
-    slices, files = _cut(found, data.slice_bytes, inputs.cache_dir / "sources", executor)
-    size = sum(part.size for part in slices if part.trains)
+    cuts = _cut(found, data.slice_bytes, config.cache_dir / "sources", executor)
+    trained = [pieces for one, (pieces, _) in zip(found, cuts, strict=True) if one.group in ("old", "new")]
+    size = sum(piece.size for pieces in trained for piece in pieces)
     fraction = min(data.held_out.fraction, data.held_out.max_megabytes * 2**20 / max(1, size))
-    replay = budgets(data, inputs.stage1_tokens)
-    settings = _settings(data, found, files) | {
-        "tokenizer": encoder.spec.key,
-        "dtype": dtype,
-        "seed": inputs.seed,
-        "replay": {name: asdict(budget) for name, budget in replay.items()},
-    }
-    folder = inputs.cache_dir / "tokens" / content_key(settings)
-    info: Json = {
-        "key": folder.name,
-        "tokenizer": inputs.tokenizer_path,
-        "settings": settings,
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "files": {
-            name: [file for one, group in zip(found, files, strict=True) if one.name == name for file in group]
-            for name in data.sets
-        },
-    }
-    plan = Plan(data, inputs.seed, fraction, dtype, encoder.spec, replay, slices, info)
-    return Planned(plan, encoder, folder)
+    sets = []
+    for name, group, entry in _entries(data):
+        mine = [(one, *cut) for one, cut in zip(found, cuts, strict=True) if (one.name, one.group) == (name, group)]
+        files = [file for _, _, described in mine for file in described]
+        slices = [(one.number, part) for one, pieces, _ in mine for part in pack(pieces, data.slice_bytes)]
+        sets.append((name, group, entry, files, slices))
+    encoding: Json = {"tokenizer": encoder.spec.key, "dtype": dtype}
+    replay = replay_budgets(data, config.stage1.tokens)
+    return Planned(config, encoder, dtype, fraction, with_keys(data, sets, config.seed, fraction, encoding, replay))
 
 
-def check_tokenizer(inputs: Inputs, encoder: DocumentEncoder, force: bool) -> None:
+def plan_of(planned: Planned, keep: Mapping[str, str]) -> Plan:
+    """What is to be done: the sets that are missing, and the kept ones whose copies have not been counted."""
+    data, kept = planned.config.data, kept_keys(planned, keep)
+    texts = _held_out_texts(planned, kept)
+    sets: dict[str, SetPlan] = {}
+    for one in planned.sets:
+        is_written = not planned.has(kept.get(one.name, one.key) if one.group != "benchmark" else one.key)
+        sets.setdefault(one.key, replace(one, is_written=is_written))
+    reads_all = data.filters.duplicates and any(one.trains and one.is_written for one in sets.values())
+    return Plan(
+        data,
+        planned.config.seed,
+        planned.fraction,
+        planned.dtype,
+        planned.encoder.spec,
+        planned.config.tokenizer[0],
+        [one for one in sets.values() if one.is_written or (reads_all and one.trains)],
+        texts,
+        [one for one in kept_sets(planned, keep) if not copies_record(planned.tokens, one.record).is_file()],
+        {name: importlib.metadata.version(name) for name in PACKAGES},
+    )
+
+
+def _held_out_texts(planned: Planned, kept: dict[str, str]) -> list[HeldOutText]:
+    """All that training documents are compared with, each text once, in the order of their keys."""
+    if planned.config.data.held_out.near_copy_threshold is None:
+        return []
+    found: dict[str, HeldOutText] = {}
+    for one in planned.sets:
+        key = one.key if one.group == "benchmark" else kept[one.name]
+        found.setdefault(one.text, HeldOutText(one.text, one.group == "benchmark", key))
+    return [found[text] for text in sorted(found)]
+
+
+def kept_sets(planned: Planned, keep: Mapping[str, str]) -> list[KeptSet]:
+    """The training sets that are kept though they were not cleaned of all that is wanted."""
+    keys = kept_keys(planned, keep)
+    texts = [text.text for text in _held_out_texts(planned, keys)]
+    found: dict[str, KeptSet] = {}
+    for name, wanted in planned.keys.items():
+        key = keys[name]
+        if key == wanted:
+            continue
+        manifest = read_manifest(planned.tokens / key, SetManifest)
+        cleaned_of = manifest.settings["cleaned_of"]
+        new = [number for number, text in enumerate(texts) if text not in cleaned_of]
+        if new:
+            record = content_key([key, [texts[number] for number in new]])
+            found[key] = KeptSet(key, [shard.name for shard in manifest.shards], new, record)
+    return list(found.values())
+
+
+def check_tokenizer(config: PreparationConfig, encoder: DocumentEncoder, force: bool) -> None:
     """Remember the tokenizer's definition by where it lies.
 
     Raises:
         UserError: it is another than the last time, and `force` does not say that this is meant.
     """
-    memory, path = inputs.cache_dir / "tokenizers.json", inputs.tokenizer_path
+    memory, (path, revision) = config.cache_dir / "tokenizers.json", config.tokenizer
     known: dict[str, str] = read_json(memory) if memory.is_file() else {}
-    name = str(Path(path).resolve()) if Path(path).exists() else f"{path}@{inputs.revision or ''}"
+    name = str(Path(path).resolve()) if Path(path).exists() else f"{path}@{revision or ''}"
     definition = encoder.spec.definition
     if known.get(name, definition) != definition and not force:
         raise UserError(
@@ -107,48 +172,60 @@ def check_tokenizer(inputs: Inputs, encoder: DocumentEncoder, force: bool) -> No
         write_json(memory, {**known, name: definition})
 
 
-def _find(data: DataConfig) -> list[_Read]:
+class _Source(NamedTuple):
+    """One source as it was found: its set or benchmark, its number there, and its files or its dataset."""
+
+    group: Group
+    name: str
+    number: int
+    config: SourceConfig
+    files: list[FileToIndex]
+
+
+def _entries(data: DataConfig) -> list[tuple[str, Group, SetConfig]]:
+    """Name, group and settings of every set, benchmarks last."""
+    sets: list[tuple[str, Group, SetConfig]] = [(name, data.group(name), entry) for name, entry in data.sets.items()]
+    place = {"path", "hub", "config", "split", "revision", "text_field", "text_unit"}
+    for name, source in data.benchmarks.items():
+        sets.append((name, "benchmark", SetConfig(**source.model_dump(include=place), language=name)))
+    return sets
+
+
+def _find(data: DataConfig) -> list[_Source]:
     """Every source in the order of sets, benchmarks last, with its files; an error names the key."""
-    sources: list[tuple[Group, str, int, SourceConfig]] = [
-        (data.group(name), name, number, source)
-        for name, entry in data.sets.items()
-        for number, source in enumerate(entry.source_list)
-    ]
-    sources += [("benchmark", name, 0, source) for name, source in data.benchmarks.items()]
     found = []
-    for group, name, number, source in sources:
-        key = f"data.{'benchmarks' if group == 'benchmark' else group}.{name}"
-        try:
-            paths = source_files(source) if source.hub is None else []
-        except UserError as error:
-            raise UserError(f"{key}.path: {error}") from error
-        files = [FileToIndex(str(path), source.text_field, source.text_unit, data.slice_bytes) for path in paths]
-        found.append(_Read(group, name, number, source, files))
+    for name, group, entry in _entries(data):
+        for number, source in enumerate(entry.source_list):
+            try:
+                paths = source_files(source) if source.hub is None else []
+            except UserError as error:
+                key = f"data.{'benchmarks' if group == 'benchmark' else group}.{name}"
+                raise UserError(f"{key}.path: {error}") from error
+            files = [FileToIndex(str(path), source.text_field, source.text_unit, data.slice_bytes) for path in paths]
+            found.append(_Source(group, name, number, source, files))
     return found
 
 
+def index_source(_work: Work, task: int, files: list[dict[str, Any]]) -> Json:
+    """Hash and cut one file."""
+    return index_file(FileToIndex(**files[task]))
+
+
 def _cut(
-    found: list[_Read], slice_bytes: int, memory: Path, executor: Executor
-) -> tuple[list[Slice], list[list[Json]]]:
-    """The slices of all sources, and what the manifest says of each source's files."""
+    found: list[_Source], slice_bytes: int, memory: Path, executor: Executor
+) -> list[tuple[list[Piece], list[Json]]]:
+    """For each source its pieces, and what the manifest says of its files."""
     every = list(dict.fromkeys(file for one in found for file in one.files))
     markers = {number: file.index_path(memory) for number, file in enumerate(every)}
     sizes = {number: Path(file.path).stat().st_size for number, file in enumerate(every)}
     arguments = {"files": [asdict(file) for file in every]}
     executor.run(
-        Phase(Work(memory), "index", list(markers), arguments, label="hash sources", weights=sizes, markers=markers)
+        Phase(Work(memory), "index", index_source, list(markers), arguments, "hash sources", sizes, markers=markers)
     )
-    slices: list[Slice] = []
-    described: list[list[Json]] = []
-    for one in found:
-        pieces, files = _of_hub(one, slice_bytes) if one.config.hub is not None else _of_files(one, memory)
-        described.append(files)
-        for part in pack(pieces, slice_bytes):
-            slices.append(Slice(len(slices), one.group, one.name, one.number, part))
-    return slices, described
+    return [_of_hub(one, slice_bytes) if one.config.hub is not None else _of_files(one, memory) for one in found]
 
 
-def _of_files(one: _Read, memory: Path) -> tuple[list[Piece], list[Json]]:
+def _of_files(one: _Source, memory: Path) -> tuple[list[Piece], list[Json]]:
     indices = [FileIndex.load(file.index_path(memory)) for file in one.files]
     files: list[Json] = [
         {"path": file.path, "sha256": index.sha256, "bytes": index.bytes, "source": one.number}
@@ -158,63 +235,25 @@ def _of_files(one: _Read, memory: Path) -> tuple[list[Piece], list[Json]]:
     return [piece for index in indices for piece in index.pieces], files
 
 
-def _of_hub(one: _Read, slice_bytes: int) -> tuple[list[Piece], list[Json]]:
+def _of_hub(one: _Source, slice_bytes: int) -> tuple[list[Piece], list[Json]]:
     pinned = hub.pin(hub.hub_source(one.config))
     name = hub.name_of(pinned)
     pieces = [Piece(name, "hub", number, number + 1, 1, slice_bytes) for number in range(hub.count_files(pinned))]
     return pieces, [{"path": name, "sha256": hub.content_of(pinned), "bytes": 0, "source": one.number}]
 
 
-def _settings(data: DataConfig, found: list[_Read], files: list[list[Json]]) -> Json:
-    """All that the shards' content depends on, and nothing else: no paths, no names of runs, no weights."""
-    caps = {"max_documents", "max_tokens", "max_characters"}
-    sources = [
-        {
-            "group": one.group,
-            "set": one.name,
-            "text_field": one.config.text_field,
-            "caps": one.config.model_dump(include=caps),
-            "files": [_content(one, file) for file in group],
-        }
-        for one, group in zip(found, files, strict=True)
-    ]
-    filters = data.filters
-    used = {
-        "rensa": str(rensa.RMinHash.ALGORITHM_VERSION) if filters.near_duplicates else None,
-        "ftfy": importlib.metadata.version("ftfy") if filters.fix_text else None,
-        "py3langid": importlib.metadata.version("py3langid") if filters.language else None,
-    }
-    return {
-        "format_version": FORMAT_VERSION,
-        "held_out": data.held_out.model_dump(mode="json"),
-        "filters": filters.model_dump(mode="json") | {"versions": used, "language": _identifier(filters)},
-        "bad_rows": data.bad_rows,
-        "max_document_bytes": data.max_document_bytes,
-        "slice_bytes": data.slice_bytes,
-        "sets": {
-            name: {
-                "group": data.group(name),
-                "language": entry.language or name,
-                "label": entry.language_label,
-                "caps": entry.model_dump(include=caps),
-            }
-            for name, entry in data.sets.items()
-        },
-        "sources": sources,
-    }
+def _vocab_size(config: PreparationConfig) -> int:
+    """The vocabulary of the run's model, from its configuration."""
+    from transformers import AutoConfig
 
-
-def _identifier(filters: FiltersConfig) -> Json | None:
-    """The language filter's settings, its model by content, not by path."""
-    if filters.language is None:
-        return None
-    path = Path(filters.language.identifier)
-    name = sha256_file(path) if path.is_file() else filters.language.identifier
-    return {"identifier": name, "threshold": filters.language.threshold}
-
-
-def _content(one: _Read, file: Json) -> list[str]:
-    if one.config.hub is not None:
-        return ["hub", file["sha256"]]
-    path = Path(file["path"])
-    return [f"{format_of(path, one.config.text_unit)}{compression_of(path)}", file["sha256"]]
+    path = config.model.path
+    if path.startswith((".", "/")) and not Path(path).is_dir():
+        raise UserError(f"model.path: {path} is not a folder; name one with a model, or a hub id")
+    try:
+        found = AutoConfig.from_pretrained(path, revision=config.model.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.path: no model configuration at {path} ({one_line(error)}); name a folder, or a hub id, which "
+            "python -m pipeline fetch RUN.yaml downloads"
+        ) from error
+    return int(found.get_text_config().vocab_size)

@@ -1,38 +1,71 @@
-"""The plan of a preparation: every setting and slice that its result depends on, and the folder it is worked out in.
+"""The plan of a preparation: which sets are read and written, and the folder that it is worked out in.
 
 A document's key is (slice, row in the slice); slices are numbered in the order of sets, sources and files. The plan
 lies in the work folder, so that any process on any machine can do any task of it.
 """
 
-import hashlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import json_text, read_json, write_once
 from data_prep.config import DataConfig, SetConfig
+from data_prep.manifest import MANIFEST
 from data_prep.reading.documents import Reading
 from data_prep.reading.file_splits import Piece
 from data_prep.tokenizer import TokenizerSpec
 
 ROW_BITS = 32
+FILTER, TOKENIZE = "filter", "tokenize"  # the phases whose results other phases read
+CHANGED, HELD_OUT = 1, 2  # flags of a document that the filters keep
+UNITS = ("documents", "tokens", "characters")  # what a budget limits
 Group = Literal["old", "new", "watch", "benchmark"]
 Json = dict[str, Any]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most that is taken of each unit; None is no limit."""
+
+    documents: int | None = None
+    tokens: int | None = None
+    characters: int | None = None
+
+    @property
+    def limits(self) -> dict[str, int]:
+        """Those that are set, by unit."""
+        return {unit: limit for unit in UNITS if (limit := getattr(self, unit)) is not None}
+
+    def within(self, other: "Budget | None") -> "Budget":
+        """What satisfies both."""
+        limits = [self.limits, other.limits if other is not None else {}]
+        units = {unit for part in limits for unit in part}
+        return Budget(**{unit: min(part[unit] for part in limits if unit in part) for unit in units})
 
 
 @dataclass(frozen=True)
 class Slice:
-    """What one task reads. `source` is the source's number in its set; `number` the slice's in the whole plan."""
+    """What one task reads.
+
+    Attributes:
+        number: its number in the plan.
+        set: the number of its set in the plan.
+        place: its number in the set.
+        source: the number of its source in the set.
+        pieces: the parts of files that it holds.
+    """
 
     number: int
-    group: Group
-    name: str
+    set: int
+    place: int
     source: int
     pieces: list[Piece]
 
@@ -41,113 +74,202 @@ class Slice:
         """About its bytes of text."""
         return sum(piece.size for piece in self.pieces)
 
+
+@dataclass(frozen=True)
+class SetPlan:
+    """One set as a run wants it; a benchmark is a set of which only the word runs are kept.
+
+    Attributes:
+        name, group: what the run calls it; for messages.
+        entry: its settings.
+        replay: its part of the run's replay, if it has one.
+        text: the key of its text with what says which documents are held out.
+        key, settings: its key, and what the key is made of.
+        files: what its manifest says of its files: path, sha256, bytes, source.
+        slices: for each slice the number of its source, and its pieces.
+        is_written: whether it is prepared; else it is only read, to find copies of its documents in other sets.
+    """
+
+    name: str
+    group: Group
+    entry: SetConfig
+    replay: Budget | None
+    text: str
+    key: str
+    settings: Json
+    files: list[Json]
+    slices: list[tuple[int, list[Piece]]]
+    is_written: bool = True
+
     @property
     def trains(self) -> bool:
         """Whether it has training documents."""
         return self.group in ("old", "new")
 
+    @property
+    def where(self) -> str:
+        """Its key in the run's YAML."""
+        return f"data.{'benchmarks' if self.group == 'benchmark' else self.group}.{self.name}"
+
+    @property
+    def budget(self) -> Budget:
+        """Its own caps, and its part of replay."""
+        return Budget(*self.entry.caps).within(self.replay)
+
 
 @dataclass(frozen=True)
-class Replay:
-    """The most that one old set gives to training."""
+class HeldOutText:
+    """The held-out text of one set, which no training document may copy.
 
-    tokens: int | None = None
-    characters: int | None = None
+    Attributes:
+        text: the set's `SetPlan.text`.
+        is_benchmark: whether the set is one.
+        key: the set's key; its folder holds the word runs, unless the plan reads the set.
+    """
+
+    text: str
+    is_benchmark: bool
+    key: str
+
+
+@dataclass(frozen=True)
+class KeptSet:
+    """A training set that is kept although it was not cleaned of some held-out texts: its copies are counted.
+
+    Attributes:
+        key: the set's key.
+        shards: its training shards, by their names in its folder.
+        texts: the numbers in `Plan.held_out_texts` of those texts.
+        record: the name of the file that keeps the count.
+    """
+
+    key: str
+    shards: list[str]
+    texts: list[int]
+    record: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it. `fraction` is what is held out; `replay` is by old set, where there is a budget."""
+    """All of it.
+
+    Attributes:
+        seed: of what is held out, of what budgets take, and of replay.
+        fraction: the share of pages that is held out.
+        dtype: of the shards.
+        tokenizer, tokenizer_name: what encodes, and where it came from.
+        sets: the sets that are read.
+        held_out_texts: what training documents are compared with; none where they are not.
+        kept: the sets whose copies are counted.
+        versions: of the packages, for the manifests.
+    """
 
     data: DataConfig
     seed: int
     fraction: float
     dtype: Literal["uint16", "int32"]
     tokenizer: TokenizerSpec
-    replay: dict[str, Replay]
-    slices: list[Slice]
-    info: Json  # what the manifest says besides: key, tokenizer, settings, versions, files by set
+    tokenizer_name: str
+    sets: list[SetPlan]
+    held_out_texts: list[HeldOutText] = field(default_factory=list)
+    kept: list[KeptSet] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write it as JSON."""
-        value = {key: getattr(self, key) for key in ("seed", "fraction", "dtype", "info")}
-        value["data"] = self.data.model_dump(mode="json")
-        value["tokenizer"] = asdict(self.tokenizer)
-        value["replay"] = {name: asdict(budget) for name, budget in self.replay.items()}
-        value["slices"] = [asdict(part) for part in self.slices]
-        write_json(path, value)
+        """Write it as JSON, unless another process has been first: all follow the plan that is there."""
+        write_once(path, json_text(_ADAPTER.dump_python(self, mode="json")).encode())
 
     @classmethod
     def load(cls, path: Path) -> "Plan":
         """Read what `save` wrote."""
-        value = read_json(path)
-        slices = [
-            Slice(**{**part, "pieces": [Piece(**piece) for piece in part["pieces"]]}) for part in value["slices"]
-        ]
-        return cls(
-            DataConfig.model_validate(value["data"]),
-            value["seed"],
-            value["fraction"],
-            value["dtype"],
-            TokenizerSpec(**value["tokenizer"]),
-            {name: Replay(**budget) for name, budget in value["replay"].items()},
-            slices,
-            value["info"],
-        )
+        return _ADAPTER.validate_python(read_json(path))
 
-    def entry(self, part: Slice) -> SetConfig:
-        """The settings of a slice's set; of a benchmark, of one that is never filtered."""
-        if part.group == "benchmark":
-            return SetConfig(path=".", language=part.name)
-        return self.data.sets[part.name]
+    @cached_property
+    def slices(self) -> list[Slice]:
+        """Every slice, by number."""
+        found: list[Slice] = []
+        for number, one in enumerate(self.sets):
+            for place, (source, pieces) in enumerate(one.slices):
+                found.append(Slice(len(found), number, place, source, pieces))
+        return found
+
+    def set_of(self, part: Slice) -> SetPlan:
+        """The set that a slice is of."""
+        return self.sets[part.set]
+
+    def slices_of(self, number: int, source: int | None = None) -> list[Slice]:
+        """A set's slices, or those of one of its sources."""
+        return [part for part in self.slices if part.set == number and source in (None, part.source)]
 
     def reading(self, part: Slice) -> Reading:
         """How a slice's rows become documents."""
-        if part.group == "benchmark":
-            source = self.data.benchmarks[part.name]
-        else:
-            source = self.data.sets[part.name].source_list[part.source]
-        by = self.data.held_out.by
+        one, by = self.set_of(part), self.data.held_out.by
         return Reading(
-            source.text_field,
-            None if by == "document" or part.group == "benchmark" else by,
-            part.trains,
+            one.entry.source_list[part.source].text_field,
+            None if by == "document" or one.group == "benchmark" else by,
+            one.trains,
             self.data.max_document_bytes,
             self.data.bad_rows == "skip",
         )
 
-    def slices_of(self, name: str, source: int | None = None) -> list[Slice]:
-        """A set's slices, or those of one of its sources."""
-        return [s for s in self.slices if s.group != "benchmark" and s.name == name and source in (None, s.source)]
+    @property
+    def writes_training_text(self) -> bool:
+        """Whether any set is written that is trained on."""
+        return any(one.trains and one.is_written for one in self.sets)
+
+    @property
+    def finds_duplicates(self) -> bool:
+        """Whether training documents are compared with each other."""
+        return self.data.filters.duplicates and self.writes_training_text
 
     @property
     def finds_copies(self) -> bool:
         """Whether training documents are compared with held-out ones."""
-        return self.data.held_out.near_copy_threshold is not None
-
-    @property
-    def filters_first(self) -> bool:
-        """Whether anything must be known of all documents before the first is tokenized."""
-        filters = self.data.filters
-        return self.finds_copies or bool(self.replay) or filters != type(filters)()
+        return bool(self.held_out_texts) and (self.writes_training_text or bool(self.kept))
 
 
-@dataclass(frozen=True)
+_ADAPTER = TypeAdapter(Plan)
+
+
 class Work:
-    """The folder that a plan is worked out in."""
+    """The folder that a plan is worked out in, and what a process keeps of it: one object per process and folder."""
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._kept: dict[Hashable, Any] = {}
+
+    def __reduce__(self) -> tuple[Callable[[Path], "Work"], tuple[Path]]:
+        return _work_in, (self.folder,)
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan, read once a process."""
-        return _plan(self.folder)
+        """The plan, read once."""
+        return Plan.load(self.folder / "plan.json")
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives; made the first time that this name is asked for."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        found: T = self._kept[name]
+        return found
+
+    @property
+    def tokens(self) -> Path:
+        """The folder of finished sets."""
+        return self.folder.parent
 
     @property
     def is_finished(self) -> bool:
-        """Whether the store is there: another job that shares the work has finished it."""
-        name = self.folder.name.removeprefix(".").removesuffix(".work")
-        return self.folder.name != name and (self.folder.with_name(name) / "manifest.json").is_file()
+        """Whether all that the plan prepares is there: another job that shares the work has finished it."""
+        plan: Plan | None = self.__dict__.get("plan")
+        if plan is None:
+            return False
+        written = [self.tokens / one.key / MANIFEST for one in plan.sets if one.is_written]
+        return all(path.is_file() for path in [*written, *(self.record(kept) for kept in plan.kept)])
+
+    def record(self, kept: KeptSet) -> Path:
+        """The file that keeps the count of a kept set's copies."""
+        return copies_record(self.tokens, kept.record)
 
     def marker(self, phase: str, task: int) -> Path:
         """The file that says that a task is done, with its figures."""
@@ -163,32 +285,15 @@ class Work:
         return self.folder / phase / f"{task:06d}{suffix}"
 
 
-@lru_cache(maxsize=4)
-def _plan(folder: Path) -> Plan:
-    return Plan.load(folder / "plan.json")
+@lru_cache(maxsize=2)
+def _work_in(folder: Path) -> Work:
+    """The one object of a worker process, which lives no longer than one preparation."""
+    return Work(folder)
 
 
-def forget_plans() -> None:
-    """Read plans again: the folder of one may hold another now."""
-    for forget in _FORGET:
-        forget()
-
-
-_FORGET: list[Callable[[], object]] = [_plan.cache_clear]
-
-
-def forgettable(forget: Callable[[], object]) -> None:
-    """Have something else that was kept of a work folder forgotten with its plan."""
-    _FORGET.append(forget)
-
-
-def seeded(seed: int, name: str, numbers: list[int]) -> list[int]:
-    """Slices in a random order that depends on the seed and `name` alone."""
-
-    def place(position: int) -> bytes:
-        return hashlib.blake2b(f"{seed}\0{name}\0{position}".encode(), digest_size=8).digest()
-
-    return [numbers[position] for position in sorted(range(len(numbers)), key=place)]
+def copies_record(tokens: Path, name: str) -> Path:
+    """The file that keeps a count of copies, in the folder of finished sets."""
+    return tokens / ".copies" / f"{name}.json"
 
 
 def keys_of(part: int, rows: NDArray[np.integer]) -> NDArray[np.uint64]:

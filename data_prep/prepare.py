@@ -1,98 +1,79 @@
-"""Text sets to a TokenStore in the cache: planned, worked out by whatever executor there is, and done once."""
+"""Text to the sets of a run in the cache: planned, worked out by whatever executor there is, and done once."""
 
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from common.errors import UserError
-from data_prep.config import DataConfig
+from common.files import content_key, read_json
+from common.locks import locked
+from data_prep.config import DataConfig, PreparationConfig
 from data_prep.executor.launch import Backend, open_executor
 from data_prep.executor.pool import PoolExecutor
 from data_prep.filters import Filters
-from data_prep.make_plan import Inputs, Planned, check_tokenizer, make_plan
+from data_prep.make_plan import Planned, check_tokenizer, kept_sets, make_plan, plan_of
+from data_prep.make_plan import kept_keys as kept_keys  # the pipeline asks for it here
 from data_prep.phases.order import run_phases
-from data_prep.plan import Work, forget_plans
+from data_prep.plan import Plan, Work, copies_record
 from data_prep.reading.sources import source_files
 from data_prep.statistics.summary import print_summary
-from data_prep.store import MANIFEST, TokenStore
-from pipeline.config.run import RunConfig
+from data_prep.store import TokenStore
 
 SMALL_BYTES = 32 << 20  # of files: less is not worth starting processes for
 
 
-def prepare_run(
-    run: RunConfig,
+def plan_preparation(config: PreparationConfig, backend: Backend = "local") -> Planned:
+    """What a run wants of the cache: the key of each of its sets, whether they are there or not."""
+    with open_executor(backend, _workers(config.data, None)) as executor:
+        assert executor is not None
+        return make_plan(config, executor)
+
+
+def prepare(
+    config: PreparationConfig,
     backend: Backend = "auto",
     workers: int | None = None,
     *,
     force: bool = False,
     planned: Planned | None = None,
+    keep: Mapping[str, str] = {},
 ) -> TokenStore | None:
-    """`prepare` for a whole run: its tokenizer (the model's, unless `data.tokenizer` names one) and vocabulary.
+    """Prepare the sets of a run that are not in the cache; the others are left alone.
 
     Args:
-        planned: what `plan_run` gave, where it is known already.
-    """
-    return _prepare(_inputs(run), backend, workers, force, planned)
+        config: what the run says of its text.
+        backend: what runs the tasks.
+        workers: processes on this machine; by default one per core, or only this one for little text.
+        force: accept a tokenizer that has changed.
+        planned: what `plan_preparation` gave, where it is known already.
+        keep: keys, by name, of training sets that training has begun with. Such a set is taken as it is if it differs
+            from the wanted one only in the held-out texts it was cleaned of; its copies of the others are counted.
 
-
-def plan_run(run: RunConfig, backend: Backend = "local") -> Planned:
-    """The plan of a run's tokens, with the folder that `prepare_run` puts them in, whether they are there or not."""
-    inputs = _inputs(run)
-    with open_executor(backend, _workers(inputs.data, None)) as executor:
-        assert executor is not None
-        return make_plan(inputs, executor)
-
-
-def _inputs(run: RunConfig) -> Inputs:
-    revision = run.model.revision if run.data.tokenizer is None else None
-    tokenizer = run.data.tokenizer or run.model.path
-    return Inputs(run.data, tokenizer, _vocab_size(run), run.cache_dir, run.seed, revision, run.stage1.tokens)
-
-
-def prepare(
-    data: DataConfig,
-    tokenizer_path: str,
-    vocab_size: int,
-    cache_dir: Path,
-    seed: int,
-    revision: str | None = None,
-    *,
-    stage1_tokens: int | None = None,
-    workers: int | None = None,
-) -> TokenStore:
-    """Tokenize every set into `cache_dir/tokens/<content key>/` on this machine, unless that has been done.
-
-    Args:
-        tokenizer_path: a folder or hub id (with `revision`), or a SentencePiece file.
-        vocab_size: of the model: ids must be below it.
-        seed: of the choice of held-out documents, of what budgets take and of replay.
-        stage1_tokens: what `data.replay.share` is a share of; without it a share is no limit.
-        workers: processes; by default one a core, or none for little text.
+    Returns:
+        The sets; None in an MPI rank that did tasks for another.
 
     Raises:
-        UserError: a source, the tokenizer or a setting won't do; it names the file and row, or the key.
+        UserError: a source, the tokenizer or a setting can't be used; it names the file and row, or the key.
     """
-    inputs = Inputs(data, tokenizer_path, vocab_size, cache_dir, seed, revision, stage1_tokens)
-    store = _prepare(inputs, "local", workers, force=False)
-    assert store is not None
-    return store
-
-
-def _prepare(
-    inputs: Inputs, backend: Backend, workers: int | None, force: bool, planned: Planned | None = None
-) -> TokenStore | None:
-    """The store; None in an MPI rank that did tasks for another."""
-    with open_executor(backend, _workers(inputs.data, workers)) as executor:
+    with open_executor(backend, _workers(config.data, workers)) as executor:
         if executor is None:
             return None
-        inputs.cache_dir.mkdir(parents=True, exist_ok=True)
-        planned = planned or make_plan(inputs, executor)
-        check_tokenizer(inputs, planned.encoder, force)
-        return _work_out(planned, executor)
+        config.cache_dir.mkdir(parents=True, exist_ok=True)
+        planned = planned or make_plan(config, executor)
+        check_tokenizer(config, planned.encoder, force)
+        has_worked = _work_out(planned, executor, keep)
+    store = TokenStore(planned.tokens, config.data, kept_keys(planned, keep))
+    if executor.show:
+        page = _write_page(store, has_worked)
+        if has_worked:
+            print_summary(store)
+            print(f"tokens: {len(store.sets)} sets in {planned.tokens}, their figures in {page}", flush=True)
+        _say_copies(planned, keep)
+    if has_worked:
+        share = "" if executor.is_alone else f"{executor.tasks_done} tasks done on {os.uname().nodename}, "
+        print(f"tokens: {share}peak memory of a process {executor.peak_memory / 1e9:.2f} GB", flush=True)
+    return store
 
 
 def _workers(data: DataConfig, wanted: int | None) -> int | None:
@@ -109,68 +90,75 @@ def _workers(data: DataConfig, wanted: int | None) -> int | None:
     return 1 if size < SMALL_BYTES else None
 
 
-def _work_out(planned: Planned, executor: PoolExecutor) -> TokenStore:
-    plan, folder = planned.plan, planned.folder
-    work = Work(folder.with_name(f".{folder.name}.work"))
-    with _lock(folder, shared=executor.claim is not None):
-        if (folder / MANIFEST).is_file():
-            shutil.rmtree(work.folder, ignore_errors=True)
+def _work_out(planned: Planned, executor: PoolExecutor, keep: Mapping[str, str]) -> bool:
+    """Prepare what is missing; returns whether anything was."""
+    keys = [sorted({one.key for one in planned.sets}), kept_keys(planned, keep)]
+    work = Work(planned.tokens / f".{content_key(keys)}.work")  # the same for all jobs that share the work
+    lock = work.folder.with_suffix(".lock")
+    with locked(lock, f"tokens: another run works in {work.folder}, waiting", shared=executor.claim is not None):
+        plan = plan_of(planned, keep)
+        is_begun = (work.folder / "plan.json").is_file()
+        if not is_begun and not plan.kept and not any(one.is_written for one in plan.sets):
             if executor.show:
-                print(f"tokens: {folder} is there already, skipped", flush=True)
-            return TokenStore(folder)
-        if plan.fraction < plan.data.held_out.fraction and executor.show:
-            print(
-                f"tokens: data.held_out.fraction is lowered to {plan.fraction:.2g}, so that no more than "
-                f"data.held_out.max_megabytes={plan.data.held_out.max_megabytes} of text are held out",
-                flush=True,
-            )
-        for name, entry in {**plan.data.old, **plan.data.new}.items():
-            Filters(plan.data.filters, entry, name)  # an unknown language is named before any work is done
-        forget_plans()
-        if not (work.folder / "plan.json").is_file():
-            planned.encoder.save(work.folder)
-            plan.save(work.folder / "plan.json")
+                print(f"tokens: {', '.join(planned.keys)}: there already, skipped", flush=True)
+            return False
+        if executor.show:
+            _say_fraction(plan)
+        for one in plan.sets:
+            if one.trains:
+                Filters(plan.data.filters, one.entry, one.name)  # an unknown language is named before any work is done
+        planned.encoder.save(work.folder)
+        plan.save(work.folder / "plan.json")
         try:
             run_phases(work, executor)
         except (OSError, UserError):
             if executor.claim is None or not work.is_finished:  # else another job was faster, and has cleaned up
                 raise
-        store = TokenStore(folder)
         shutil.rmtree(work.folder, ignore_errors=True)
-    if executor.show:
-        print_summary(store)
-    share = "" if executor.is_alone else f"{executor.tasks_done} tasks done on {os.uname().nodename}, "
-    print(f"tokens: {folder} ({share}peak memory of a process {executor.peak_memory / 1e9:.2f} GB)", flush=True)
-    return store
+    return True
 
 
-@contextmanager
-def _lock(folder: Path, *, shared: bool) -> Iterator[None]:
-    """Two runs that want the same tokens take turns: the second finds them done. Jobs that share the work do not."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"tokens: another run writes {folder}, waiting", flush=True)
-            fcntl.flock(file, kind)
-        yield
+def _say_fraction(plan: Plan) -> None:
+    if plan.fraction < plan.data.held_out.fraction:
+        print(
+            f"tokens: data.held_out.fraction is lowered to {plan.fraction:.2g}, so that no more than "
+            f"data.held_out.max_megabytes={plan.data.held_out.max_megabytes} of text are held out",
+            flush=True,
+        )
 
 
-def _vocab_size(run: RunConfig) -> int:
-    """The vocabulary of the run's model, from its configuration."""
-    from transformers import AutoConfig
+def _write_page(store: TokenStore, has_worked: bool) -> Path:
+    """The page of a run's sets, named by their list; a page that is there is good unless a set is new."""
+    from data_prep.statistics.page import write_page  # plotly, which is seldom needed, takes a second to import
 
-    path = run.model.path
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise UserError(f"model.path: {path} is no folder; name one with a model, or a hub id")
-    try:
-        config = AutoConfig.from_pretrained(path, revision=run.model.revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"model.path: no model configuration at {path} ({reason}); name a folder, or a hub id, which "
-            "python -m pipeline fetch RUN.yaml downloads"
-        ) from error
-    return int(config.get_text_config().vocab_size)
+    languages = {name: entry.language for name, entry in store.data.sets.items()}
+    path = store.folder / f"{content_key([store.keys, languages])}.html"
+    if has_worked or not path.is_file():
+        write_page(store, path)
+    return path
+
+
+def _say_copies(planned: Planned, keep: Mapping[str, str]) -> None:
+    """One line on the copies in kept sets of text they were not cleaned of."""
+    kept = {one.key: one for one in kept_sets(planned, keep)}
+    if not kept:
+        return
+    names = {key: name for name, key in kept_keys(planned, keep).items() if key in kept}
+    texts = {one.text: one.name for one in reversed(planned.sets)}
+    counts: dict[str, int] = {}
+    of_names: set[str] = set()
+    for key, name in names.items():
+        found = read_json(copies_record(planned.tokens, kept[key].record))
+        counts[name] = found["documents"]
+        of_names.update(texts[text] for text in found["by_text"])
+    total = sum(counts.values())
+    trained = ", ".join(f"{name} ({count:,})" for name, count in counts.items() if count)
+    if total:
+        print(
+            f"warning: training sees {total:,} {'copy' if total == 1 else 'copies'} of text in "
+            f"{', '.join(sorted(of_names))}, in the training documents of {trained}: these sets are kept as they were "
+            "when training began",
+            flush=True,
+        )
+    else:
+        print(f"tokens: 0 copies of new held-out text in the kept training sets {', '.join(counts)}", flush=True)

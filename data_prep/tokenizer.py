@@ -1,7 +1,7 @@
 """Documents to token ids: [BOS where the tokenizer prepends one] + text + [document separator]."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import content_key, write_bytes
 
 SEPARATORS = (
@@ -85,15 +85,17 @@ class DocumentEncoder:
         return [np.array([*front, *ids, end], dtype=dtype) for ids in self._encode(texts)]
 
 
-def decode(folder: Path, ids: Sequence[int]) -> str:
-    """Ids as text, by the tokenizer kept in a folder; special tokens are shown."""
+def load_decoder(folder: Path) -> Callable[[Sequence[int]], str]:
+    """What turns ids into text, by the tokenizer kept in a folder; special tokens are shown."""
     if (folder / FILES["fast"]).is_file():
         from tokenizers import Tokenizer
 
-        return str(Tokenizer.from_file(str(folder / FILES["fast"])).decode(list(ids), skip_special_tokens=False))
+        tokenizer = Tokenizer.from_file(str(folder / FILES["fast"]))
+        return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))
     import sentencepiece
 
-    return str(sentencepiece.SentencePieceProcessor(model_file=str(folder / FILES["sentencepiece"])).decode(list(ids)))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / FILES["sentencepiece"]))
+    return lambda ids: str(processor.decode(list(ids)))
 
 
 def _encode_fast(definition: bytes) -> Any:
@@ -116,19 +118,9 @@ def _encode_sentencepiece(definition: bytes) -> Any:
     return lambda texts: processor.encode(list(texts), out_type=int, num_threads=1)
 
 
-def choose_dtype(setting: Literal["auto", "uint16", "int32"], vocab_size: int) -> Literal["uint16", "int32"]:
-    """The shards' dtype, "uint16" or "int32", from `data.token_dtype`.
-
-    Raises:
-        UserError: uint16 is asked for and can't hold the vocabulary.
-    """
-    fits = vocab_size <= UINT16_VOCABULARY
-    if setting == "uint16" and not fits:
-        raise UserError(
-            f"data.token_dtype: uint16 holds ids up to {UINT16_VOCABULARY - 1} but the model's vocabulary has "
-            f"{vocab_size}; set data.token_dtype=int32 or auto"
-        )
-    return ("uint16" if fits else "int32") if setting == "auto" else setting
+def dtype_of(vocab_size: int) -> Literal["uint16", "int32"]:
+    """The shards' dtype: uint16 where it holds every id."""
+    return "uint16" if vocab_size <= UINT16_VOCABULARY else "int32"
 
 
 def _sentencepiece_spec(path: str, separator: str, vocab_size: int) -> tuple[TokenizerSpec, bytes]:
@@ -190,9 +182,8 @@ def _load(tokenizer_path: str, revision: str | None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, revision=revision)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{tokenizer_path}: no tokenizer can be loaded ({reason}); set data.tokenizer to one with a tokenizer"
+            f"{tokenizer_path}: no tokenizer can be loaded ({one_line(error)}); set data.tokenizer to one that can"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer_path}: not a fast tokenizer; save it with tokenizer.json and name that folder")

@@ -10,7 +10,7 @@ from typing import Any
 
 from common.errors import EXIT_CODE, AgreedError, BusyError, OwnError, UserError
 from common.launch_environment import become_rank, is_first_rank, listen_early, set_variables
-from pipeline.config.cluster import JOBS, ClusterConfig
+from pipeline.config.cluster import JOBS
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.distributed.watchdog import EXIT_STUCK, LOST_PEER
@@ -263,7 +263,7 @@ def main(arguments: list[str]) -> int:
     run: RunConfig | None = None
     if options.verb in RUN_VERBS and options.run:
         run = load_run(options.run, options.set)
-    set_variables(run.cluster if run else ClusterConfig())
+    set_variables(run.cluster.environment if run else {})
     from pipeline.distributed.process_group import device_type  # imports torch, which reads the variables
 
     device_type()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from common.files import atomic_file
+from common.files import save_array
 from data_prep.plan import Json
 
 EDGES_A_PIECE = 1 << 20
@@ -28,8 +28,7 @@ def save_edges(folder: Path, name: str, larger: Keys, smaller: Keys) -> None:
     down = down[~again]
     up = down[np.lexsort((down[:, 0], down[:, 1]))][:, ::-1]
     for suffix, edges in ((".down.npy", down), (".up.npy", up)):
-        with atomic_file(folder / f"{name}{suffix}") as temporary, open(temporary, "wb") as file:
-            np.save(file, edges)
+        save_array(folder / f"{name}{suffix}", edges)
 
 
 def large_star(source: Path, target: Path, task: int, low: int, high: int) -> Json:

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.dedup.connected_components import save_edges
-from data_prep.phases.filter import PHASE as FILTER
-from data_prep.plan import Json, Work, keys_of
+from data_prep.plan import FILTER, Json, Slice, Work, keys_of
 
 EDGES = "edges"  # the folder of what the joins find
 DOCUMENTS_A_TASK = 1 << 20  # 12 bytes each to read, and as much again a few times to sort
@@ -25,12 +24,17 @@ def num_columns(work: Work) -> int:
 
 def num_ranges(work: Work) -> int:
     """How many ranges a column is joined in."""
-    signed = sum(work.figures(FILTER, part.number)["signed"] for part in work.plan.slices if part.trains)
+    signed = sum(work.figures(FILTER, part.number)["signed"] for part in _signed(work))
     return max(1, -(-signed // DOCUMENTS_A_TASK))
 
 
+def _signed(work: Work) -> list[Slice]:
+    """The slices of training sets: their documents have signatures."""
+    return [part for part in work.plan.slices if work.plan.set_of(part).trains]
+
+
 def join_range(work: Work, task: int, ranges: int) -> Json:
-    """Task `column * ranges + range`: the edges of one range of one column."""
+    """Task `column * ranges + range`: the edges of one range of one column; returns how many "edges" there are."""
     column, number = divmod(task, ranges)
     hashes, keys, low = _read(work, column, number, ranges)
     order = np.argsort(hashes, kind="stable")  # slices come in order, so equal hashes stay in the order of keys
@@ -51,9 +55,7 @@ def _read(work: Work, column: int, number: int, ranges: int) -> tuple[Keys, Keys
     start, stop = np.uint64(number * width), np.uint64((number + 1) * width - 1)
     last = number == ranges - 1
     hashes, keys, low = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
-    for part in work.plan.slices:
-        if not part.trains:
-            continue
+    for part in _signed(work):
         column_of = np.load(work.path("signatures", part.number, ".hashes.npy"), mmap_mode="r")[column]
         begin = int(np.searchsorted(column_of, start, "left"))
         end = len(column_of) if last else int(np.searchsorted(column_of, stop, "right"))

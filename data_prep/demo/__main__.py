@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 from common.errors import exit_on_user_error
+from common.settings import load_settings
+from data_prep.config import PreparationConfig
 from data_prep.demo.inputs import LANGUAGES, fetch_inputs
-from pipeline.config.load import load_run
-from pipeline.config.run import RunConfig
 
 
 def main() -> int:
@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--languages", default="en,el,hu,tr", metavar="L,L", help=f"of {','.join(LANGUAGES)}")
     arguments = parser.parse_args()
     if arguments.run:
-        names = inputs_of(load_run(arguments.run, arguments.set), arguments.into)
+        names = inputs_of(load_settings(PreparationConfig, arguments.run, arguments.set), arguments.into)
         fetch_inputs(arguments.into, sorted({Path(name).stem for name in names if "/" in name}), names)
     else:
         languages = [language.strip() for language in arguments.languages.split(",") if language.strip()]
@@ -27,13 +27,13 @@ def main() -> int:
     return 0
 
 
-def inputs_of(run: RunConfig, into: Path) -> set[str]:
+def inputs_of(run: PreparationConfig, into: Path) -> set[str]:
     """The names of the inputs that a run reads from the folder, such as "help/el.jsonl"."""
     paths = [Path(run.model.path), *_paths_of(run)]
     return {path.relative_to(into).as_posix() for path in paths if path.is_relative_to(into)}
 
 
-def _paths_of(run: RunConfig) -> list[Path]:
+def _paths_of(run: PreparationConfig) -> list[Path]:
     sources = [source for entry in run.data.sets.values() for source in entry.source_list]
     return [Path(source.path) for source in sources if source.path is not None]
 

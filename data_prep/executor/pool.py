@@ -19,25 +19,33 @@ from typing import Any, NamedTuple, Protocol
 from common.errors import OwnError, UserError
 from common.files import write_json
 from common.progress import progress
-from data_prep.plan import Work, check_disk
+from data_prep.plan import Json, Work, check_disk
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Tasks of one kind. `function` names it in data_prep.phases.order (by default as the phase); `arguments` are its
-    own. `markers` says where they are, if not in the work folder.
+    """Tasks of one kind.
 
-    `weights` (bytes of input) are for the progress bar; `wanted` says whether a task is still needed when its turn
-    comes.
+    Attributes:
+        work: the folder they work in.
+        name: of the folder of their markers.
+        function: what does a task, given the work, the task's number and the arguments; its return value is kept with
+            the marker. A worker is told its name, so it stands at the top of a module.
+        tasks: their numbers, in the order in which they are handed out.
+        arguments: of the function, besides the work and the task.
+        label: what the progress bar says.
+        weights: the bytes of input of each task, for the progress bar.
+        wanted: says whether a task is still needed when its turn comes.
+        markers: where the markers are, if not in the work folder.
     """
 
     work: Work
     name: str
+    function: Callable[..., Json]
     tasks: list[int]
     arguments: dict[str, Any] = field(default_factory=dict)
-    function: str = ""
     label: str = ""
     weights: dict[int, int] = field(default_factory=dict)
     wanted: Callable[[int], bool] | None = None
@@ -53,14 +61,14 @@ class Phase:
 
     def call(self, task: int) -> "Call":
         """What a worker needs to do a task."""
-        return Call(self.work.folder, self.function or self.name, self.arguments, task, self.marker(task))
+        return Call(self.work, self.function, self.arguments, task, self.marker(task))
 
 
 class Call(NamedTuple):
     """One task, for any process."""
 
-    folder: Path
-    function: str
+    work: Work
+    function: Callable[..., Json]
     arguments: dict[str, Any]
     task: int
     marker: Path
@@ -94,10 +102,8 @@ def do_task(call: Call) -> Done:
     Raises:
         UserError: a mistake in the input or the settings, or no room on the disk.
     """
-    from data_prep.phases.order import PHASES
-
     try:
-        write_json(call.marker, PHASES[call.function](Work(call.folder), call.task, **call.arguments))
+        write_json(call.marker, call.function(call.work, call.task, **call.arguments))
     except OSError as error:
         if error.errno in NO_ROOM:
             raise check_disk(error) from error
@@ -173,8 +179,8 @@ class PoolExecutor:
                 yield from (future.result() for future in finished)
         except BrokenProcessPool as error:
             raise UserError(
-                f"{phase.label or phase.name}: a worker process died, perhaps for want of memory; "
-                "the same command goes on from there, --workers 1 needs least"
+                f"{phase.label or phase.name}: a worker process died, perhaps for lack of memory; "
+                "the same command resumes there, --workers 1 needs least"
             ) from error
         finally:
             for future in running:

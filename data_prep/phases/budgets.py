@@ -1,71 +1,60 @@
-"""Which slices, and how many documents of each, the budgets of sources, sets and replay take."""
+"""Which slices, and how many documents of each, the budgets of sources, sets and replay take.
 
-from typing import Any
+Whole documents are taken, in a seeded order of slices, until the next one would pass a budget.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data_prep.config import CapsConfig
-from data_prep.phases.caps import Cap, Lengths, take
-from data_prep.plan import Plan, Work, seeded
+from common.seeded import seeded_order
+from data_prep.plan import TOKENIZE, Budget, Plan, Work
 from data_prep.shards import Shard
 
-TOKENIZE = "tokenize"  # the phase whose shards are taken
+Lengths = dict[str, NDArray[np.integer]]  # of each document of a slice: "tokens", "characters"
 
 
-def seeded_slices(plan: Plan, name: str, source: int | None = None) -> list[int]:
-    """A source's slices, or a whole set's, in the order in which budgets take them."""
-    numbers = [part.number for part in plan.slices_of(name, source)]
-    return seeded(plan.seed, f"{name}/{'' if source is None else source}", numbers)
+def seeded_slices(plan: Plan, number: int, source: int | None = None) -> list[int]:
+    """The slices of a source, or of a whole set, in the order in which budgets take them."""
+    slices = plan.slices_of(number, source)
+    order = seeded_order(plan.seed, len(slices), "slices" if source is None else f"slices of source {source}")
+    return [slices[position].number for position in order]
 
 
-def source_cap(plan: Plan, name: str, source: int) -> Cap:
-    """The cap of one source; of a set that is its own only source, the set's."""
-    entry = plan.data.sets[name]
-    return _cap(entry.source_list[source]) if entry.sources else _set_cap(plan, name)
+def source_budget(plan: Plan, number: int, source: int) -> Budget:
+    """The budget of one source of a set; of a set that is its own only source, the set's."""
+    one = plan.sets[number]
+    return Budget(*one.entry.sources[source].caps) if one.entry.sources else one.budget
 
 
 def total_of(work: Work, number: int) -> dict[str, int]:
-    """Documents, tokens and characters that a tokenized slice has for training."""
+    """What a tokenized slice has for training: "documents", "tokens" and "characters"."""
     train = work.figures(TOKENIZE, number)["train"]
     return {unit: train[unit] for unit in ("documents", "tokens", "characters")}
 
 
-def _cap(caps: CapsConfig) -> Cap:
-    return Cap(*caps.caps)
-
-
-def _set_cap(plan: Plan, name: str) -> Cap:
-    own, replay = _cap(plan.data.sets[name]), plan.replay.get(name)
-    if replay is None:
-        return own
-
-    def least(a: int | None, b: int | None) -> int | None:
-        return min((value for value in (a, b) if value is not None), default=None)
-
-    return Cap(own.documents, least(own.tokens, replay.tokens), least(own.characters, replay.characters))
-
-
-def taken_of(work: Work, name: str) -> dict[int, int]:
-    """How many training documents of each slice the budgets take: the sources' own, then the set's."""
+def taken_of(work: Work, number: int) -> dict[int, int]:
+    """How many training documents of each slice of a set the budgets take: the sources' own, then the set's."""
     plan = work.plan
+    one = plan.sets[number]
 
-    def lengths(number: int) -> Lengths:
-        characters = np.load(work.path(TOKENIZE, number, ".sizes.npy"))[0]
-        return {"tokens": Shard(work.path(TOKENIZE, number, ".train")).lengths, "characters": characters}
+    def lengths(part: int) -> Lengths:
+        characters = np.load(work.path(TOKENIZE, part, ".sizes.npy"))[0]
+        return {"tokens": Shard(work.path(TOKENIZE, part, ".train")).lengths, "characters": characters}
 
     by_source: dict[int, int] = {}
-    for source in range(len(plan.data.sets[name].source_list)):
-        order = seeded_slices(plan, name, source)
-        by_source |= take(order, _Totals(work), source_cap(plan, name, source), lengths)
-    cap = _set_cap(plan, name)
-    if not plan.data.sets[name].sources or not cap.limits:
+    for source in range(len(one.entry.source_list)):
+        order = seeded_slices(plan, number, source)
+        by_source |= take(order, _Totals(work), source_budget(plan, number, source), lengths)
+    if not one.entry.sources or not one.budget.limits:
         return by_source
-    totals = {number: _of_first(total_of(work, number), lengths, number, count) for number, count in by_source.items()}
+    totals = {part: _of_first(total_of(work, part), lengths, part, count) for part, count in by_source.items()}
 
-    def first(number: int) -> Lengths:
-        return {unit: values[: by_source[number]] for unit, values in lengths(number).items()}
+    def first(part: int) -> Lengths:
+        return {unit: values[: by_source[part]] for unit, values in lengths(part).items()}
 
-    return take([n for n in seeded_slices(plan, name) if n in by_source], totals, cap, first)
+    return take([part for part in seeded_slices(plan, number) if part in by_source], totals, one.budget, first)
 
 
 class _Totals(dict[int, dict[str, int]]):
@@ -80,7 +69,58 @@ class _Totals(dict[int, dict[str, int]]):
         return self[number]
 
 
-def _of_first(total: dict[str, int], lengths: Any, number: int, count: int) -> dict[str, int]:
+def _of_first(total: dict[str, int], lengths: Callable[[int], Lengths], number: int, count: int) -> dict[str, int]:
     if count == total["documents"]:
         return total
     return {"documents": count, **{unit: int(values[:count].sum()) for unit, values in lengths(number).items()}}
+
+
+def take(
+    order: Iterable[int], totals: Mapping[int, dict[str, int]], budget: Budget, lengths: Callable[[int], Lengths]
+) -> dict[int, int]:
+    """How many of its first documents each slice gives: {slice: documents}, slices past the budget left out.
+
+    Args:
+        order: the slices in the order in which they are taken.
+        totals: each slice's "documents", "tokens" and "characters".
+        budget: the most that is taken of each.
+        lengths: gives each document's "tokens" and "characters"; called for the one slice that gives a part.
+    """
+    left = budget.limits
+    taken: dict[int, int] = {}
+    for number in order:
+        if all(totals[number][unit] <= limit for unit, limit in left.items()):
+            count = totals[number]["documents"]
+        else:
+            count = _fitting(lengths(number), left)
+        if count or not totals[number]["documents"]:
+            taken[number] = count
+        if count < totals[number]["documents"]:
+            break
+        left = {unit: limit - totals[number][unit] for unit, limit in left.items()}
+    return taken
+
+
+def is_reached(order: Iterable[int], totals: Mapping[int, dict[str, int]], budget: Budget) -> bool:
+    """Whether the slices that are done already, from the first on without a gap, reach the budget."""
+    left = budget.limits
+    if not left:
+        return False
+    for number in order:
+        if number not in totals:
+            return False
+        left = {unit: limit - totals[number][unit] for unit, limit in left.items()}
+        if any(limit < 0 for limit in left.values()):
+            return True
+    return False
+
+
+def _fitting(lengths: Lengths, left: dict[str, int]) -> int:
+    count = len(lengths["tokens"])
+    for unit, limit in left.items():
+        if unit == "documents":
+            count = min(count, limit)
+        else:
+            fits = int(np.searchsorted(np.cumsum(lengths[unit], dtype=np.int64), limit, side="right"))
+            count = min(count, fits)
+    return count

@@ -3,23 +3,20 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from common.files import atomic_file
+from common.files import save_array
 from data_prep.config import FiltersConfig
 from data_prep.dedup.held_out import SHINGLE, HeldOutRuns, is_held_out
 from data_prep.dedup.minhash import Signatures
 from data_prep.dedup.word_shingles import Hashes, shingles, word_hashes
 from data_prep.filters import Filters
-from data_prep.plan import Json, Plan, Slice, Work, forgettable
+from data_prep.manifest import RUN_SIZES, RUNS
+from data_prep.plan import CHANGED, FILTER, HELD_OUT, Json, Plan, SetPlan, Slice, Work
 from data_prep.reading.documents import EXAMPLES, BadRows, Document, read_documents
 
-PHASE = "filter"
-CHANGED, HELD_OUT = 1, 2  # flags of a kept document
+RUNS_PHASE = "held_out_runs"
 
 
 @dataclass
@@ -38,7 +35,7 @@ class Drops:
             self.examples[reason].append(document.place)
 
     def as_json(self) -> Json:
-        """By reason: documents, characters, examples."""
+        """By reason: "documents", "characters", and the places of the first as "examples"."""
         return {
             reason: {
                 "documents": self.documents[reason],
@@ -49,20 +46,19 @@ class Drops:
         }
 
 
-@lru_cache(maxsize=64)
-def filters_of(plan_folder: Any, part_name: str, group: str) -> Filters:
-    """The filters of a set, made once a process."""
-    plan = Work(plan_folder).plan
-    config = plan.data.filters if group in ("old", "new") else FiltersConfig()
-    return Filters(config, next(plan.entry(s) for s in plan.slices if s.name == part_name), part_name)
+def filters_of(work: Work, part: Slice) -> Filters:
+    """The filters of a slice's set, made once a process; what is not trained on is not filtered."""
+    one = work.plan.set_of(part)
+
+    def make() -> Filters:
+        return Filters(work.plan.data.filters if one.trains else FiltersConfig(), one.entry, one.name)
+
+    return work.once(("filters", part.set), make)
 
 
-forgettable(filters_of.cache_clear)
-
-
-def holds_out(plan: Plan, part: Slice, document: Document) -> bool:
-    """Whether a document, as its source has it, is held out."""
-    if not part.trains:
+def holds_out(plan: Plan, one: SetPlan, document: Document) -> bool:
+    """Whether a document of a set, as its source has it, is held out."""
+    if not one.trains:
         return True
     key = document.text if document.page is None else document.page
     return is_held_out(key, plan.seed, plan.fraction)
@@ -77,11 +73,15 @@ class _Kept:
 
 
 def filter_slice(work: Work, number: int) -> Json:
-    """Write what is kept of a slice, the runs of its held-out texts, and the others' signatures."""
+    """Write what is kept of a slice, the runs of its held-out texts, and the others' signatures.
+
+    Returns:
+        "seen" (documents and characters that were read), "dropped" (by reason), "kept" and "signed" (documents),
+        "held_out" (documents and characters), "bad_rows" (rows, examples).
+    """
     plan, part = work.plan, work.plan.slices[number]
-    filters = filters_of(work.folder, part.name, part.group)
-    near = plan.data.filters.near_duplicates
-    signatures = Signatures(near) if part.trains and plan.data.filters.duplicates else None
+    one, filters, near = plan.set_of(part), filters_of(work, part), plan.data.filters.near_duplicates
+    signatures = Signatures(near) if one.trains and plan.finds_duplicates else None
     drops, bad_rows, kept = Drops(), BadRows(), _Kept()
     seen = {"documents": 0, "characters": 0}
     for document in read_documents(part.pieces, plan.reading(part), bad_rows):
@@ -91,47 +91,57 @@ def filter_slice(work: Work, number: int) -> Json:
         if reason is not None:
             drops.add(reason, document)
             continue
-        held_out = holds_out(plan, part, document)
+        held_out = holds_out(plan, one, document)
         kept.rows.append(document.index)
         kept.flags.append(CHANGED * changed | HELD_OUT * held_out)
         kept.characters.append(len(text))
         if held_out:
-            if plan.finds_copies:
-                kept.held_out_runs.append(shingles(word_hashes(text), SHINGLE))
+            kept.held_out_runs.append(shingles(word_hashes(text), SHINGLE))
         elif signatures is not None:
             signatures.add(document.index, text, word_hashes(text) if near else None)
-    _save(work, number, kept, part)
+    _save(work, number, kept)
     if signatures is not None:
         hashes, rows, low = signatures.arrays()
         for suffix, values in ((".hashes.npy", hashes), (".rows.npy", rows), (".low.npy", low)):
-            save_array(work, "signatures", number, suffix, values)
-    figures: Json = {"seen": seen, "dropped": drops.as_json(), "kept": len(kept.rows)}
-    figures["bad_rows"] = {"rows": bad_rows.count, "examples": bad_rows.examples}
-    figures["signed"] = sum(not flag & HELD_OUT for flag in kept.flags) if signatures is not None else 0
-    return figures
+            save_array(work.path("signatures", number, suffix), values)
+    held = [size for size, flag in zip(kept.characters, kept.flags, strict=True) if flag & HELD_OUT]
+    return {
+        "seen": seen,
+        "dropped": drops.as_json(),
+        "kept": len(kept.rows),
+        "held_out": {"documents": len(held), "characters": sum(held)},
+        "signed": len(kept.rows) - len(held) if signatures is not None else 0,
+        "bad_rows": {"rows": bad_rows.count, "examples": bad_rows.examples},
+    }
 
 
-def _save(work: Work, number: int, kept: _Kept, part: Slice) -> None:
-    save_array(work, PHASE, number, ".rows.npy", np.array(kept.rows, np.uint32))
-    save_array(work, PHASE, number, ".flags.npy", np.array(kept.flags, np.uint8))
-    save_array(work, PHASE, number, ".characters.npy", np.array(kept.characters, np.uint32))
-    if kept.held_out_runs:
-        sizes = np.array([len(runs) for runs in kept.held_out_runs], np.uint32)
-        save_array(work, "held_out_runs", number, ".sizes.npy", sizes)
-        save_array(work, "held_out_runs", number, ".runs.npy", np.concatenate(kept.held_out_runs))
+def _save(work: Work, number: int, kept: _Kept) -> None:
+    save_array(work.path(FILTER, number, ".rows.npy"), np.array(kept.rows, np.uint32))
+    save_array(work.path(FILTER, number, ".flags.npy"), np.array(kept.flags, np.uint8))
+    save_array(work.path(FILTER, number, ".characters.npy"), np.array(kept.characters, np.uint32))
+    sizes = np.array([len(runs) for runs in kept.held_out_runs], np.uint32)
+    save_array(work.path(RUNS_PHASE, number, ".sizes.npy"), sizes)
+    save_array(
+        work.path(RUNS_PHASE, number, ".runs.npy"), np.concatenate([np.empty(0, np.uint64), *kept.held_out_runs])
+    )
 
 
-def save_array(work: Work, phase: str, number: int, suffix: str, values: NDArray[np.generic]) -> None:
-    """Write a task's array, whole or not at all."""
-    with atomic_file(work.path(phase, number, suffix)) as temporary, open(temporary, "wb") as file:
-        np.save(file, values)
+def runs_of_set(work: Work, number: int) -> HeldOutRuns:
+    """The word runs of all held-out texts of a set that the plan reads, in the order of its slices."""
+    parts = [part.number for part in work.plan.slices_of(number)]
+    runs = [np.load(work.path(RUNS_PHASE, part, ".runs.npy")) for part in parts]
+    sizes = [np.load(work.path(RUNS_PHASE, part, ".sizes.npy")) for part in parts]
+    return HeldOutRuns(
+        np.concatenate([np.empty(0, np.uint64), *runs]), np.concatenate([np.empty(0, np.uint32), *sizes])
+    )
 
 
 def held_out_runs(work: Work) -> Iterator[HeldOutRuns]:
-    """What `filter_slice` wrote of held-out texts, slice by slice."""
-    for part in work.plan.slices:
-        path = work.path("held_out_runs", part.number, ".sizes.npy")
-        if path.is_file():
-            sizes = np.load(path)
-            runs = np.load(work.path("held_out_runs", part.number, ".runs.npy"))
-            yield HeldOutRuns(runs, sizes, np.full(len(sizes), part.group == "benchmark"))
+    """The word runs of each of the plan's held-out texts, in their order, from this work or from the cache."""
+    read = {one.text: number for number, one in enumerate(work.plan.sets)}
+    for held_out in work.plan.held_out_texts:
+        if held_out.text in read:
+            yield runs_of_set(work, read[held_out.text])
+        else:
+            folder = work.tokens / held_out.key
+            yield HeldOutRuns(np.load(folder / RUNS), np.load(folder / RUN_SIZES))

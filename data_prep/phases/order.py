@@ -1,65 +1,36 @@
-"""The phases of a preparation in their order, and what each does with a task."""
+"""The phases of a preparation in their order."""
 
-from collections.abc import Callable
-from typing import Any
-
-from data_prep.dedup import deduplicate as survivors
 from data_prep.dedup.deduplicate import deduplicate
-from data_prep.dedup.held_out import CopyIndex
 from data_prep.executor.pool import Executor, Phase
-from data_prep.phases import filter as filtering
-from data_prep.phases import tokenize as tokenizing
-from data_prep.phases.budgets import seeded_slices, source_cap, total_of
-from data_prep.phases.caps import is_reached
-from data_prep.phases.filter import filter_slice, held_out_runs
-from data_prep.phases.replay import measure, quotas
+from data_prep.phases.budgets import is_reached, seeded_slices, source_budget, total_of
+from data_prep.phases.copies import COUNT, INDEX, count_copies, index_copies, kept_shards
+from data_prep.phases.filter import filter_slice
+from data_prep.phases.replay import measure, quotas, replayed_sets
 from data_prep.phases.tokenize import tokenize_slice
-from data_prep.phases.write_store import finish
-from data_prep.plan import Json, Work
-from data_prep.reading.file_splits import FileToIndex, index_file
-
-
-def index_source(_work: Work, task: int, files: list[dict[str, Any]]) -> Json:
-    """Hash and cut one file."""
-    return index_file(FileToIndex(**files[task]))
-
-
-def index_copies(work: Work, _task: int) -> Json:
-    """Gather the held-out texts that training documents are compared with."""
-    return {"texts": CopyIndex.write(work.folder / "copies", list(held_out_runs(work)))}
-
-
-PHASES: dict[str, Callable[..., Json]] = {
-    "index": index_source,
-    "filter": filter_slice,
-    "copies": index_copies,
-    "join": survivors.join,
-    "star": survivors.star,
-    "survivors": survivors.survivors,
-    "measure": measure,
-    "quotas": quotas,
-    "tokenize": tokenize_slice,
-    "finish": finish,
-}
+from data_prep.phases.write_set import publish, write_set
+from data_prep.plan import FILTER, TOKENIZE, Work
 
 
 def run_phases(work: Work, executor: Executor) -> None:
-    """Everything from the plan to the store, as far as it is not done."""
+    """Everything from the plan to the finished sets, as far as it is not done."""
     plan = work.plan
     weights = {part.number: part.size for part in plan.slices}
     slices = _longest_first(list(weights), weights)
-    if plan.filters_first:
-        executor.run(Phase(work, filtering.PHASE, slices, weights=weights, label="filter"))
-        if plan.finds_copies:
-            executor.run(Phase(work, "copies", [0], label="index held-out text"))
-        if plan.data.filters.duplicates:
-            deduplicate(work, executor)
-        if plan.replay:
-            replayed = [part.number for name in plan.replay for part in plan.slices_of(name)]
-            executor.run(Phase(work, "measure", replayed, label="measure replay"))
-            executor.run(Phase(work, "quotas", [0], label="share replay"))
+    executor.run(Phase(work, FILTER, filter_slice, slices, label="filter", weights=weights))
+    if plan.finds_copies:
+        executor.run(Phase(work, INDEX, index_copies, [0], label="index held-out text"))
+    if plan.finds_duplicates:
+        deduplicate(work, executor)
+    replayed = [part.number for number in replayed_sets(work) for part in plan.slices_of(number)]
+    if replayed:
+        executor.run(Phase(work, "measure", measure, replayed, label="measure replay"))
+        executor.run(Phase(work, "quotas", quotas, [0], label="share replay"))
     executor.run(_tokenize(work, weights))
-    executor.run(Phase(work, "finish", [0], label="write manifest"))
+    if plan.kept:
+        executor.run(Phase(work, COUNT, count_copies, list(range(len(kept_shards(work)))), label="count copies"))
+    written = [number for number, one in enumerate(plan.sets) if one.is_written]
+    executor.run(Phase(work, "write", write_set, written, label="write sets"))
+    executor.run(Phase(work, "publish", publish, [0], label="publish sets"))
 
 
 def _longest_first(tasks: list[int], weights: dict[int, int]) -> list[int]:
@@ -68,24 +39,25 @@ def _longest_first(tasks: list[int], weights: dict[int, int]) -> list[int]:
 
 
 def _tokenize(work: Work, weights: dict[int, int]) -> Phase:
-    """Slices of a capped source come in the order in which they are taken, and no more of them than are needed."""
+    """Slices of a source with a budget come in the order they are taken in, and no more of them than are needed."""
     plan = work.plan
     orders = {
-        (name, source): seeded_slices(plan, name, source)
-        for name, entry in plan.data.sets.items()
-        for source in range(len(entry.source_list))
+        (number, source): seeded_slices(plan, number, source)
+        for number, one in enumerate(plan.sets)
+        if one.is_written and one.group != "benchmark"
+        for source in range(len(one.entry.source_list))
     }
     totals: dict[int, dict[str, int]] = {}
 
     def wanted(number: int) -> bool:
         part = plan.slices[number]
-        cap, order = source_cap(plan, part.name, part.source), orders[part.name, part.source]
-        for other in order if cap.limits else ():
-            if other not in totals and work.marker(tokenizing.PHASE, other).is_file():
+        budget, order = source_budget(plan, part.set, part.source), orders[part.set, part.source]
+        for other in order if budget.limits else ():
+            if other not in totals and work.marker(TOKENIZE, other).is_file():
                 totals[other] = total_of(work, other)
-        return not is_reached(order, totals, cap)
+        return not is_reached(order, totals, budget)
 
-    capped = [number for key, order in orders.items() for number in order if source_cap(plan, *key).limits]
+    limited = [number for key, order in orders.items() for number in order if source_budget(plan, *key).limits]
     rest = [number for order in orders.values() for number in order]
-    tasks = list(dict.fromkeys([*capped, *_longest_first(rest, weights)]))
-    return Phase(work, tokenizing.PHASE, tasks, weights=weights, label="tokenize", wanted=wanted)
+    tasks = list(dict.fromkeys([*limited, *_longest_first(rest, weights)]))
+    return Phase(work, TOKENIZE, tokenize_slice, tasks, label="tokenize", weights=weights, wanted=wanted)

@@ -8,14 +8,14 @@ that does not is streamed from the hub. `hub` may also be a folder laid out as a
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 from common.files import content_key, sha256_file
-from data_prep.config import SourceConfig
-from pipeline.config.run import RunConfig
+from data_prep.config import DataConfig, SourceConfig
 
 
 class HubSource(NamedTuple):
@@ -27,10 +27,29 @@ class HubSource(NamedTuple):
     revision: str | None
 
 
-def hub_sources(run: RunConfig) -> list[HubSource]:
+@contextmanager
+def hub_failures(what: str, fix: str) -> Iterator[None]:
+    """Around what asks the hub: whatever its clients raise becomes one line, "WHAT (why); FIX".
+
+    Raises:
+        UserError: something was raised.
+    """
+    from huggingface_hub.errors import GatedRepoError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except GatedRepoError as error:
+        raise UserError(f"{what} (gated); accept its terms on the hub, then log in with: hf auth login") from error
+    except Exception as error:  # noqa: BLE001 - the clients raise their own, requests' and OSError
+        raise UserError(f"{what} ({type(error).__name__}: {one_line(error)}); {fix}") from error
+
+
+def hub_sources(data: DataConfig) -> list[HubSource]:
     """Every hub dataset that a run names, each once, in the run's order."""
-    entries = [source for entry in run.data.sets.values() for source in entry.source_list]
-    return list(dict.fromkeys(hub_source(s) for s in [*entries, *run.data.benchmarks.values()] if s.hub is not None))
+    entries = [source for entry in data.sets.values() for source in entry.source_list]
+    return list(dict.fromkeys(hub_source(s) for s in [*entries, *data.benchmarks.values()] if s.hub is not None))
 
 
 def hub_source(source: SourceConfig) -> HubSource:
@@ -57,14 +76,11 @@ def pin(source: HubSource) -> HubSource:
         return source._replace(revision=cached.name)
     from huggingface_hub import HfApi
 
-    try:
+    with hub_failures(
+        f"{source.hub}: not in the cache of downloads, and the hub does not give it",
+        "check the name and revision, or fetch it where there is a network",
+    ):
         found = HfApi().dataset_info(source.hub, revision=source.revision, timeout=30)
-    except Exception as error:  # noqa: BLE001 - the client raises its own, requests' and OSError
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(
-            f"{source.hub}: not in the cache of downloads, and the hub does not give it ({reason}); "
-            "check the name and revision, or fetch it where there is a network"
-        ) from error
     assert found.sha is not None
     return source._replace(revision=found.sha)
 
@@ -124,10 +140,5 @@ def _stream(source: HubSource) -> Any:
     cached = None if is_folder(source.hub) else _cached_folder(source)
     place = source.hub if cached is None else str(cached)
     revision = source.revision if cached is None and not is_folder(source.hub) else None
-    try:
+    with hub_failures(f"{name_of(source)}: can't be opened", "check hub, config, split and revision"):
         return load_dataset(place, source.config, split=source.split, revision=revision, streaming=True)
-    except Exception as error:  # noqa: BLE001 - datasets raises its own, OSError, ValueError and more
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{name_of(source)}: can't be opened ({reason}); check hub, config, split and revision"
-        ) from error

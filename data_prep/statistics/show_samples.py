@@ -5,48 +5,57 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from data_prep.prepare import plan_run
-from data_prep.store import MANIFEST, TokenStore
-from data_prep.tokenizer import decode
-from pipeline.config.load import load_run
+from common.settings import load_settings
+from data_prep.config import PreparationConfig
+from data_prep.prepare import plan_preparation
+from data_prep.store import TokenSet, TokenStore
+from data_prep.tokenizer import load_decoder
 
 SEED = 17
 
 
-def open_store(name: str, overrides: list[str]) -> TokenStore:
-    """The store of a run, or in a folder.
+def open_sets(name: str, overrides: list[str]) -> dict[str, TokenSet]:
+    """The sets of a run by what is shown of them, such as "NEW el, language el"; or the one in a folder.
 
     Raises:
-        UserError: it is not there.
+        UserError: they are not there.
     """
     if Path(name).is_dir():
-        return TokenStore(Path(name))
-    folder = plan_run(load_run(name, overrides)).folder
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{name}: its tokens are not in {folder}; prepare them first: python -m data_prep {name}")
-    return TokenStore(folder)
+        return {Path(name).name: TokenSet(Path(name))}
+    config = load_settings(PreparationConfig, name, overrides)
+    planned = plan_preparation(config)
+    if not planned.is_prepared({}):
+        raise UserError(f"{name}: not all its sets are in {planned.tokens}; prepare them: python -m data_prep {name}")
+    store = TokenStore(planned.tokens, config.data, planned.keys)
+    return {
+        f"{config.data.group(set_name).upper()} {set_name}, language {config.data.sets[set_name].language}": one
+        for set_name, one in store.sets.items()
+    }
 
 
-def inspect_store(store: TokenStore, only: str | None, num_samples: int, length: int) -> None:
+def inspect_sets(sets: dict[str, TokenSet], only: str | None, num_samples: int, length: int) -> None:
     """Print what each set holds, and samples drawn over all of its shards.
 
     Raises:
         UserError: no set is named so.
     """
-    if only is not None and only not in store.sets:
-        raise UserError(f"--only {only}: no such set in {store.folder}; it holds {', '.join(store.sets)}")
-    print(f"{store.folder}: {store.manifest.dtype} ids of {store.manifest.tokenizer}, a document ends in "
-          f"{store.manifest.separator!r} ({store.separator_id})")  # fmt: skip
-    for name, entry in store.sets.items():
-        if only not in (None, name):
-            continue
-        part = "held out" if entry.train is None else "train"
-        shards = store.held_out(name) if entry.train is None else store.train(name)
-        counts = entry.train or entry.held_out
-        print(f"\n{entry.group.upper()} {name}: language {entry.language}, {part}, {counts.documents:,} documents, "
-              f"{counts.tokens:,} tokens, {max(1, len(entry.shards))} shards")  # fmt: skip
+    names = {title.split(",")[0].split(" ")[-1]: title for title in sets}
+    if only is not None and only not in names:
+        raise UserError(f"--only {only}: no such set; there are {', '.join(names)}")
+    for title in names.values() if only is None else [names[only]]:
+        one = sets[title]
+        manifest = one.manifest
+        shards = one.held_out() if manifest.train is None else one.train()
+        counts = manifest.train or manifest.held_out
+        part = "held out" if manifest.train is None else "train"
+        print(
+            f"{title}: {part}, {counts.documents:,} documents, {counts.tokens:,} tokens, "
+            f"{max(1, len(manifest.shards))} shards of {manifest.dtype} ids of {manifest.tokenizer}, "
+            f"a document ends in {manifest.separator!r} ({manifest.separator_id})"
+        )
         size = min(length, counts.tokens)
         starts = np.random.default_rng(SEED).integers(0, counts.tokens - size + 1, num_samples)
+        decode = load_decoder(one.folder)
         for start in sorted(starts.tolist()):
-            text = decode(store.folder, shards.read(start, start + size).tolist())
-            print(f"--- {name} [{entry.language}] tokens {start:,} to {start + size - 1:,}\n{text}")
+            text = decode(shards.read(start, start + size).tolist())
+            print(f"--- {title}, tokens {start:,} to {start + size - 1:,}\n{text}")

@@ -1,10 +1,10 @@
-"""What is printed of a finished store: a line a set, what was lost, and warnings."""
+"""What is printed of finished sets: a line per set, what was lost, and warnings."""
 
 from data_prep.store import SetStatistics, TokenStore
 
 
 def print_summary(store: TokenStore) -> None:
-    """One line a set, then what needs attention."""
+    """Print one line per set, then what needs attention."""
     statistics = store.statistics
     for name, entry in statistics.sets.items():
         print(_line(name, entry), flush=True)

@@ -7,15 +7,9 @@ from pydantic import Field, model_validator
 
 from common.errors import UserError
 from common.section import Fraction, Positive, Section
-from data_prep.config import DataConfig
+from data_prep.config import DataConfig, PreparationConfig, Stage1Tokens
+from data_prep.config import ModelConfig as ModelConfig  # others import it from here
 from pipeline.config.cluster import ClusterConfig
-
-
-class ModelConfig(Section):
-    """The dense model: a folder, or a hub id with a revision."""
-
-    path: str
-    revision: str | None = None
 
 
 class SimilarityConfig(Section):
@@ -219,6 +213,17 @@ class RunConfig(Section):
     def stage_numbers(self) -> list[int]:
         """The stages that the run has, in order."""
         return [1, 2] if self.stage2 is not None else [1]
+
+    @property
+    def preparation(self) -> PreparationConfig:
+        """What preparing its text depends on."""
+        return PreparationConfig(
+            model=self.model,
+            data=self.data,
+            seed=self.seed,
+            cache_dir=self.cache_dir,
+            stage1=Stage1Tokens(tokens=self.stage1.tokens),
+        )
 
     @property
     def folder(self) -> Path:

@@ -26,7 +26,7 @@ JOBS_FOLDER = "jobs"  # batch scripts, logs and events of SLURM's jobs
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 BEST_FILE = "best.json"
-_SETS = "sets."  # of a step's inputs: the token sets that it reads, by name
+_SETS = ("sets.", "benchmarks.")  # of a step's inputs: the texts that it reads, by name
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from common.files import content_key
 from common.remembered_hashes import RememberedHashes
 from data_prep.executor.launch import Backend, shares_an_srun
 from data_prep.make_plan import Planned
-from data_prep.prepare import plan_run
+from data_prep.prepare import plan_preparation
 from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
 from pipeline.model.expert_plan import ExpertPlan
@@ -64,12 +64,19 @@ class RunContext:
     @cached_property
     def planned(self) -> Planned:
         """Which token sets the run wants."""
-        return plan_run(self.run, self.backend)
+        return plan_preparation(self.run.preparation, self.backend)
 
     @cached_property
     def store(self) -> TokenStore:
         """The tokens, which must be there."""
-        return TokenStore(self.run.cache_dir / "tokens" / self.folder.manifest("tokenize").outputs["tokens"])
+        keys = self.folder.manifest("tokenize").outputs["sets"]
+        return TokenStore(self.run.cache_dir / "tokens", self.run.data, keys)
+
+    @cached_property
+    def kept(self) -> dict[str, str]:
+        """By set, the keys of the token sets that training has begun with: they stay, whatever is scored later."""
+        has_begun = any((self.folder / stage).is_dir() for stage in ("stage1", "stage2"))
+        return dict(self.folder.manifest("tokenize").outputs["sets"]) if has_begun else {}
 
     @cached_property
     def plan(self) -> ExpertPlan:
@@ -92,7 +99,7 @@ class RunContext:
     def identity(self, stage: str) -> dict[str, Any]:
         """What the checkpoints of stage1 or stage2 are of: model, plan and tokenizer."""
         plan = self.plan.experts_key if stage == "stage1" else self.plan.key
-        return {"model": self.model_hash, "plan": plan, "tokenizer": self.store.manifest.tokenizer_key}
+        return {"model": self.model_hash, "plan": plan, "tokenizer": self.store.tokenizer_key}
 
     @property
     def stages(self) -> list[str]:

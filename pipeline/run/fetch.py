@@ -10,7 +10,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import read_json, write_json
-from data_prep.reading.hub import name_of
+from data_prep.reading.hub import hub_failures, name_of
 from pipeline.config.run import RunConfig
 from pipeline.records.run_folder import FETCHED_FILE, RunFolder
 from pipeline.run.fetch_datasets import fetch_dataset, named_datasets, with_commits
@@ -82,21 +82,13 @@ def is_hub_name(path: str) -> bool:
 
 def _fetch_model(key: str, name: str, asked: str | None) -> dict[str, str | None]:
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 
-    try:
+    with hub_failures(
+        f"{key}: the hub does not give {name}{f' at {asked}' if asked else ''}",
+        "check the name and revision, and fetch on a host with a network",
+    ):
         info = HfApi().model_info(name, revision=asked)
         names = [sibling.rfilename for sibling in info.siblings or []]
         weights = [] if any(file.endswith(".safetensors") for file in names) else OLD_WEIGHTS
         folder = snapshot_download(name, revision=info.sha, allow_patterns=MODEL_FILES + weights)
-    except GatedRepoError as error:
-        raise UserError(
-            f"{key}: {name} is gated; accept its terms on the hub, then log in with: hf auth login"
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(
-            f"{key}: the hub does not give {name}{f' at {asked}' if asked else ''} ({reason}); "
-            "check the name and revision, and fetch on a host with a network"
-        ) from error
     return {"asked": asked, "commit": info.sha, "folder": folder}

@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from common.errors import UserError
 from common.progress import progress
 from data_prep.config import SetConfig, SourceConfig
-from data_prep.reading.hub import HubSource, hub_source, hub_sources, is_folder, name_of
+from data_prep.reading.hub import HubSource, hub_failures, hub_source, hub_sources, is_folder, name_of
 from pipeline.config.run import RunConfig
 
 CARD_FILES = ("README.md", ".gitattributes", "dataset_infos.json")  # they say which files a config has
@@ -13,7 +12,7 @@ CARD_FILES = ("README.md", ".gitattributes", "dataset_infos.json")  # they say w
 
 def named_datasets(run: RunConfig) -> list[HubSource]:
     """What the run names on the hub, without folders."""
-    return [source for source in hub_sources(run) if not is_folder(source.hub)]
+    return [source for source in hub_sources(run.data) if not is_folder(source.hub)]
 
 
 def fetch_dataset(source: HubSource) -> dict[str, Any]:
@@ -24,7 +23,10 @@ def fetch_dataset(source: HubSource) -> dict[str, Any]:
     """
     from huggingface_hub import HfApi, hf_hub_download
 
-    try:
+    with hub_failures(
+        f"data: the hub does not give {name_of(source)}",
+        "check hub, config, split and revision, log in with: hf auth login, and fetch on a host with a network",
+    ):
         info = HfApi().dataset_info(source.hub, revision=source.revision)
         assert info.sha is not None
         there = {sibling.rfilename for sibling in info.siblings or []}
@@ -34,12 +36,6 @@ def fetch_dataset(source: HubSource) -> dict[str, Any]:
                 # One by one: a listing of the whole dataset in the cache would make this part look torn.
                 hf_hub_download(source.hub, name, repo_type="dataset", revision=info.sha)
                 bar.update(1)
-    except Exception as error:  # noqa: BLE001 - the clients raise their own, requests' and OSError
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise UserError(
-            f"data: the hub does not give {name_of(source)} ({reason}); check hub, config, split and revision, log in "
-            "with: hf auth login, and fetch on a host with a network"
-        ) from error
     return {"commit": info.sha, "files": len(files)}
 
 

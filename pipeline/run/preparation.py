@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.files import content_key, read_json, sha256_file, write_json
 from common.launch_environment import is_first_rank
-from data_prep.prepare import prepare_run
+from data_prep.prepare import kept_keys, prepare
 from pipeline.method.allocation import allocate, clamp_similarity, classifier_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.run_folder import PLAN_FILE, SIMILARITY_FILE, STATISTICS_FILE
@@ -22,22 +22,27 @@ PARITY_SAMPLE = 128  # tokens of each set for the upcycling receipt
 def tokenize_inputs(context: RunContext) -> Inputs:
     """The wanted token sets, and the tokenizer."""
     planned = context.planned
-    return {"tokens": planned.folder.name, "tokenizer": planned.encoder.spec.key}
+    benchmarks = {one.name: one.key for one in planned.sets if one.group == "benchmark"}
+    sets = kept_keys(planned, context.kept)
+    return {"sets": sets, "benchmarks": benchmarks, "tokenizer": planned.tokenizer_key}
 
 
 def tokens_are_there(context: RunContext) -> bool:
     """Whether the cache still holds them."""
-    return (context.planned.folder / "manifest.json").is_file()
+    return context.planned.is_prepared(context.kept)
 
 
 def tokenize(context: RunContext, _ranks: object) -> Result:
     """Text to token shards in the cache; tasks that srun started on several nodes share the work."""
-    store = prepare_run(context.run, context.backend, force=context.force, planned=context.planned)
+    store = prepare(
+        context.run.preparation, context.backend, force=context.force, planned=context.planned, keep=context.kept
+    )
     assert store is not None
     if is_first_rank():
         write_json(context.folder / STATISTICS_FILE, store.statistics.model_dump(mode="json"))
-    sets = {name: entry.model_dump(mode="json", exclude={"sources", "shards"}) for name, entry in store.sets.items()}
-    return Result({"tokens": store.key}, {"sets": sets})
+    counts = {"train", "held_out", "dropped", "bad_rows"}
+    sets = {name: one.manifest.model_dump(mode="json", include=counts) for name, one in store.sets.items()}
+    return Result({"sets": store.keys}, {"sets": sets})
 
 
 def similarity_inputs(context: RunContext) -> Inputs:
@@ -46,11 +51,9 @@ def similarity_inputs(context: RunContext) -> Inputs:
     return {
         "model": context.model_hash,
         "dtype": str(context.dtype),
-        "tokens": context.store.key,
-        "languages": {
-            group: {name: entry.language for name, entry in sets.items()}
-            for group, sets in (("old", data.old), ("new", data.new))
-        },
+        "sets": {name: context.store.keys[name] for name in (*data.old, *data.new)},
+        "old": {name: entry.language for name, entry in data.old.items()},
+        "new": {name: entry.language for name, entry in data.new.items()},
         "settings": context.run.similarity.model_dump(mode="json", exclude={"not_positive"}),
     }
 
@@ -163,6 +166,6 @@ def _parity_samples(context: RunContext) -> "np.ndarray":
     """The first tokens of each set's held-out text, [B, L]."""
     import numpy as np
 
-    shards = [context.store.held_out(name) for name in context.run.data.sets]
+    shards = [context.store.held_out(name) for name in (*context.run.data.old, *context.run.data.new)]
     length = min(PARITY_SAMPLE, *(shard.num_tokens for shard in shards))
     return np.stack([shard.tokens[:length] for shard in shards])

@@ -26,11 +26,8 @@ def evaluate_inputs(context: RunContext) -> Inputs:
 
 def held_out_keys(context: RunContext) -> dict[str, str]:
     """By set, a hash of the text that is scored."""
-    files = context.store.manifest.files
-    return {
-        name: content_key([files[f"{name}/held_out.bin"], files[f"{name}/held_out.jsonl"]])
-        for name in context.run.data.sets
-    }
+    files = {name: one.manifest.files for name, one in context.store.sets.items()}
+    return {name: content_key([found["held_out.bin"], found["held_out.jsonl"]]) for name, found in files.items()}
 
 
 def has_work(context: RunContext) -> bool:

@@ -33,7 +33,8 @@ def _inputs(context: RunContext, number: int) -> Inputs:
     sets = find_stage(run, number).sets(data)
     return {
         "upcycled": context.folder.manifest("upcycle").outputs["upcycled"],
-        "tokens": context.store.key,
+        "sets": {name: context.store.keys[name] for name in sets},
+        "tokenizer": context.store.tokenizer_key,
         "plan": context.identity(f"stage{number}")["plan"],
         "weights": {name: [entry.weight, *(s.weight for s in entry.sources)] for name, entry in sets.items()},
         "temperature": data.temperature,

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config.run import DataConfig
+from data_prep.config import DataConfig
 
 VOCAB_SIZE = 300
 TRAINING_TEXT = ["the quick brown fox jumps over the lazy dog", "η γρήγορη καφέ αλεπού", "a hosszú nyári délután"] * 20

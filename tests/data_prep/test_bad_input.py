@@ -20,9 +20,9 @@ from transformers import LlamaConfig
 
 from common.errors import UserError
 from data_prep.config import DataConfig
-from data_prep.prepare import prepare
-from data_prep.store import TokenStore
+from data_prep.store import TokenSet
 from tests.data_prep.conftest import pages
+from tests.helpers.preparation import prepare, set_folders
 from tests.helpers.preparation_jobs import ROOT
 
 GOOD = [row["text"] for row in pages("el", 40)]
@@ -112,13 +112,11 @@ def data_of(path: Path, **settings: Any) -> DataConfig:
 
 
 @pytest.mark.parametrize(("write", "says"), [row[1:3] for row in ROWS], ids=[row[0] for row in ROWS])
-@pytest.mark.parametrize("filters_first", [False])  # it is met as the text is tokenized
 def test_a_bad_row_stops_the_job_with_one_line(
-    write: Callable[[Path], Path], says: list[str], filters_first: bool, save_tokenizer: Any, tmp_path: Path
+    write: Callable[[Path], Path], says: list[str], save_tokenizer: Any, tmp_path: Path
 ) -> None:
-    held_out = {"fraction": 0.1, "near_copy_threshold": 0.8 if filters_first else None}
     with pytest.raises(UserError) as raised:
-        prepare(data_of(write(tmp_path), held_out=held_out), save_tokenizer(), 300, tmp_path / "cache", seed=17)
+        prepare(data_of(write(tmp_path)), save_tokenizer(), 300, tmp_path / "cache", seed=17)
     assert "\n" not in str(raised.value)
     for words in says:
         assert words in str(raised.value)
@@ -127,21 +125,20 @@ def test_a_bad_row_stops_the_job_with_one_line(
 
 
 @pytest.mark.parametrize(("write", "says", "lost"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
-@pytest.mark.parametrize("filters_first", [True])  # it is met twice, and counted once
 def test_a_bad_row_is_counted_and_skipped_where_the_run_says_so(
-    write: Callable[[Path], Path], says: list[str], lost: int, filters_first: bool, save_tokenizer: Any,
+    write: Callable[[Path], Path], says: list[str], lost: int, save_tokenizer: Any,
     tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    held_out = {"fraction": 0.1, "near_copy_threshold": 1.0 if filters_first else None}
+    held_out = {"fraction": 0.1, "near_copy_threshold": 1.0}
     data = data_of(write(tmp_path), held_out=held_out, bad_rows="skip")
     store = prepare(data, save_tokenizer(), 300, tmp_path / "cache", seed=17)
-    report = store.sets["el"].bad_rows
+    report = store.sets["el"].manifest.bad_rows
     assert report.rows == lost
     for words in says:
         assert words in report.examples[0]
     assert report == store.statistics.sets["el"].bad_rows
     assert f"set el: {lost} bad rows skipped: {report.examples[0][:40]}" in capsys.readouterr().out
-    entry = store.sets["el"]
+    entry = store.sets["el"].manifest
     assert entry.train is not None
     kept = entry.train.documents + entry.held_out.documents + sum(d.documents for d in entry.dropped.values())
     if "jsonl" in says[0] or "row 21" in says[0]:
@@ -160,7 +157,7 @@ def test_rows_of_a_later_slice_are_named_by_their_number_in_the_file(save_tokeni
 def test_empty_texts_are_counted_with_their_places(save_tokenizer: Any, tmp_path: Path) -> None:
     path = jsonl(b'{"text": " \\n "}\n{"text": ""}\n')(tmp_path)
     data = DataConfig.model_validate({"new": {"el": {"path": str(path)}}, "held_out": {"fraction": 0.1}})
-    empty = prepare(data, save_tokenizer(), 300, tmp_path / "cache", seed=17).sets["el"].dropped["empty"]
+    empty = prepare(data, save_tokenizer(), 300, tmp_path / "cache", seed=17).sets["el"].manifest.dropped["empty"]
     assert empty.documents == 2
     assert empty.examples == [f"{path}, row 21", f"{path}, row 22"]
 
@@ -182,7 +179,7 @@ def test_a_tokenizer_that_changed_since_the_last_run_is_named(save_tokenizer: An
     with pytest.raises(UserError, match=r"tokenizer has changed since the last run .*--force"):
         prepare(data, folder, 300, tmp_path / "cache", seed=17)
     save_tokenizer()
-    assert prepare(data, folder, 300, tmp_path / "cache", seed=17).key == store.key
+    assert prepare(data, folder, 300, tmp_path / "cache", seed=17).keys == store.keys
 
 
 RUN = """
@@ -221,5 +218,5 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
     assert not list((tmp_path / "cache" / "tokens").glob("[!.]*"))
     done = command(None)
     assert done.returncode == 0, done.stderr
-    [folder] = (tmp_path / "cache" / "tokens").glob("[!.]*")
-    TokenStore(folder).verify()
+    [folder] = set_folders(tmp_path / "cache")
+    TokenSet(folder).verify()

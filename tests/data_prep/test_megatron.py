@@ -8,15 +8,15 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_prep.config import DataConfig
-from data_prep.prepare import prepare
+from tests.helpers.preparation import prepare
 
 
-@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(300, "uint16"), (70_000, "int32")])
 def test_megatron_core_reads_the_same_tokens_from_every_shard_of_a_store(
-    two_languages: DataConfig, save_tokenizer: Any, tmp_path: Path, dtype: str
+    two_languages: DataConfig, save_tokenizer: Any, tmp_path: Path, vocab_size: int, dtype: str
 ) -> None:
-    data = two_languages.model_copy(update={"token_dtype": dtype, "slice_bytes": 2000})
-    store = prepare(data, save_tokenizer(), 300, tmp_path / "cache", seed=17)
+    data = two_languages.model_copy(update={"slice_bytes": 2000})
+    store = prepare(data, save_tokenizer(), vocab_size, tmp_path / "cache", seed=17)
     for name in ("en", "el"):
         shards = store.train(name)
         assert len(shards.prefixes) > 2
@@ -25,7 +25,7 @@ def test_megatron_core_reads_the_same_tokens_from_every_shard_of_a_store(
         documents = [dataset[i].tolist() for dataset in theirs for i in range(len(dataset))]
         assert documents == [shards.document(i).tolist() for i in range(shards.num_documents)]
         assert shards.read(0, len(shards)).tolist() == [i for document in documents for i in document]
-        held_out = IndexedDataset(str(store.folder / name / "held_out"), mmap=True)
+        held_out = IndexedDataset(str(store.sets[name].folder / "held_out"), mmap=True)
         mine = store.held_out(name)
         assert [held_out[i].tolist() for i in range(len(held_out))] == [
             mine.document(i).tolist() for i in range(mine.num_documents)

@@ -14,10 +14,10 @@ from transformers import AutoTokenizer
 
 from common.errors import UserError
 from common.files import sha256_file
-from data_prep.prepare import prepare
-from data_prep.store import TokenStore
+from data_prep.config import DataConfig
+from data_prep.store import TokenSet, TokenStore
 from data_prep.tokenizer import DocumentEncoder
-from pipeline.config.run import DataConfig
+from tests.helpers.preparation import prepare, set_folders
 
 
 def changed(data: DataConfig, **settings: object) -> DataConfig:
@@ -33,7 +33,11 @@ def changed(data: DataConfig, **settings: object) -> DataConfig:
 
 
 def files_of(store: TokenStore) -> dict[str, bytes]:
-    return {name: (store.folder / name).read_bytes() for name in store.manifest.files}
+    return {
+        f"{name}/{file}": (one.folder / file).read_bytes()
+        for name, one in store.sets.items()
+        for file in one.manifest.files
+    }
 
 
 def texts(store: TokenStore, folder: str, name: str, part: str) -> list[str]:
@@ -89,21 +93,18 @@ def test_tokens_that_are_scored_exclude_bos_and_separator(two_languages, save_to
     store = prepare(two_languages, folder, 300, tmp_path / "cache", seed=17)
     assert store.begins_with_bos
     shard = store.train("el")
-    assert all(shard.document(i)[0] == store.manifest.bos_id for i in range(shard.num_documents))
+    assert all(shard.document(i)[0] == store.any.bos_id for i in range(shard.num_documents))
     scored = [document.tokens for document in store.held_out_documents("el")]
     assert scored == list(store.held_out("el").lengths - 2)
 
 
 def test_the_manifest_counts_what_is_in_the_shards(two_languages, tokenizer, tmp_path: Path) -> None:
     store = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
-    manifest = store.manifest
-    assert [(name, entry.group, entry.language) for name, entry in store.sets.items()] == [
-        ("en", "old", "en"),
-        ("el", "new", "el"),
-        ("seen", "watch", "en"),
-    ]
-    for name, entry in store.sets.items():
-        for part in ("held_out",) if entry.group == "watch" else ("train", "held_out"):
+    groups = [(name, entry.group, entry.language) for name, entry in store.statistics.sets.items()]
+    assert groups == [("en", "old", "en"), ("el", "new", "el"), ("seen", "watch", "en")]
+    for name, one in store.sets.items():
+        entry = one.manifest
+        for part in ("held_out",) if name == "seen" else ("train", "held_out"):
             shard, counts = getattr(store, part)(name), getattr(entry, part)
             found = texts(store, tokenizer, name, part)
             assert (counts.documents, counts.tokens) == (shard.num_documents, shard.num_tokens)
@@ -111,13 +112,10 @@ def test_the_manifest_counts_what_is_in_the_shards(two_languages, tokenizer, tmp
             assert counts.bytes == sum(len(text.encode()) for text in found)
         source = Path(entry.sources[0].path)
         assert (entry.sources[0].sha256, entry.sources[0].bytes) == (sha256_file(source), source.stat().st_size)
-    assert store.sets["seen"].train is None
-    assert (manifest.dtype, manifest.separator, manifest.bos_id) == ("uint16", "<|endoftext|>", None)
-    assert set(manifest.files) == {
-        str(p.relative_to(store.folder))
-        for p in store.folder.rglob("*")
-        if p.is_file() and p.name not in ("manifest.json", "statistics.html")
-    }
+        assert (entry.dtype, entry.separator, entry.bos_id) == ("uint16", "<|endoftext|>", None)
+        files = {str(path.relative_to(one.folder)) for path in one.folder.rglob("*") if path.is_file()}
+        assert files == {"manifest.json", *entry.files}
+    assert store.sets["seen"].manifest.train is None
     assert store.train("en").dtype == np.uint16
     store.verify()
 
@@ -133,8 +131,8 @@ def test_the_same_content_gives_identical_bytes_and_the_same_key_elsewhere(
         path = shutil.copy(data.sets[name].path, moved / f"{name}2.jsonl")
         data = changed(data, **{f"{group}__{name}__path": str(path)})
     two = prepare(data, str(shutil.copytree(tokenizer, moved / "tokenizer")), 300, tmp_path / "two", seed=17)
-    assert two.key == one.key
-    shards = [name for name in one.manifest.files if not name.startswith("seen/held_out.jsonl")]
+    assert two.keys == one.keys
+    shards = [name for name in files_of(one) if not name.startswith("seen/held_out.jsonl")]
     assert [files_of(one)[name] for name in shards] == [files_of(two)[name] for name in shards]
 
 
@@ -144,23 +142,25 @@ def test_the_same_content_gives_identical_bytes_and_the_same_key_elsewhere(
         {"held_out__fraction": 0.2},
         {"held_out__by": "document"},
         {"held_out__near_copy_threshold": 0.7},
-        {"token_dtype": "int32"},
         {"separator": "<sep>"},
-        {"new__el__language": "ell"},
     ],
 )
 def test_a_setting_that_matters_changes_the_key(two_languages, save_tokenizer, tmp_path: Path, settings) -> None:
     folder = save_tokenizer(special=("<|endoftext|>", "<sep>"))
     one = prepare(two_languages, folder, 300, tmp_path / "cache", seed=17)
     two = prepare(changed(two_languages, **settings), folder, 300, tmp_path / "cache", seed=17)
-    assert one.key != two.key
+    assert one.keys != two.keys
     one.verify()
     two.verify()
 
 
-def test_a_weight_does_not_change_the_key(two_languages, tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{"new__el__weight": 3.0}, {"new__el__language": "ell"}, {"temperature": 2.0}])
+def test_a_setting_of_training_or_a_language_does_not_change_the_keys(
+    two_languages, tokenizer, tmp_path: Path, settings
+) -> None:
     one = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
-    assert prepare(changed(two_languages, new__el__weight=3.0), tokenizer, 300, tmp_path / "cache", 17).key == one.key
+    two = prepare(changed(two_languages, **settings), tokenizer, 300, tmp_path / "cache", seed=17)
+    assert two.keys == one.keys
 
 
 def test_the_same_content_a_second_time_is_not_read_hashed_or_encoded(
@@ -174,16 +174,16 @@ def test_the_same_content_a_second_time_is_not_read_hashed_or_encoded(
         raise AssertionError(f"called with {arguments}")
 
     for called in (
-        "data_prep.phases.order.index_file",
+        "data_prep.make_plan.index_file",
         "data_prep.phases.tokenize.read_documents",
         "data_prep.phases.filter.read_documents",
     ):
         monkeypatch.setattr(called, forbidden)
     monkeypatch.setattr(DocumentEncoder, "encode", forbidden)
     again = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
-    assert again.folder == store.folder
+    assert again.keys == store.keys
     assert {path: path.stat().st_mtime_ns for path in store.folder.rglob("*")} == before
-    assert capsys.readouterr().out == f"tokens: {store.folder} is there already, skipped\n"
+    assert capsys.readouterr().out == "tokens: en, el, seen: there already, skipped\n"
 
 
 def test_a_changed_source_is_tokenized_again(two_languages, tokenizer, tmp_path: Path) -> None:
@@ -191,17 +191,18 @@ def test_a_changed_source_is_tokenized_again(two_languages, tokenizer, tmp_path:
     with open(two_languages.new["el"].path, "a") as file:
         file.write('{"text": "ένα ακόμη", "page": "one-more"}\n')
     two = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
-    assert two.key != one.key
-    counts = [store.sets["el"].train.documents + store.sets["el"].held_out.documents for store in (one, two)]
+    assert two.keys != one.keys
+    found = [store.sets["el"].manifest for store in (one, two)]
+    counts = [manifest.train.documents + manifest.held_out.documents for manifest in found]
     assert counts[1] == counts[0] + 1
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from data_prep.prepare import prepare
+from tests.helpers.preparation import prepare
 from data_prep.tokenizer import DocumentEncoder
-from pipeline.config.run import DataConfig
+from data_prep.config import DataConfig
 
 encode = DocumentEncoder.encode
 def killed_at_english(self, texts, *dtype):
@@ -226,7 +227,7 @@ def test_a_killed_run_leaves_nothing_complete_and_the_next_one_does_it_all(
     assert [path for path in (cache / "tokens").iterdir() if not path.name.startswith(".")] == []
     store = prepare(two_languages, tokenizer, 300, cache, seed=17)
     assert files_of(store) == files_of(prepare(two_languages, tokenizer, 300, tmp_path / "other", seed=17))
-    assert [path.name for path in (cache / "tokens").iterdir() if path.is_dir()] == [store.key]
+    assert {path.name for path in set_folders(cache)} == set(store.keys.values())
 
 
 def test_an_error_midway_leaves_nothing_complete(
@@ -258,7 +259,7 @@ def test_near_copies_of_held_out_and_watched_text_are_kept_out_of_training(
     found = prepare(data, tokenizer, 300, tmp_path / "cache", seed=17)
     assert texts(found, tokenizer, "el", "train") == [*texts(store, tokenizer, "el", "train"), trained]
     assert texts(found, tokenizer, "el", "held_out") == texts(store, tokenizer, "el", "held_out")
-    dropped = found.sets["el"].dropped
+    dropped = found.sets["el"].manifest.dropped
     assert (dropped["near_copy"].documents, dropped["near_copy"].characters) == (2, len(held_out) + len(watched) + 1)
     assert (dropped["empty"].documents, dropped["empty"].characters) == (1, 2)
 
@@ -282,7 +283,7 @@ def test_by_document_needs_no_page_and_keeps_equal_texts_together(write_rows, to
         (1 - 1e-9, r"data\.old\.en: no document is left to train on, 60 are held out .* lower the fraction"),
     ],
 )
-def test_an_empty_part_is_an_error_that_says_how_to_mend_it(
+def test_an_empty_part_is_an_error_that_says_how_to_fix_it(
     two_languages, tokenizer, tmp_path: Path, fraction: float, error: str
 ) -> None:
     with pytest.raises(UserError, match=error):
@@ -332,8 +333,10 @@ def test_the_command_tokenizes_a_run_and_turns_a_mistake_into_one_line(
     done = command()
     assert done.returncode == 0, done.stderr
     assert [line.split()[:2] for line in done.stdout.splitlines()][:2] == [["OLD", "en"], ["NEW", "el"]]
-    [folder] = (path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir())
-    TokenStore(folder).verify()
+    folders = set_folders(tmp_path / "cache")
+    assert len(folders) == 2
+    for folder in folders:
+        TokenSet(folder).verify()
     failed = command("--set", "data.new.el.text_field=content")
     assert failed.returncode == 2
     assert failed.stderr.strip().count("\n") == 0

@@ -11,9 +11,9 @@ from transformers import LlamaTokenizerFast, PreTrainedTokenizerFast
 
 from common.errors import UserError
 from data_prep.config import DataConfig
-from data_prep.prepare import prepare
-from data_prep.tokenizer import DocumentEncoder, decode
+from data_prep.tokenizer import DocumentEncoder, load_decoder
 from tests.data_prep.conftest import pages
+from tests.helpers.preparation import prepare
 
 MODELS = sorted((Path(mistral_common.__file__).parent / "data").glob("*.model.v[1-3]"))
 TEXTS = [
@@ -61,7 +61,8 @@ def test_a_store_is_made_with_a_sentencepiece_file_and_can_be_read_as_text(write
     tree = {"held_out": {"fraction": 0.1}, "new": {"el": {"path": str(write_rows("el.jsonl", rows))}}}
     store = prepare(DataConfig.model_validate(tree), str(MODELS[-1]), 32768, tmp_path / "cache", seed=17)
     shards = store.train("el")
-    found = {decode(store.folder, shards.document(i).tolist()) for i in range(shards.num_documents)}
+    decode = load_decoder(store.sets["el"].folder)
+    found = {decode(shards.document(i).tolist()) for i in range(shards.num_documents)}
     assert found < {row["text"] for row in rows}
     assert len(found) == shards.num_documents > 40
     assert store.begins_with_bos

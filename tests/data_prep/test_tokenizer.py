@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from common.errors import UserError
-from data_prep.tokenizer import DocumentEncoder, choose_dtype
+from data_prep.tokenizer import DocumentEncoder, dtype_of
 
 
 def test_a_document_is_its_text_and_the_separator(save_tokenizer) -> None:
@@ -89,8 +89,5 @@ def test_a_folder_without_a_tokenizer_is_an_error_of_one_line(tmp_path: Path) ->
 
 
 def test_dtype_is_uint16_where_the_vocabulary_fits() -> None:
-    assert choose_dtype("auto", 65536) == "uint16"
-    assert choose_dtype("auto", 65537) == "int32"
-    assert choose_dtype("int32", 300) == "int32"
-    with pytest.raises(UserError, match=r"data\.token_dtype: uint16 .* 65537; set data\.token_dtype=int32"):
-        choose_dtype("uint16", 65537)
+    assert dtype_of(65536) == "uint16"
+    assert dtype_of(65537) == "int32"

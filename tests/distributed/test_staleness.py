@@ -88,7 +88,7 @@ def test_copies_of_a_new_watch_text_in_what_was_trained_on_are_counted_in_one_li
     capsys.readouterr()
     assert run(pools, with_watch(tree, copied)) == ["tokenize", "evaluate"]
     [line] = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert "watch.tr" in line and "el" in line
+    assert " tr," in line and "el (" in line
     held_out = Evaluation.load(RunFolder(Path(tree["output_dir"]) / "tiny") / EVALUATION_FILE).sets["el"].pages
     seen = sum(f"page-{number}" not in held_out for number in range(20))
     assert f"{seen} cop" in line, line

@@ -70,10 +70,10 @@ def write_run(folder: Path, tokenizer: str, documents: int = 300, **data: Any) -
 
 
 def digests(cache: Path) -> dict[str, str]:
-    """The sha256 of every file of the one finished store in a cache."""
-    [folder] = (path for path in (cache / "tokens").iterdir() if path.is_dir() and not path.name.startswith("."))
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    """The sha256 of every file of the finished sets in a cache, and of their page."""
+    files = sorted(path for path in (cache / "tokens").glob("[!.]*/**/*") if path.is_file())
+    files += sorted((cache / "tokens").glob("*.html"))
+    return {str(path.relative_to(cache)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 class Job:

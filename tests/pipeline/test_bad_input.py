@@ -88,15 +88,6 @@ def small_vocabulary(folder: Path, tree: Tree) -> None:
     tree["model"]["path"] = str(folder / "small")
 
 
-def large_vocabulary(folder: Path, tree: Tree) -> None:
-    """A model whose vocabulary does not fit 16 bits."""
-    save_model(folder / "large")
-    config = json.loads((folder / "large" / "config.json").read_text())
-    (folder / "large" / "config.json").write_text(json.dumps({**config, "vocab_size": 70_000}))
-    tree["model"]["path"] = str(folder / "large")
-    tree["data"]["token_dtype"] = "uint16"
-
-
 def negative_similarity(_folder: Path, tree: Tree) -> None:
     """What was measured of the run's model says that a layer's languages are opposite."""
     tree["experts"] = {"allocation": "layerwise", "num_new": 6}
@@ -144,7 +135,6 @@ TABLE: list[tuple[str, Callable[[Path, Tree], None], list[str], list[str]]] = [
     ("a row without the text field", text_file(ROW + b'{"page": "q"}\n'), ["tokenize"], ["el.jsonl", "row 2", "text"]),
     ("a row without the page", text_file(ROW + b'{"text": "b"}\n'), ["tokenize"], ["el.jsonl", "row 2", "page"]),
     ("a tokenizer that does not fit", small_vocabulary, ["tokenize"], ["vocabulary", "99"]),
-    ("a vocabulary beyond the shard's type", large_vocabulary, ["tokenize"], ["uint16", "70000"]),
     ("a separator that is not there", setting("data.separator", "<eod>"), ["tokenize"], ["<eod>"]),
     ("a budget below one expert", setting("experts", {"num_new": 0}), ["tokenize"], ["num_new", "0", "at least 1"]),
     ("two budgets", setting("experts", {"num_new": 3, "delta": 8.0}), ["tokenize"], ["num_new or delta"]),

@@ -14,7 +14,7 @@ from data_prep.dedup import signature_join as duplicates
 from data_prep.dedup.connected_components import large_star, not_smallest, save_edges, small_star
 from data_prep.dedup.minhash import Signatures
 from data_prep.dedup.word_shingles import word_hashes
-from data_prep.prepare import prepare
+from tests.helpers.preparation import prepare
 
 
 def brute_force(edges: list[tuple[int, int]]) -> set[int]:
@@ -126,7 +126,7 @@ def test_the_first_of_each_group_of_copies_stays_across_sets_and_slices(
         "new": {"el": {"path": str(write_rows("el.jsonl", [{"text": text} for text in two]))}},
     }
     store = prepare(DataConfig.model_validate(tree), save_tokenizer(), 300, tmp_path / "cache", seed=17)
-    old, new = store.sets["en"], store.sets["el"]
+    old, new = store.sets["en"].manifest, store.sets["el"].manifest
     assert old.slices > 5 and new.slices > 5
     assert "exact_duplicate" not in old.dropped and "near_duplicate" not in old.dropped
     train, held_out = old.train, old.held_out
@@ -161,5 +161,5 @@ def test_deduplication_gives_the_same_files_in_tasks_of_any_size(
         monkeypatch.setattr(components, "EDGES_A_PIECE", size)
         folder = tmp_path / str(size)
         stores.append(prepare(DataConfig.model_validate(tree), save_tokenizer(), 300, folder, seed=17))
-    assert stores[0].manifest == stores[1].manifest
-    assert stores[0].sets["el"].dropped["near_duplicate"].documents > 20
+    assert stores[0].sets["el"].manifest == stores[1].sets["el"].manifest
+    assert stores[0].sets["el"].manifest.dropped["near_duplicate"].documents > 20

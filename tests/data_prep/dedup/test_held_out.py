@@ -50,14 +50,18 @@ def runs(text: str) -> np.ndarray:
 class Copies:
     """An index of a few texts."""
 
-    def __init__(self, folder: Path, threshold: float, *texts: str, benchmark: bool = False) -> None:
-        found = [runs(text) for text in texts]
-        sizes = np.array([len(part) for part in found], np.uint32)
-        CopyIndex.write(folder, [HeldOutRuns(np.concatenate(found), sizes, np.full(len(texts), benchmark))])
+    def __init__(self, folder: Path, threshold: float, *texts: str) -> None:
+        CopyIndex.write(folder, [set_of(*texts)])
         self.index = CopyIndex(folder, threshold)
 
     def __contains__(self, text: str) -> bool:
-        return self.index.copied(runs(text)) is not None
+        return bool(self.index.origins(runs(text)))
+
+
+def set_of(*texts: str) -> HeldOutRuns:
+    """The held-out texts of one set."""
+    found = [runs(text) for text in texts]
+    return HeldOutRuns(np.concatenate(found), np.array([len(part) for part in found], np.uint32))
 
 
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE, THAI, "short text"])
@@ -80,7 +84,7 @@ def test_a_text_that_contains_a_held_out_one_is_found(text: str, tmp_path: Path)
     assert "something before " * 50 + text + text[::-1] * 20 in Copies(tmp_path, 0.8, text)
 
 
-def test_a_short_held_out_text_within_a_long_one_is_no_copy(tmp_path: Path) -> None:
+def test_a_short_held_out_text_within_a_long_one_is_not_a_copy(tmp_path: Path) -> None:
     assert "press the button " + ENGLISH not in Copies(tmp_path, 0.8, "press the button")
 
 
@@ -96,15 +100,17 @@ def test_runs_shared_with_many_held_out_texts_are_not_added_up(tmp_path: Path) -
     assert halves not in Copies(tmp_path, 0.8, *parts)
 
 
-def test_a_copy_of_a_benchmark_is_told_from_one_of_held_out_text(tmp_path: Path) -> None:
-    copies = Copies(tmp_path, 0.8, ENGLISH, benchmark=True)
-    assert copies.index.copied(runs(ENGLISH)) == "benchmark"
-    assert Copies(tmp_path / "b", 0.8, ENGLISH).index.copied(runs(ENGLISH)) == "near_copy"
+def test_the_sets_are_named_whose_text_is_copied(tmp_path: Path) -> None:
+    CopyIndex.write(tmp_path, [set_of(THAI), set_of(ENGLISH, CHINESE), set_of("another text"), set_of(ENGLISH)])
+    index = CopyIndex(tmp_path, 0.8)
+    assert index.origins(runs(ENGLISH)) == [1, 3]
+    assert index.origins(runs(f"{THAI} {CHINESE}")) == [0, 1]
+    assert index.origins(runs("nothing of the kind")) == []
 
 
 def test_an_index_of_nothing_finds_nothing(tmp_path: Path) -> None:
     CopyIndex.write(tmp_path, [])
-    assert CopyIndex(tmp_path, 0.8).copied(runs(ENGLISH)) is None
+    assert CopyIndex(tmp_path, 0.8).origins(runs(ENGLISH)) == []
 
 
 def test_words_are_what_spaces_part_or_characters_where_there_are_none() -> None:

@@ -8,9 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 from data_prep.config import DataConfig
-from data_prep.phases.caps import Cap, is_reached, take
-from data_prep.prepare import prepare
+from data_prep.phases.budgets import is_reached, take
+from data_prep.plan import Budget
 from data_prep.store import TokenStore
+from tests.helpers.preparation import prepare
 
 
 def rows(count: int, start: int = 0) -> list[dict[str, Any]]:
@@ -50,7 +51,7 @@ def corpus(write_rows: Any, save_tokenizer: Any, tmp_path: Path) -> Any:
 
 
 def taken_from(store: TokenStore, name: str = "en") -> list[str]:
-    return [shard.name for shard in store.sets[name].shards]
+    return [shard.name for shard in store.sets[name].manifest.shards]
 
 
 @pytest.mark.parametrize(
@@ -60,12 +61,12 @@ def taken_from(store: TokenStore, name: str = "en") -> list[str]:
 )  # fmt: skip
 def test_a_cap_is_reached_to_one_document_and_never_passed(corpus: Any, cap: Any, unit: str, limit: int) -> None:
     everything, store = corpus(), corpus(entry=cap)
-    train = store.sets["en"].train
+    train = store.sets["en"].manifest.train
     assert train is not None
     most = max(everything.train("en").lengths) if unit == "tokens" else 300 if unit == "characters" else 1
     assert limit - most < getattr(train, unit) <= limit
-    assert store.sets["en"].slices_beyond_budget > 3
-    assert store.sets["en"].dropped["over_budget"].documents > 0
+    assert store.sets["en"].manifest.slices_beyond_budget > 3
+    assert store.sets["en"].manifest.dropped["over_budget"].documents > 0
     store.verify()
 
 
@@ -85,20 +86,20 @@ def test_sources_have_caps_of_their_own_within_the_sets(corpus: Any, write_rows:
     sources = [{"path": paths[0], "max_documents": 40}, {"path": paths[1]}]
     tree = {"en": {"sources": sources}}
     by_source = corpus(old=tree)
-    counts = [sum(s.documents for s in by_source.sets["en"].shards if s.source == n) for n in range(2)]
+    counts = [sum(s.documents for s in by_source.sets["en"].manifest.shards if s.source == n) for n in range(2)]
     assert counts[0] == 40 and counts[1] > 250
     both = corpus(old={"en": {"sources": sources, "max_documents": 60}})
-    assert sum(s.documents for s in both.sets["en"].shards) == 60
+    assert sum(s.documents for s in both.sets["en"].manifest.shards) == 60
     assert len(both.train("en", 0)) + len(both.train("en", 1)) == len(both.train("en"))
 
 
 def test_replay_is_drawn_across_the_whole_corpus_within_its_budget(corpus: Any) -> None:
     everything, store = corpus(), corpus(replay={"tokens": 40_000})
-    train = store.sets["en"].train
+    train = store.sets["en"].manifest.train
     assert train is not None
     assert 40_000 - 600 < train.tokens <= 40_000
     assert len(taken_from(store)) > 0.9 * len(taken_from(everything))
-    assert store.sets["el"] == everything.sets["el"]
+    assert store.keys["el"] == everything.keys["el"]
     assert taken_from(store) == taken_from(corpus(replay={"tokens": 40_000}, cache="other"))
     assert not np.array_equal(store.train("en").read(0, 500), everything.train("en").read(0, 500))
 
@@ -107,16 +108,16 @@ def test_replay_is_a_share_of_stage_1_by_default_under_one_percent(corpus: Any) 
     default = DataConfig.model_validate({"new": {"el": {"path": "x"}}}).replay
     assert default is not None and default.share is not None and default.share < 0.01
     store = corpus(replay={"share": 0.009}, stage1_tokens=3_000_000)
-    train = store.sets["en"].train
+    train = store.sets["en"].manifest.train
     assert train is not None
     assert 27_000 - 600 < train.tokens <= 27_000
 
 
 def test_a_replay_budget_in_characters_and_one_larger_than_the_corpus(corpus: Any) -> None:
-    train = corpus(replay={"characters": 20_000}).sets["en"].train
+    train = corpus(replay={"characters": 20_000}).sets["en"].manifest.train
     assert train is not None and 20_000 - 300 < train.characters <= 20_000
     everything = corpus()
-    assert corpus(replay={"tokens": 10**9}).sets["en"].train == everything.sets["en"].train
+    assert corpus(replay={"tokens": 10**9}).sets["en"].manifest.train == everything.sets["en"].manifest.train
 
 
 def test_old_sets_share_a_replay_budget_by_weight(corpus: Any, write_rows: Any) -> None:
@@ -148,9 +149,9 @@ def test_taking_stops_at_the_first_document_that_does_not_fit() -> None:
     def get(number: int) -> Any:
         return {"tokens": lengths[number], "characters": lengths[number] * 0}
 
-    assert take([3, 1, 2], totals, Cap(tokens=10), get) == {3: 2, 1: 1}
-    assert take([3, 1, 2], totals, Cap(), get) == {3: 2, 1: 3, 2: 1}
-    assert take([3, 2, 1], totals, Cap(documents=3), get) == {3: 2, 2: 1}
-    assert is_reached([3, 1, 2], {3: totals[3], 1: totals[1]}, Cap(tokens=10))
-    assert not is_reached([3, 1, 2], {1: totals[1]}, Cap(tokens=10))
-    assert not is_reached([3, 2], {3: totals[3], 2: totals[2]}, Cap(tokens=13))
+    assert take([3, 1, 2], totals, Budget(tokens=10), get) == {3: 2, 1: 1}
+    assert take([3, 1, 2], totals, Budget(), get) == {3: 2, 1: 3, 2: 1}
+    assert take([3, 2, 1], totals, Budget(documents=3), get) == {3: 2, 2: 1}
+    assert is_reached([3, 1, 2], {3: totals[3], 1: totals[1]}, Budget(tokens=10))
+    assert not is_reached([3, 1, 2], {1: totals[1]}, Budget(tokens=10))
+    assert not is_reached([3, 2], {3: totals[3], 2: totals[2]}, Budget(tokens=13))

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from common.errors import UserError
-from data_prep.config import DataConfig
-from data_prep.prepare import prepare
+from common.settings import parse_settings
+from data_prep.config import DataConfig, PreparationConfig
 from data_prep.reading.hub import HubSource, hub_sources
-from pipeline.config.load import parse_run
 from tests.data_prep.conftest import pages
+from tests.helpers.preparation import prepare
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -47,13 +47,13 @@ def test_a_dataset_is_read_a_file_a_slice(save_tokenizer: Any, tmp_path: Path) -
     folder = write_repository(tmp_path / "repo")
     store = prepare(data_of(str(folder)), save_tokenizer(), 300, tmp_path / "cache", seed=17, workers=1)
     for name in ("el", "hu"):
-        entry = store.sets[name]
+        entry = store.sets[name].manifest
         assert entry.train is not None
         assert entry.slices == 3
         assert entry.train.documents + entry.held_out.documents == 60
     rows = {name: [json.dumps(row) for row in pages(name, 60)] for name in ("el", "hu")}
     assert rows["el"] != rows["hu"]
-    assert store.sets["el"].sources[0].path.endswith(":el:train")
+    assert store.sets["el"].manifest.sources[0].path.endswith(":el:train")
     store.verify()
 
 
@@ -78,8 +78,8 @@ def test_a_dataset_in_the_cache_of_downloads_is_read_from_there(
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(COMMIT)
     store = prepare(data_of("owner/name"), save_tokenizer(), 300, tmp_path / "cache", seed=17, workers=1)
-    assert store.sets["el"].sources[0].path == f"owner/name@{COMMIT}:el:train"
-    train = store.sets["el"].train
+    assert store.sets["el"].manifest.sources[0].path == f"owner/name@{COMMIT}:el:train"
+    train = store.sets["el"].manifest.train
     assert train is not None and train.documents > 40
 
 
@@ -112,7 +112,7 @@ def test_the_hub_datasets_of_a_run_are_listed_once_each() -> None:
         "experts": {"num_new": 4},
         "stage1": {"tokens": 10**7},
     }
-    assert hub_sources(parse_run(tree, "x")) == [
+    assert hub_sources(parse_settings(PreparationConfig, tree, "x").data) == [
         HubSource("a/b", "en", "train", "r"),
         HubSource("a/b", "el", "train", None),
         HubSource("c/d", None, "validation", None),

@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from transformers import LlamaConfig
 
 from common.errors import UserError
-from data_prep.config import DataConfig
-from data_prep.prepare import prepare
-from data_prep.statistics.show_samples import inspect_store, open_store
+from common.settings import load_settings
+from data_prep.config import DataConfig, PreparationConfig
+from data_prep.prepare import prepare as prepare_config
+from data_prep.statistics.page import write_page
+from data_prep.statistics.show_samples import inspect_sets, open_sets
 from data_prep.statistics.tally import Tally, fertility_warning, part_statistics
 from data_prep.store import TokenStore
+from tests.data_prep.conftest import pages
+from tests.helpers.preparation import prepare
 from tests.helpers.preparation_jobs import ROOT
 
 
@@ -74,7 +80,10 @@ def test_a_warning_says_where_the_tokenizer_hardly_knows_a_language(text: str, t
 
 
 def test_the_page_shows_every_set_and_loads_nothing_from_elsewhere(store: TokenStore) -> None:
-    page = (store.folder / "statistics.html").read_text(encoding="utf-8")
+    [page_of_the_list] = store.folder.glob("*.html")
+    write_page(store, store.folder / "elsewhere" / "tokens.html")
+    page = (store.folder / "elsewhere" / "tokens.html").read_text(encoding="utf-8")
+    assert page == page_of_the_list.read_text(encoding="utf-8")
     for name, entry in store.statistics.sets.items():
         assert f"<td>{name}" in page
         assert f"{entry.held_out.tokens:,}" in page
@@ -85,24 +94,47 @@ def test_the_page_shows_every_set_and_loads_nothing_from_elsewhere(store: TokenS
 
 
 def test_inspect_shows_text_with_its_language(store: TokenStore, capsys: pytest.CaptureFixture[str]) -> None:
-    inspect_store(store, "el", 2, 40)
+    sets = {"OLD en, language en": store.sets["en"], "NEW el, language el": store.sets["el"]}
+    capsys.readouterr()
+    inspect_sets(sets, "el", 2, 40)
     out = capsys.readouterr().out
-    assert out.count("--- el [el] tokens ") == 2
+    assert out.count("--- NEW el, language el, tokens ") == 2
     assert "σπίτι" in out or "ποτάμι" in out
-    assert "en" not in [line.split()[1].rstrip(":") for line in out.splitlines() if line.startswith(("OLD", "NEW"))]
-    with pytest.raises(UserError, match="--only xx: no such set"):
-        inspect_store(store, "xx", 1, 10)
-    assert open_store(str(store.folder), []).key == store.key
+    assert "OLD en" not in out
+    with pytest.raises(UserError, match="--only xx: no such set; there are en, el"):
+        inspect_sets(sets, "xx", 1, 10)
+    folder = store.sets["el"].folder
+    assert list(open_sets(str(folder), [])) == [folder.name]
+
+
+def test_inspect_opens_the_sets_of_a_run(save_tokenizer: Any, tmp_path: Path, write_rows: Any) -> None:
+    tokenizer = save_tokenizer()
+    LlamaConfig(vocab_size=300).save_pretrained(tokenizer)
+    tree = {
+        "model": {"path": tokenizer},
+        "cache_dir": str(tmp_path / "cache"),
+        "data": {
+            "held_out": {"by": "page", "fraction": 0.1},
+            "new": {"greek": {"path": str(write_rows("el.jsonl", pages("el", 60))), "language": "el"}},
+        },
+    }
+    run = tmp_path / "run.yaml"
+    run.write_text(yaml.safe_dump(tree))
+    with pytest.raises(UserError, match="not all its sets are in .*; prepare them: python -m data_prep"):
+        open_sets(str(run), [])
+    prepare_config(load_settings(PreparationConfig, run), "local")
+    assert list(open_sets(str(run), [])) == ["NEW greek, language el"]
 
 
 @pytest.mark.parametrize("damage", [None, "byte", "index"])
 def test_verify_checks_hashes_and_indices(store: TokenStore, damage: str | None) -> None:
-    path = store.folder / "el" / "train" / ("00001.idx" if damage == "index" else "00001.bin")
+    folder = store.sets["el"].folder
+    path = folder / "train" / ("00001.idx" if damage == "index" else "00001.bin")
     if damage:
         content = bytearray(path.read_bytes())
         content[-1] ^= 1
         path.write_bytes(content)
-    command = [sys.executable, "-m", "data_prep", "verify", str(store.folder)]
+    command = [sys.executable, "-m", "data_prep", "verify", str(folder)]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == (2 if damage else 0), done.stderr
     assert ("damaged" in done.stderr) if damage else ("every file is as it was written" in done.stdout)

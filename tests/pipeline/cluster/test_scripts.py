@@ -10,7 +10,6 @@ from common.launch_environment import become_rank, first_host, set_variables, th
 from pipeline.cluster.check import describe_nodes, find_mismatches
 from pipeline.cluster.jobs import Job, jobs_of
 from pipeline.cluster.script import batch_script, sbatch_options
-from pipeline.config.cluster import ClusterConfig
 from pipeline.config.load import parse_run
 from tests.helpers.tiny import run_tree
 
@@ -68,7 +67,7 @@ def test_a_run_of_one_stage_has_no_job_for_the_other(tmp_path: Path) -> None:
         ({"stage1": {"sbatch": ["exclusive"]}}, "cluster.stage1.sbatch: 'exclusive' is no option of sbatch"),
         ({"stage1": {"gpus": 1}}, "cluster.stage1.gpus: unknown key"),
         ({"environment": {"A B": "c"}}, "cluster.environment: 'A B' is no name of a variable"),
-        ({"restart": "always"}, "cluster.restart: 'always' won't do"),
+        ({"restart": "always"}, "cluster.restart: 'always' is not allowed; it should be 'requeue' or 'chain'"),
     ],
 )
 def test_a_mistake_in_the_cluster_section_is_one_line(tmp_path: Path, cluster: Any, message: str) -> None:
@@ -126,7 +125,7 @@ def test_what_mpirun_was_told_comes_before_what_ranks_would_agree() -> None:
 
 def test_the_runs_variables_come_before_the_shells() -> None:
     environment = {"NCCL_DEBUG": "INFO", "OTHER": "kept"}
-    set_variables(ClusterConfig(environment={"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": 3}), environment)
+    set_variables({"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "3"}, environment)
     assert environment == {"NCCL_DEBUG": "WARN", "OTHER": "kept", "OMP_NUM_THREADS": "3"}
 
 

@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
-from data_prep.prepare import prepare
 from data_prep.store import TokenStore
 from pipeline.config.load import parse_run
 from pipeline.config.run import RunConfig
 from pipeline.method.stages import find_stage
 from pipeline.training.mixture import CHUNK, Interleaving, Source
 from pipeline.training.sample_order import SampleOrder, document_positions, stage_order
+from tests.helpers.preparation import prepare
 from tests.helpers.tiny import run_tree, save_corpus, save_model
 
 LENGTH = 8

@@ -1,4 +1,4 @@
-"""The last phase: budgets are applied, and the shards that are left become the store, manifest last."""
+"""The last phases: budgets are applied, and what is left of each set becomes its folder, manifest last."""
 
 import errno
 import os
@@ -9,29 +9,30 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import fsync_path, sha256_file, write_json, write_text
-from data_prep.phases.budgets import TOKENIZE, taken_of
-from data_prep.phases.filter import PHASE as FILTER
-from data_prep.plan import Json, Plan, Slice, Work
-from data_prep.shards import Shard, ShardWriter, shard_paths
-from data_prep.statistics.tally import Tally, fertility_warning, part_statistics
-from data_prep.store import (
+from common.files import fsync_path, save_array, sha256_file, write_json, write_text
+from data_prep.manifest import (
+    HELD_OUT,
     MANIFEST,
+    RUN_SIZES,
+    RUNS,
     STATISTICS,
     BadRowsReport,
     Counts,
     Dropped,
     SetManifest,
-    SetStatistics,
     SourceFile,
-    StoreManifest,
-    StoreStatistics,
-    TokenStore,
+    TextManifest,
     TrainShard,
 )
+from data_prep.phases.budgets import taken_of
+from data_prep.phases.copies import record_copies
+from data_prep.phases.filter import runs_of_set
+from data_prep.plan import FILTER, TOKENIZE, Json, Plan, SetPlan, Slice, Work
+from data_prep.shards import Shard, ShardWriter, shard_paths
+from data_prep.statistics.tally import Tally, part_statistics
+from data_prep.store import SetFigures
 from data_prep.tokenizer import FILES
 
-PHASE = "finish"
 EXAMPLES = 20  # places that the manifest names of each kind of loss
 
 
@@ -39,10 +40,10 @@ EXAMPLES = 20  # places that the manifest names of each kind of loss
 class _Set:
     """One set as it is put together. `taken` says how many of each slice's training documents it keeps."""
 
-    name: str
+    number: int
+    plan: SetPlan
     folder: Path
-    taken: dict[int, int]
-    slices: list[Slice]
+    taken: dict[int, int] = field(default_factory=dict)
     train: Tally = field(default_factory=Tally)
     held_out: Tally = field(default_factory=Tally)
     shards: list[TrainShard] = field(default_factory=list)
@@ -60,83 +61,111 @@ class _Set:
                 examples=(known.examples + more["examples"])[:EXAMPLES],
             )
 
+    def skip(self, found: Json) -> None:
+        """Add bad rows."""
+        examples = (self.bad_rows.examples + found["examples"])[:EXAMPLES]
+        self.bad_rows = BadRowsReport(rows=self.bad_rows.rows + found["rows"], examples=examples)
 
-def finish(work: Work, _task: int) -> Json:
-    """Make the store beside the work folder.
+
+def _folder_of(work: Work, one: SetPlan) -> Path:
+    return work.folder / "sets" / one.key
+
+
+def write_set(work: Work, number: int) -> Json:
+    """Make the folder of one set within the work folder.
 
     Raises:
-        UserError: nothing is left of a set to train on, or nothing is held out.
+        UserError: nothing is left of the set to train on, or nothing is held out.
     """
-    plan, info = work.plan, work.plan.info
-    store = work.folder / "store"
-    shutil.rmtree(store, ignore_errors=True)
-    sets = {name: _put_together(work, name, store) for name in plan.data.sets}
-    files = {name: sha256 for one in sets.values() for name, sha256 in one.files.items()}
-    statistics = StoreStatistics(sets={name: _statistics(plan, one) for name, one in sets.items()})
-    write_json(store / STATISTICS, statistics.model_dump(mode="json"))
+    plan = work.plan.sets[number]
+    one = _Set(number, plan, _folder_of(work, plan))
+    shutil.rmtree(one.folder, ignore_errors=True)
+    one.folder.mkdir(parents=True)
+    slices = work.plan.slices_of(number)
+    held_out = Counts()
+    for part in slices:
+        figures = work.figures(FILTER, part.number)
+        one.drop(figures["dropped"])
+        one.skip(figures["bad_rows"])
+        held_out = Counts(
+            **{unit: getattr(held_out, unit) + figures["held_out"][unit] for unit in figures["held_out"]}
+        )
+    runs = runs_of_set(work, number)
+    for name, values in ((RUNS, runs.runs), (RUN_SIZES, runs.sizes)):
+        save_array(one.folder / name, values)
+        one.files[name] = sha256_file(one.folder / name)
+    if plan.group == "benchmark":
+        manifest = TextManifest(held_out=held_out, **_text_manifest(work.plan, one))
+    else:
+        manifest = _write_shards(work, one, slices)
+    write_json(one.folder / MANIFEST, manifest.model_dump(mode="json"))
+    return {}
+
+
+def publish(work: Work, _task: int) -> Json:
+    """Move every finished set to its place in the cache, and keep the counts of copies there."""
+    for one in work.plan.sets:
+        folder, target = _folder_of(work, one), work.tokens / one.key
+        if one.is_written and not (target / MANIFEST).is_file():  # else it is there, or another run was first
+            shutil.rmtree(target, ignore_errors=True)
+            os.rename(folder, target)
+    fsync_path(work.tokens)
+    record_copies(work)
+    return {}
+
+
+def _write_shards(work: Work, one: _Set, slices: list[Slice]) -> SetManifest:
+    """Write all that a set has besides the runs of its held-out text; the manifest is left to the caller."""
+    plan = work.plan
+    one.taken = taken_of(work, one.number) if one.plan.trains else {part.number: 0 for part in slices}
+    for part in slices:
+        if part.number in one.taken:
+            _add_slice(work, one, part)
+    _join_held_out(work, one)
+    _check_not_empty(plan, one)
+    train = part_statistics(one.train) if one.plan.trains else None
+    figures = SetFigures(train=train, held_out=part_statistics(one.held_out))
+    write_json(one.folder / STATISTICS, figures.model_dump(mode="json"))
     tokenizer = FILES[plan.tokenizer.kind]
-    shutil.copyfile(work.folder / tokenizer, store / tokenizer)
-    files |= {name: sha256_file(store / name) for name in (STATISTICS, tokenizer)}
-    manifest = StoreManifest(
-        key=info["key"],
-        tokenizer=info["tokenizer"],
+    shutil.copyfile(work.folder / tokenizer, one.folder / tokenizer)
+    one.files |= {name: sha256_file(one.folder / name) for name in (STATISTICS, tokenizer)}
+    return SetManifest(
+        tokenizer=plan.tokenizer_name,
         tokenizer_key=plan.tokenizer.key,
         separator=plan.tokenizer.separator,
         separator_id=plan.tokenizer.separator_id,
         bos_id=plan.tokenizer.bos_id,
         dtype=plan.dtype,
-        settings=info["settings"],
-        sets={name: _manifest(plan, one) for name, one in sets.items()},
-        files=dict(sorted(files.items())),
-        versions=info["versions"],
+        train=_counts(one.train) if one.plan.trains else None,
+        held_out=_counts(one.held_out),
+        shards=one.shards,
+        slices=len(slices),
+        slices_beyond_budget=len(slices) - len(one.taken),
+        **_text_manifest(plan, one),
     )
-    write_json(store / MANIFEST, manifest.model_dump(mode="json"))
-    from data_prep.statistics.page import write_page
-
-    write_page(TokenStore(store))
-    target = work.folder.parent / info["key"]
-    if not (target / MANIFEST).is_file():  # or another job was first
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(store, target)
-        fsync_path(target.parent)
-    return {}
 
 
-def _put_together(work: Work, name: str, store: Path) -> _Set:
-    plan = work.plan
-    group = plan.data.group(name)
-    slices = plan.slices_of(name)
-    taken = {part.number: 0 for part in slices} if group == "watch" else taken_of(work, name)
-    one = _Set(name, store / name, taken, slices)
-    one.folder.mkdir(parents=True)
-    for place, part in enumerate(slices):
-        if plan.filters_first:
-            figures = work.figures(FILTER, part.number)
-            one.drop(figures["dropped"])
-            _add_bad_rows(one, figures)
-        if part.number in taken:
-            _add_slice(work, one, part, place)
-    _join_held_out(work, one)
-    _check_not_empty(plan, one)
-    return one
+def _text_manifest(plan: Plan, one: _Set) -> Json:
+    return {
+        "key": one.plan.key,
+        "settings": one.plan.settings,
+        "sources": [SourceFile(**file) for file in one.plan.files],
+        "dropped": dict(sorted(one.dropped.items())),
+        "bad_rows": one.bad_rows,
+        "files": dict(sorted(one.files.items())),
+        "versions": plan.versions,
+    }
 
 
-def _add_bad_rows(one: _Set, figures: Json) -> None:
-    found = figures["bad_rows"]
-    examples = (one.bad_rows.examples + found["examples"])[:EXAMPLES]
-    one.bad_rows = BadRowsReport(rows=one.bad_rows.rows + found["rows"], examples=examples)
-
-
-def _add_slice(work: Work, one: _Set, part: Slice, place: int) -> None:
+def _add_slice(work: Work, one: _Set, part: Slice) -> None:
     figures = work.figures(TOKENIZE, part.number)
     one.drop(figures["dropped"])
-    if not work.plan.filters_first:
-        _add_bad_rows(one, figures)
     one.held_out.merge(figures["held_out"])
     count = one.taken[part.number]
     if not count:
         return
-    prefix = one.folder / "train" / f"{place:05d}"
+    shard = f"train/{part.place:05d}"
+    prefix = one.folder / shard
     prefix.parent.mkdir(exist_ok=True)
     source = work.path(TOKENIZE, part.number, ".train")
     train = figures["train"]
@@ -147,7 +176,6 @@ def _add_slice(work: Work, one: _Set, part: Slice, place: int) -> None:
     else:
         train, sha256 = _shorten(work, one, part, prefix)
     one.train.merge(train)
-    shard = f"{one.name}/train/{place:05d}"
     one.files |= {f"{shard}{suffix}": value for suffix, value in sha256.items()}
     one.shards.append(TrainShard(name=shard, source=part.source, documents=count, tokens=train["tokens"]))
 
@@ -183,31 +211,30 @@ def _link(path: Path, new: Path) -> None:
 def _join_held_out(work: Work, one: _Set) -> None:
     """One shard of all held-out documents, in the order of slices, and a line for each."""
     lines = []
-    with ShardWriter(one.folder / "held_out", work.plan.dtype) as writer:
+    with ShardWriter(one.folder / HELD_OUT, work.plan.dtype) as writer:
         for number in sorted(one.taken):
             shard = Shard(work.path(TOKENIZE, number, ".held_out"))
             for index in range(shard.num_documents):
                 writer.append(shard.document(index))
             lines.append(work.path(TOKENIZE, number, ".held_out.jsonl").read_text(encoding="utf-8"))
-    write_text(one.folder / "held_out.jsonl", "".join(lines))
-    one.files |= {f"{one.name}/held_out{suffix}": value for suffix, value in writer.sha256.items()}
-    one.files[f"{one.name}/held_out.jsonl"] = sha256_file(one.folder / "held_out.jsonl")
+    write_text(one.folder / f"{HELD_OUT}.jsonl", "".join(lines))
+    one.files |= {f"{HELD_OUT}{suffix}": value for suffix, value in writer.sha256.items()}
+    one.files[f"{HELD_OUT}.jsonl"] = sha256_file(one.folder / f"{HELD_OUT}.jsonl")
 
 
 def _check_not_empty(plan: Plan, one: _Set) -> None:
-    group, name = plan.data.group(one.name), one.name
-    where = f"data.{group}.{name}"
+    where = one.plan.where
     lost = ", ".join(f"{found.documents} {reason}" for reason, found in sorted(one.dropped.items()))
     lost = f" ({lost} dropped)" if lost else ""
     bad = f", {one.bad_rows.rows} bad rows skipped" if one.bad_rows.rows else ""
     if not one.held_out.documents:
-        if group == "watch":
+        if not one.plan.trains:
             raise UserError(f"{where}: no document with text{lost}{bad}; name another path")
         raise UserError(
             f"{where}: none of {one.train.documents} documents is held out at data.held_out.fraction="
             f"{plan.fraction:g}{lost}{bad}; raise the fraction or give more documents"
         )
-    if group != "watch" and not one.train.documents:
+    if one.plan.trains and not one.train.documents:
         raise UserError(
             f"{where}: no document is left to train on, {one.held_out.documents} are held out at "
             f"data.held_out.fraction={plan.fraction:g}{lost}{bad}; lower the fraction, give more documents or larger "
@@ -217,35 +244,3 @@ def _check_not_empty(plan: Plan, one: _Set) -> None:
 
 def _counts(tally: Tally) -> Counts:
     return Counts(documents=tally.documents, tokens=tally.tokens, bytes=tally.bytes, characters=tally.characters)
-
-
-def _manifest(plan: Plan, one: _Set) -> SetManifest:
-    group = plan.data.group(one.name)
-    return SetManifest(
-        group=group,
-        language=plan.data.sets[one.name].language or one.name,
-        sources=[SourceFile(**file) for file in plan.info["files"][one.name]],
-        train=None if group == "watch" else _counts(one.train),
-        held_out=_counts(one.held_out),
-        dropped=dict(sorted(one.dropped.items())),
-        bad_rows=one.bad_rows,
-        shards=one.shards,
-        slices=len(one.slices),
-        slices_beyond_budget=len(one.slices) - len(one.taken),
-    )
-
-
-def _statistics(plan: Plan, one: _Set) -> SetStatistics:
-    group = plan.data.group(one.name)
-    language = plan.data.sets[one.name].language or one.name
-    held_out = part_statistics(one.held_out)
-    train = None if group == "watch" else part_statistics(one.train)
-    return SetStatistics(
-        group=group,
-        language=language,
-        train=train,
-        held_out=held_out,
-        dropped=dict(sorted(one.dropped.items())),
-        bad_rows=one.bad_rows,
-        warning=fertility_warning(one.name, language, train or held_out),
-    )

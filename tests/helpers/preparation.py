@@ -1,0 +1,48 @@
+"""Preparing text in tests: a tokenizer and the size of a vocabulary stand for a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from transformers import LlamaConfig
+
+from data_prep.config import DataConfig, ModelConfig, PreparationConfig, Stage1Tokens
+from data_prep.prepare import prepare as prepare_config
+from data_prep.store import TokenStore
+
+
+def config_of(
+    data: DataConfig, tokenizer: str, vocab_size: int, cache_dir: Path, seed: int, stage1_tokens: int | None = None
+) -> PreparationConfig:
+    """Settings with a model of that vocabulary and that tokenizer."""
+    model = Path(cache_dir).parent / f"model-{vocab_size}"
+    LlamaConfig(vocab_size=vocab_size).save_pretrained(model)
+    return PreparationConfig(
+        model=ModelConfig(path=str(model)),
+        data=data.model_copy(update={"tokenizer": tokenizer}),
+        seed=seed,
+        cache_dir=cache_dir,
+        stage1=Stage1Tokens(tokens=stage1_tokens),
+    )
+
+
+def prepare(
+    data: DataConfig,
+    tokenizer: str,
+    vocab_size: int,
+    cache_dir: Path,
+    seed: int,
+    *,
+    stage1_tokens: int | None = None,
+    workers: int | None = None,
+    keep: Mapping[str, str] | None = None,
+) -> TokenStore:
+    """The sets, prepared on this machine."""
+    config = config_of(data, tokenizer, vocab_size, cache_dir, seed, stage1_tokens)
+    store = prepare_config(config, "local", workers, keep=keep or {})
+    assert store is not None
+    return store
+
+
+def set_folders(cache: Path) -> list[Path]:
+    """The folders of all finished sets in a cache."""
+    return sorted(path for path in (cache / "tokens").glob("[!.]*") if path.is_dir())
