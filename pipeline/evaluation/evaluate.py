@@ -126,8 +126,14 @@ def _set_summary(run: RunConfig, store: TokenStore, name: str, scores: dict[str,
 
 
 def _routing(plan: ExpertPlan, scores: dict[str, SetScore]) -> dict[str, Any]:
-    keys = ("share_0", "probability_0", "classified_old")
-    sets = {name: {key: getattr(score, key) for key in keys} for name, score in scores.items()}
+    sets = {
+        name: {
+            "share_0": score.expert_0_share,
+            "probability_0": score.probability_0,
+            "classified_old": score.classified_old,
+        }
+        for name, score in scores.items()
+    }
     return {"layers": list(plan.moe_layers), "sets": sets}
 
 

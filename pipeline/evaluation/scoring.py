@@ -38,14 +38,14 @@ class SetScore:
     Attributes:
         bits: [documents] fp64, summed over the tokens of each document.
         characters: [documents].
-        share_0: for each MoE layer, the share of tokens that use expert 0.
+        expert_0_share: for each MoE layer, the share of tokens that use expert 0.
         probability_0: for each MoE layer, the mean G_0.
         classified_old: for each MoE layer, the share of tokens that its classifier calls old.
     """
 
     bits: np.ndarray
     characters: np.ndarray
-    share_0: list[float] = field(default_factory=list)
+    expert_0_share: list[float] = field(default_factory=list)
     probability_0: list[float] = field(default_factory=list)
     classified_old: list[float] = field(default_factory=list)
 

@@ -42,7 +42,7 @@ class RankSteps(Steps):
         from pipeline.training.sample_order import stage_order
 
         stage_order(self.store, self.run.data, find_stage(self.run, number), self.run.seed)
-        if number == 2:
+        if find_stage(self.run, number).starts_from is not None:
             try:
                 read_manifest(self._stage1_checkpoint())
             except UserError as error:
@@ -64,7 +64,7 @@ class RankSteps(Steps):
             "deepspeed": read_json(self.run.deepspeed),
             "settings": self.run.stage(number).model_dump(mode="json", exclude={"activation_checkpointing"}),
         }
-        if number == 2:
+        if find_stage(self.run, number).starts_from is not None:
             inputs["stage1"] = self.folder.hash_of("stage1")
         return inputs
 
@@ -86,12 +86,12 @@ class RankSteps(Steps):
         ranks.wait()
         if ranks.is_first and self.run.log.wandb:
             keep_wandb_run(target)
+        stage = find_stage(self.run, number)
         identity = self._identity(number) | {"settings": content_key(inputs)}
         stage1_tag = None
-        if number == 2:
+        if stage.starts_from is not None:
             stage1_tag = self._stage1_checkpoint()
             identity["stage1"] = {"tag": stage1_tag.name, "manifest": sha256_file(stage1_tag / "manifest.json")}
-        stage = find_stage(self.run, number)
         figures = train_stage(
             StageInputs(
                 self.run, stage, self.plan, self.store, self.upcycled, target, identity, stage1_checkpoint=stage1_tag
@@ -173,8 +173,8 @@ class RankSteps(Steps):
 
     def _identity(self, number: int) -> dict[str, Any]:
         """What a stage's checkpoints are of."""
-        plan = self.plan.experts_key if number == 1 else self.plan.key
-        return {"model": self.model_hash, "plan": plan, "tokenizer": self.store.manifest.tokenizer_key}
+        plan_key = find_stage(self.run, number).plan_key(self.plan)
+        return {"model": self.model_hash, "plan": plan_key, "tokenizer": self.store.manifest.tokenizer_key}
 
     def report(self) -> Path:
         """Everything measured to report.html, and the table."""

@@ -39,7 +39,7 @@ def test_scores_are_the_same_on_one_and_two_ranks(pools: Pools, tree: dict[str, 
         for scores in pools[2].run(score_moe, tree, ep_size):
             for name, score in scores.items():
                 np.testing.assert_allclose(score.bits, expected[name].bits, rtol=1e-5)
-                np.testing.assert_allclose(score.share_0, expected[name].share_0, atol=1e-9)
+                np.testing.assert_allclose(score.expert_0_share, expected[name].expert_0_share, atol=1e-9)
                 np.testing.assert_allclose(score.probability_0, expected[name].probability_0, rtol=1e-5)
 
 
