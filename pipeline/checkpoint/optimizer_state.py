@@ -188,14 +188,6 @@ class SavedOptimizer:
             target[done : done + length].copy_(source[offset : offset + length])
             done += length
 
-    def full(self, key: str, field: str) -> Tensor:
-        """All of a parameter's elements, flat: the canonical form."""
-        group, ep_rank, _ = self.layout.index[key]
-        entry = next(e for e in self.layout.group(group, ep_rank).entries if e.key == key)
-        target = torch.empty(entry.numel)
-        self.copy(key, field, 0, target)
-        return target
-
     def file_for(self, dims: ParallelDims, new_tensor: Callable[[int], Tensor]) -> dict[str, Any]:
         """The optimizer file for rank ``dims.rank`` of other ranks, laid out but not filled.
 

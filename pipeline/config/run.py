@@ -49,12 +49,12 @@ class ExpertsConfig(Section):
         if self.num_new is not None and self.num_new < 1:
             raise ValueError(f"num_new: {self.num_new} is below one expert; give at least 1")
         if self.delta is not None and not self.delta > 0:
-            raise ValueError(f"delta: {self.delta} is not positive; the paper uses 70 for Llama-3.2-3B")
+            raise ValueError(f"delta: {self.delta} is not positive; give about 70, as the paper does for Llama-3.2-3B")
         if self.delta is not None and self.rounding != "ceil":
             raise ValueError("delta: works only with rounding: ceil; set that, or give num_new instead")
         for layer, count in enumerate(self.counts or []):
             if count < 1:
-                raise ValueError(f"counts[{layer}]: {count} is below 1; a layer has at least its original MLP")
+                raise ValueError(f"counts[{layer}]: {count} is below 1; give at least 1, the original MLP")
         return self
 
 
@@ -134,7 +134,7 @@ class CheckpointConfig(Section):
 
 
 class BadStepsConfig(Section):
-    """Which optimizer steps are skipped: those with a loss or gradient that is not finite or far too large.
+    """Which optimizer steps are skipped: a loss or gradient is not finite, or the gradient norm is far too large.
 
     A step is skipped, on all ranks, if its gradient norm exceeds ``norm_factor`` times the median norm of the last
     ``window`` steps. There is no limit if ``norm_factor`` is null, and none in the first ``window`` / 4 steps. After

@@ -74,6 +74,12 @@ class Trained:
         """Both together."""
         return self.routers + self.experts
 
+    def optimized(self, dims: ParallelDims, stage: Stage) -> float:
+        """Parameters whose moments, and with ZeRO masters, one rank holds."""
+        if not stage.uses_zero:
+            return float(self.total)
+        return self.routers / dims.world_size + self.experts / dims.num_replicas
+
 
 def experts_by_rank(plan: ExpertPlan, ep_size: int) -> list[int]:
     """New experts on each rank of an expert-parallel group."""
@@ -108,7 +114,7 @@ def memory_by_kind(
     masters, and each rank holds all of their moments.
 
     Args:
-        sizes: parameters of the dense model.
+        sizes: of the dense model.
         plan: of the experts.
         dims: how ranks are divided.
         batch: one rank's micro-batch.
@@ -123,9 +129,7 @@ def memory_by_kind(
     """
     width, trained = dtype.itemsize, trained_parameters(sizes, plan, dims, stage)
     experts = max(experts_by_rank(plan, dims.ep_size)) * sizes.mlp
-    held = (
-        trained.routers / dims.world_size + trained.experts / dims.num_replicas if stage.uses_zero else trained.total
-    )
+    held = trained.optimized(dims, stage)
     weights = (sizes.total + experts) * width + trained.routers * (width if stage.uses_zero else FP32)
     kinds = {
         "process": float(process),
@@ -133,11 +137,10 @@ def memory_by_kind(
         # fp32 sums; with ZeRO also what the backward of one micro-batch leaves, in the weights' own type.
         "gradients": float(trained.total * (FP32 + width if stage.uses_zero else FP32)),
         "master weights": FP32 * held if stage.uses_zero else 0.0,
-        "moments": MOMENTS * float(held),
+        "moments": MOMENTS * held,
     }
-    activations = _activations(plan, batch, layers, sizes.hidden * width)
     logits = 2 * batch.tokens * sizes.vocabulary * width  # and their gradient
-    kinds["activations"] = activations + logits
+    kinds["activations"] = _activations(plan, batch, layers, sizes.hidden * width) + logits
     fresh = trained.total * width if stage.uses_zero and batch.accumulation == 1 else 0.0
     kinds["allocator"] = ALLOCATOR * (sum(kinds.values()) - process)
     # With one micro-batch per step, its gradients come as its activations go.

@@ -62,14 +62,14 @@ def find_checkpoint(stage_folders: dict[str, Path], tag: str) -> Path:
 
 
 def checkpoint_to_score(
-    stage_folders: dict[str, Path], label: str, identities: dict[str, dict[str, Any]], upcycled: Path
+    stage_folders: dict[str, Path], label: str, identities: dict[int, dict[str, Any]], upcycled: Path
 ) -> Scored:
     """A checkpoint with the one of stage 1 that holds its experts, both verified.
 
     Args:
         stage_folders: by stage1 and stage2.
         label: what the user calls it.
-        identities: by stage, what its checkpoints must be of.
+        identities: by the stage's number, what its checkpoints must be of.
         upcycled: the folder that it is laid over.
 
     Raises:
@@ -77,7 +77,7 @@ def checkpoint_to_score(
     """
     folder = find_checkpoint(stage_folders, label)
     manifest = checkpoint.read_manifest(folder)
-    checkpoint.check_same_run(manifest, identities[f"stage{manifest['stage']}"], folder)
+    checkpoint.check_same_run(manifest, identities[manifest["stage"]], folder)
     folders = [folder]
     if manifest["stage"] == 2:
         experts = find_checkpoint(stage_folders, f"stage1/{manifest['stage1']['tag']}")

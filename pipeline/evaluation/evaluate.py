@@ -15,10 +15,10 @@ from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.evaluation.checkpoints import Scored, load_model
 from pipeline.evaluation.score_cache import ScoreCache
-from pipeline.evaluation.scoring import SetScore, score_set
+from pipeline.evaluation.scoring import score_set
 from pipeline.model.backbone import load_dense
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.records.evaluation import BASE, Change, Evaluation, SetResult, Shares, StageRouting
+from pipeline.records.evaluation import BASE, Change, Evaluation, SetResult, SetScore, Shares, StageRouting
 
 Scores = dict[str, dict[str, SetScore]]  # by label, by set
 
@@ -100,24 +100,22 @@ class Evaluator:
         )
 
     def _set_result(self, name: str, scores: Scores) -> SetResult:
-        base = scores[BASE][name]
         by_label = {label: found[name] for label, found in scores.items()}
+        base = by_label[BASE]
+        after = {label: score for label, score in by_label.items() if label != BASE}
         return SetResult(
             group=self.run.data.group(name),
             language=self.run.data.sets[name].language,
             documents=len(base.characters),
-            characters=int(base.characters.sum()),
+            characters=sum(base.characters),
             bits_per_character={label: score.bits_per_character for label, score in by_label.items()},
-            change={label: paired_change(base.bits, score.bits) for label, score in by_label.items() if label != BASE},
-            bits_by_document={label: [round(float(b), 3) for b in score.bits] for label, score in by_label.items()},
+            change={label: paired_change(np.array(base.bits), np.array(score.bits)) for label, score in after.items()},
+            bits_by_document={label: [round(bits, 3) for bits in score.bits] for label, score in by_label.items()},
             pages=[document.page for document in self.store.held_out_documents(name)],
         )
 
     def _routing(self, scores: dict[str, SetScore]) -> StageRouting:
-        sets = {
-            name: Shares(share_0=score.share_0, probability_0=score.probability_0, classified_old=score.classified_old)
-            for name, score in scores.items()
-        }
+        sets = {name: Shares(**score.model_dump(include=set(Shares.model_fields))) for name, score in scores.items()}
         return StageRouting(layers=list(self.plan.moe_layers), sets=sets)
 
 

@@ -3,23 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from common.files import content_key
-from pipeline.evaluation.scoring import SetScore
-from pipeline.records.record import Record
+from pipeline.records.evaluation import SetScore
 
 FORMAT = 1  # raised when the same weights and text give other scores
-
-
-class _Score(Record):
-    """A file of the cache: the fields of SetScore, arrays as lists."""
-
-    bits: list[float]
-    characters: list[int]
-    share_0: list[float]
-    probability_0: list[float]
-    classified_old: list[float]
 
 
 class ScoreCache:
@@ -43,10 +30,7 @@ class ScoreCache:
 
     def load(self, weights: Any, text: str) -> SetScore:
         """The score of these weights on this text, which must be there."""
-        score = _Score.load(self._path(weights, text))
-        return SetScore(
-            np.array(score.bits), np.array(score.characters), score.share_0, score.probability_0, score.classified_old
-        )
+        return SetScore.load(self._path(weights, text))
 
     def save(self, weights: Any, text: str, score: SetScore) -> None:
         """Keep a score.
@@ -56,11 +40,4 @@ class ScoreCache:
             text: a hash of the scored tokens and their documents.
             score: what came of it.
         """
-        record = _Score(
-            bits=score.bits.tolist(),
-            characters=score.characters.tolist(),
-            share_0=score.share_0,
-            probability_0=score.probability_0,
-            classified_old=score.classified_old,
-        )
-        record.save(self._path(weights, text))
+        score.save(self._path(weights, text))

@@ -1,7 +1,7 @@
 """Bits per character of held-out documents; all ranks share the work."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from pipeline.distributed.process_group import Ranks
 from pipeline.method.losses import routing_statistics, token_losses
 from pipeline.model.backbone import moe_layers
 from pipeline.model.moe import collect_routings
+from pipeline.records.evaluation import SetScore
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
 LENGTH_MULTIPLE = 64  # lengths are padded to a multiple: kernels are made once per length
@@ -29,30 +30,6 @@ class Window:
 
     document: int
     ids: np.ndarray
-
-
-@dataclass
-class SetScore:
-    """A model's score on one set.
-
-    Attributes:
-        bits: [documents] fp64, summed over the tokens of each document.
-        characters: [documents].
-        share_0: for each MoE layer, the share of tokens that use expert 0.
-        probability_0: for each MoE layer, the mean G_0.
-        classified_old: for each MoE layer, the share of tokens that its classifier calls old.
-    """
-
-    bits: np.ndarray
-    characters: np.ndarray
-    share_0: list[float] = field(default_factory=list)
-    probability_0: list[float] = field(default_factory=list)
-    classified_old: list[float] = field(default_factory=list)
-
-    @property
-    def bits_per_character(self) -> float:
-        """Over all documents together."""
-        return float(self.bits.sum() / self.characters.sum())
 
 
 def document_windows(store: TokenStore, name: str, window: int, max_tokens: int | None = None) -> list[Window]:
@@ -129,7 +106,9 @@ def score_set(
     bits, routed = packed[:num_documents], packed[num_documents:].view(num_layers, len(STATISTICS))
     shares = (routed[:, 1:] / routed[:, :1].clamp(min=1)).T.tolist() if num_layers else [[], [], []]
     documents = store.held_out_documents(name)[:num_documents]
-    return SetScore(bits.numpy(), np.array([d.characters for d in documents]), *shares)
+    names = ("expert_0_share", "probability_0", "classified_old")
+    by_name = dict(zip(names, shares, strict=True))
+    return SetScore(bits=bits.tolist(), characters=[document.characters for document in documents], **by_name)
 
 
 def _mask(batch: list[Window]) -> torch.Tensor:

@@ -117,7 +117,7 @@ def _choices(routing: Routing, ones_T: Tensor) -> Tensor:
 
 
 def lpr_loss(routings: Sequence[Routing], old_T: Tensor, form: Literal["paper", "reference"] = "paper") -> Tensor:
-    """L_LPR: - log G_0, summed over tokens of old languages, the mean over layers (MoE-LPR section 3.3, eq. 6).
+    """L_LPR: - log G_0, summed over tokens of old languages, the mean over layers (MoE-LPR, arXiv 2408.11396, eq. 6).
 
     Without any such token it is 0, and so is its gradient.
 

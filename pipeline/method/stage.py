@@ -10,6 +10,7 @@ from data_prep.config import DataConfig, SetConfig
 from pipeline.config.run import StageConfig
 from pipeline.method.losses import next_token_loss
 from pipeline.model.backbone import train_only
+from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import Routing
 
 Group = Literal["old", "new"]
@@ -113,6 +114,10 @@ class Stage(ABC):
     @abstractmethod
     def gradient_norm(self, model: nn.Module) -> float | None:
         """The norm of the gradients before clipping; None where DeepSpeed knows it, but only after its step."""
+
+    def plan_key(self, plan: ExpertPlan) -> str:
+        """A content key of the part of the plan that its checkpoints depend on."""
+        return plan.key if self.has_classifiers else plan.experts_key
 
     def sets(self, data: DataConfig) -> dict[str, SetConfig]:
         """The sets that it trains on, by name."""

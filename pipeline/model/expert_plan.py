@@ -56,7 +56,7 @@ class ExpertPlan(BaseModel):
         for layer, count in enumerate(self.counts):
             if count < 1:
                 raise UserError(
-                    f"expert plan: layer {layer} has {count} experts; a layer has at least its original MLP"
+                    f"expert plan: layer {layer} has {count} experts; it has at least its original MLP: allocate again"
                 )
             if 1 < count < self.top_k:
                 raise UserError(
@@ -65,7 +65,9 @@ class ExpertPlan(BaseModel):
                 )
             total = sum(r.num_new[layer] for r in self.rounds if layer < len(r.num_new))
             if total != count:
-                raise UserError(f"expert plan: layer {layer} has {count} experts, but its rounds add up to {total}")
+                raise UserError(
+                    f"expert plan: layer {layer} has {count} experts, but its rounds add up to {total}; allocate again"
+                )
         if any(len(r.num_new) != len(self.counts) for r in self.rounds):
             raise UserError(f"expert plan: a round does not list {len(self.counts)} layers; allocate again")
         if sum(self.num_new) < 1:
@@ -73,7 +75,8 @@ class ExpertPlan(BaseModel):
         for layer in self.classifier_layers:
             if not 0 <= layer < len(self.counts):
                 raise UserError(
-                    f"experts.classifier_layers: {layer} is not a layer of this model (0 to {len(self.counts) - 1})"
+                    f"experts.classifier_layers: {layer} is not a layer of this model; "
+                    f"give numbers from 0 to {len(self.counts) - 1}"
                 )
             if self.counts[layer] < 2:
                 raise UserError(f"experts.classifier_layers: layer {layer} is dense, it has no router; leave it out")

@@ -2,11 +2,36 @@
 
 from typing import Literal
 
+import numpy as np
+
 from pipeline.records.record import Record
 
 BASE = "base"  # the dense model's name among the checkpoints
 Group = Literal["new", "old", "watch"]
 GROUPS: tuple[Group, ...] = ("new", "old", "watch")  # in the order in which people read them
+
+
+class SetScore(Record):
+    """A model's score on one set; a file of the cache of scores.
+
+    Attributes:
+        bits: by document, summed over its tokens.
+        characters: by document.
+        expert_0_share: for each MoE layer, the share of tokens whose output uses expert 0.
+        probability_0: for each MoE layer, the mean router probability of expert 0.
+        classified_old: for each MoE layer, the share of tokens that its classifier calls old; 0 where it has none.
+    """
+
+    bits: list[float]
+    characters: list[int]
+    expert_0_share: list[float]
+    probability_0: list[float]
+    classified_old: list[float]
+
+    @property
+    def bits_per_character(self) -> float:
+        """Over all documents together."""
+        return float(np.sum(self.bits) / np.sum(self.characters))
 
 
 class Change(Record):
@@ -49,12 +74,12 @@ class Shares(Record):
     """How one checkpoint routes one set, a value per layer with a router.
 
     Attributes:
-        share_0: share of tokens whose output uses expert 0.
+        expert_0_share: share of tokens whose output uses expert 0.
         probability_0: mean router probability of expert 0.
         classified_old: share of tokens that the layer's classifier calls old; 0 where it has none.
     """
 
-    share_0: list[float]
+    expert_0_share: list[float]
     probability_0: list[float]
     classified_old: list[float]
 

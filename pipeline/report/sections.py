@@ -202,7 +202,7 @@ def _routing(data: RunData) -> Section:
         section.missing.append("No routing was measured: evaluation.json is not there or holds none.")
     maps = (
         (
-            "share_0",
+            "expert_0_share",
             "Tokens that use expert 0",
             "of tokens use expert 0",
             "How many of a set's tokens use the original MLP at each layer, on one colour scale: after stage 2 old "

@@ -18,6 +18,8 @@ from pipeline.records.run_folder import PLAN_FILE, RunFolder
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.method.stage import Stage
+
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
 
 
@@ -96,12 +98,22 @@ class RunContext:
 
         return training_dtype(read_ds_config(self.run.deepspeed))
 
-    def identity(self, stage: str) -> dict[str, Any]:
-        """What the checkpoints of stage1 or stage2 are of: model, plan and tokenizer."""
-        plan = self.plan.experts_key if stage == "stage1" else self.plan.key
+    def stage(self, number: int) -> "Stage":
+        """A stage of the method, with the run's settings.
+
+        Raises:
+            UserError: the run has no such stage.
+        """
+        from pipeline.method.stages import find_stage
+
+        return find_stage(self.run, number)
+
+    def identity(self, number: int) -> dict[str, Any]:
+        """What the checkpoints of a stage are of: ``model``, ``plan`` and ``tokenizer``, content keys."""
+        plan = self.stage(number).plan_key(self.plan)
         return {"model": self.model_hash, "plan": plan, "tokenizer": self.store.tokenizer_key}
 
     @property
     def stages(self) -> list[str]:
-        """The stages that the run has."""
-        return ["stage1", "stage2"] if self.run.stage2 else ["stage1"]
+        """The names of the stages that the run has."""
+        return [f"stage{number}" for number in self.run.stage_numbers]

@@ -1,6 +1,6 @@
 """The step that scores: the base model and the stages' last checkpoints, or one that the user names."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.files import content_key, read_json
 from pipeline.records.evaluation import BASE, Evaluation
@@ -95,8 +95,8 @@ def models_to_score(context: RunContext, tag: str | None) -> "list[Scored]":
     """
     from pipeline.evaluation.checkpoints import Scored, checkpoint_to_score
 
-    folders = {stage: context.folder / stage for stage in ("stage1", "stage2")}
-    identities: dict[str, dict[str, Any]] = {stage: context.identity(stage) for stage in folders}
+    folders = {stage: context.folder / stage for stage in context.stages}
+    identities = {number: context.identity(number) for number in context.run.stage_numbers}
     base = Scored(BASE, (), {"dense": context.model_hash})
     labels = [label for label in ([tag] if tag else context.stages) if label != BASE]
     return [base, *(checkpoint_to_score(folders, label, identities, context.upcycled) for label in labels)]

@@ -1,22 +1,28 @@
 """The steps of a run, in order. To add a step is to add a record here."""
 
+from collections.abc import Callable
 from functools import partial
 
+from pipeline.config.cluster import JobName
 from pipeline.config.run import RunConfig
 from pipeline.run import preparation, scoring, stages
 from pipeline.run.context import RunContext
 from pipeline.run.reporting import write_report
-from pipeline.run.step import Result, Step
+from pipeline.run.step import Result, Step, always
 
 
 def _report(context: RunContext, _ranks: object) -> Result:
     return write_report(context, STEP_NAMES)
 
 
-_train = partial(
-    Step, verb="train", does="train a stage on all ranks", reads="upcycled/ and tokens", writes="stage1/ or stage2/",
-    needs_ranks=True,
-)  # fmt: skip
+def _train(number: int, job: JobName, applies: Callable[[RunConfig], bool]) -> Step:
+    return Step(
+        f"stage{number}", verb="train", does="train a stage on all ranks", reads="upcycled/ and tokens",
+        writes="stage1/ or stage2/", job=job, needs_ranks=True, applies=applies,
+        inputs=partial(stages.stage_inputs, number=number), work=partial(stages.train, number=number),
+        check=partial(stages.check_stage, number=number),
+    )  # fmt: skip
+
 
 STEPS = (
     Step(
@@ -40,13 +46,8 @@ STEPS = (
         writes="upcycled/", job="prepare", alone=True, inputs=preparation.upcycle_inputs,
         work=preparation.upcycle_model, is_there=preparation.upcycled_is_there,
     ),
-    _train(
-        "stage1", job="stage1", inputs=stages.stage1_inputs, work=stages.train_stage1, check=stages.check_stage1,
-    ),
-    _train(
-        "stage2", job="stage2", inputs=stages.stage2_inputs, work=stages.train_stage2, check=stages.check_stage2,
-        applies=lambda run: run.stage2 is not None,
-    ),
+    _train(1, "stage1", applies=always),
+    _train(2, "stage2", applies=lambda run: run.stage2 is not None),
     Step(
         "evaluate", does="bits per character on held-out text", reads="checkpoints and tokens",
         writes="evaluation.json", job="evaluate", inputs=scoring.evaluate_inputs, work=scoring.evaluate,

@@ -1,4 +1,4 @@
-"""What a training step measured: to DeepSpeed's monitors, to ``metrics.jsonl``, and to the progress bar."""
+"""What a training step measured: its figures, and where they are recorded: metrics.jsonl and DeepSpeed's monitors."""
 
 from dataclasses import dataclass
 from pathlib import Path

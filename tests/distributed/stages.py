@@ -31,7 +31,7 @@ def stage_inputs(tree: dict[str, Any], number: int, folder: Path) -> StageInputs
     run: RunConfig = parse_run(tree, "tiny.yaml")
     context = RunContext(run)
     stage = find_stage(run, number)
-    identity = context.identity("stage2")
+    identity = context.identity(2)
     return StageInputs(run, stage, context.plan, context.store, context.upcycled, folder, identity)
 
 
@@ -59,19 +59,19 @@ def train_steps(
     resumes: bool = False,
 ) -> dict[str, Any]:
     """Take optimizer steps; returns rows of metrics, the first step's gradients, weights, and what was frozen."""
-    trainer = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+    state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
     if resumes:
-        resume(trainer)
-    frozen = {n: p.detach().clone() for n, p in trainer.engine.module.named_parameters() if not p.requires_grad}
+        resume(state)
+    frozen = {n: p.detach().clone() for n, p in state.engine.module.named_parameters() if not p.requires_grad}
     gradients: dict[str, torch.Tensor] = {}
-    if trainer.step == 0:
-        _record_gradients(trainer, gradients)
+    if state.step == 0:
+        _record_gradients(state, gradients)
     rows = []
-    while trainer.step < steps:
-        rows.append(train_step(trainer).model_dump())
-        if trainer.step == save_at:
-            save(trainer)
-    model = trainer.engine.module
+    while state.step < steps:
+        rows.append(train_step(state).model_dump())
+        if state.step == save_at:
+            save(state)
+    model = state.engine.module
     unchanged = all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     for row in rows:
         for key in ("seconds", "tokens_per_second", "memory_gb"):
@@ -83,35 +83,35 @@ def train_steps(
         "frozen_unchanged": unchanged,
         "frozen": sorted(frozen),
         "trained": sorted(canonical(model, lambda p: p if p.requires_grad else None)),
-        "optimizer": _moments(trainer),
+        "optimizer": _moments(state),
     }
-    trainer.engine.destroy()
+    state.engine.destroy()
     return result
 
 
-def _record_gradients(trainer: TrainingState, into: dict[str, torch.Tensor]) -> None:
+def _record_gradients(state: TrainingState, into: dict[str, torch.Tensor]) -> None:
     """Copy the first step's reduced, unclipped gradients just before the engine's first optimizer step."""
-    step, calls = trainer.engine.step, []
+    step, calls = state.engine.step, []
 
     def recording_step(*arguments: Any, **options: Any) -> Any:
         calls.append(None)
-        if len(calls) == trainer.shape.accumulation:
-            get = safe_get_full_grad if trainer.stage.uses_zero else (lambda p: p.grad)
-            into.update(canonical(trainer.engine.module, lambda p: get(p) if p.requires_grad else None))
+        if len(calls) == state.shape.accumulation:
+            get = safe_get_full_grad if state.stage.uses_zero else (lambda p: p.grad)
+            into.update(canonical(state.engine.module, lambda p: get(p) if p.requires_grad else None))
         return step(*arguments, **options)
 
-    trainer.engine.step = recording_step
+    state.engine.step = recording_step
 
 
-def _moments(trainer: TrainingState) -> list[torch.Tensor]:
+def _moments(state: TrainingState) -> list[torch.Tensor]:
     """The optimizer's moments and fp32 weights on this rank."""
-    optimizer = trainer.engine.basic_optimizer
+    optimizer = state.engine.basic_optimizer
     tensors = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             tensors.append(parameter.detach().float().clone())
-            state = optimizer.state.get(parameter, {})  # there is none before the first step
-            tensors += [state[key].clone() for key in ("exp_avg", "exp_avg_sq") if key in state]
+            moments = optimizer.state.get(parameter, {})  # there are none before the first step
+            tensors += [moments[key].clone() for key in ("exp_avg", "exp_avg_sq") if key in moments]
     return tensors
 
 
@@ -134,36 +134,36 @@ def train_to_the_end(
 
 def first_logits(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> torch.Tensor:
     """The untrained model's logits on samples that are the same on all ranks, gathered from rank 0."""
-    trainer = TrainingState.start(stage_inputs(tree, number, folder), ranks)
-    ids = torch.from_numpy(trainer.order.batch(0, 4).ids)
-    trainer.engine.module.eval()
+    state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+    ids = torch.from_numpy(state.order.batch(0, 4).ids)
+    state.engine.module.eval()
     with torch.no_grad():
-        logits = trainer.engine.module(input_ids=ids, use_cache=False).logits
-    trainer.engine.destroy()
+        logits = state.engine.module(input_ids=ids, use_cache=False).logits
+    state.engine.destroy()
     return logits.clone()
 
 
 def load_with_deepspeeds_own_engine(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[str]:
     """Zero all weights, load the upcycled checkpoint as DeepSpeed alone would; names that differ from ours."""
-    trainer = TrainingState.start(stage_inputs(tree, 1, folder), ranks)
-    expected = {name: p.detach().clone() for name, p in trainer.engine.module.named_parameters()}
+    state = TrainingState.start(stage_inputs(tree, 1, folder), ranks)
+    expected = {name: p.detach().clone() for name, p in state.engine.module.named_parameters()}
     with torch.no_grad():
-        for parameter in trainer.engine.module.parameters():
+        for parameter in state.engine.module.parameters():
             parameter.zero_()
-    trainer.engine.checkpoint_engine = TorchCheckpointEngine(trainer.engine._config)
-    path, _ = trainer.engine.load_checkpoint(str(trainer.inputs.upcycled), load_module_only=True)
+    state.engine.checkpoint_engine = TorchCheckpointEngine(state.engine._config)
+    path, _ = state.engine.load_checkpoint(str(state.inputs.upcycled), load_module_only=True)
     assert path is not None
-    parameters = trainer.engine.module.named_parameters()
+    parameters = state.engine.module.named_parameters()
     different = [name for name, parameter in parameters if not torch.equal(parameter, expected[name])]
-    trainer.engine.destroy()
+    state.engine.destroy()
     return different
 
 
 def count_experts(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[int]:
     """Experts on this rank, a layer with a router."""
-    trainer = TrainingState.start(stage_inputs(tree, 1, folder), ranks)
-    counts = [len(layer.local_numbers) for layer in moe_layers(trainer.engine.module)]
-    trainer.engine.destroy()
+    state = TrainingState.start(stage_inputs(tree, 1, folder), ranks)
+    counts = [len(layer.local_numbers) for layer in moe_layers(state.engine.module)]
+    state.engine.destroy()
     return counts
 
 
@@ -176,12 +176,12 @@ def move_and_train(
     ranks: Ranks, tree: dict[str, Any], number: int, source: Path, target: Path, steps: int
 ) -> list[dict[str, Any]]:
     """Resume from the checkpoint in ``source`` on these ranks, save at once in ``target``, then train on."""
-    trainer = TrainingState.start(stage_inputs(tree, number, source), ranks)
-    resume(trainer)
-    dims = {"ranks": ranks.world_size, "ep_size": trainer.dims.ep_size}
-    checkpoint.save_checkpoint(trainer.engine, target, trainer.tag, dims, keep=1)
-    rows = [train_step(trainer).model_dump() for _ in range(trainer.step, steps)]
-    trainer.engine.destroy()
+    state = TrainingState.start(stage_inputs(tree, number, source), ranks)
+    resume(state)
+    dims = {"ranks": ranks.world_size, "ep_size": state.dims.ep_size}
+    checkpoint.save_checkpoint(state.engine, target, state.tag, dims, keep=1)
+    rows = [train_step(state).model_dump() for _ in range(state.step, steps)]
+    state.engine.destroy()
     return rows
 
 
@@ -222,21 +222,19 @@ def train_with_bad_steps(
 
 def held_bytes(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> dict[str, int]:
     """What this rank holds after a step, by kind, and what its checkpoint's tensors take."""
-    trainer = TrainingState.start(stage_inputs(tree, number, folder), ranks)
-    train_step(trainer)
-    save(trainer)
-    parameters, optimizer = list(trainer.engine.module.parameters()), trainer.engine.basic_optimizer
-    states = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
-    masters = [p for group in optimizer.param_groups for p in group["params"]] if trainer.stage.uses_zero else []
-    sums = getattr(trainer.engine.optimizer, "fp32_groups_gradients_flat", [])
+    state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+    train_step(state)
+    save(state)
+    parameters, optimizer = list(state.engine.module.parameters()), state.engine.basic_optimizer
+    states = [value for entry in optimizer.state.values() for value in entry.values() if value.ndim]
+    masters = [p for group in optimizer.param_groups for p in group["params"]] if state.stage.uses_zero else []
+    sums = getattr(state.engine.optimizer, "fp32_groups_gradients_flat", [])
     held = {
         "weights": sum(p.numel() * p.element_size() for p in parameters),
         "gradients": sum(g.numel() * g.element_size() for g in sums),
         "master weights": sum(p.numel() * p.element_size() for p in masters),
         "moments": sum(s.numel() * s.element_size() for s in states),
-        "checkpoint": sum(
-            entry["bytes"] for entry in checkpoint.read_manifest(folder / trainer.tag)["files"].values()
-        ),
+        "checkpoint": sum(entry["bytes"] for entry in checkpoint.read_manifest(folder / state.tag)["files"].values()),
     }
-    trainer.engine.destroy()
+    state.engine.destroy()
     return held

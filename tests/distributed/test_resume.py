@@ -79,6 +79,7 @@ def test_a_checkpoint_holds_what_trains_and_nothing_else(pools: Pools, tree: dic
     classifiers = {f"model.layers.{layer}.mlp.deepspeed_moe.gate.classifier.weight" for layer in (0, 3)}
     assert set(checkpoint.load_tensors(stage1 / checkpoint.main_file())["module"]) == routers
     assert set(checkpoint.load_tensors(stage2 / checkpoint.main_file())["module"]) == routers | classifiers
+    assert checkpoint.load_tensors(stage1 / checkpoint.main_file())["num_experts"] == [2, 1, 3]  # those with a file
     # Expert files are keyed by the number that their name says.
     for layer, count in zip((0, 1, 3), (2, 1, 3), strict=True):
         for number in range(count):

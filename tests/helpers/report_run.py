@@ -124,7 +124,7 @@ def routing(pull: float) -> dict[str, Any]:
     for name, (_, language, *_rest) in BITS.items():
         old = pull if language == "en" else -0.1 * pull
         sets[name] = {
-            "share_0": [1.0 if n == 2 else min(0.99, 2 / n + old + draw.uniform(-0.1, 0.1)) for n in COUNTS],
+            "expert_0_share": [1.0 if n == 2 else min(0.99, 2 / n + old + draw.uniform(-0.1, 0.1)) for n in COUNTS],
             "probability_0": [min(0.98, 1 / n + 0.8 * old + draw.uniform(-0.06, 0.06)) for n in COUNTS],
             "classified_old": [
                 0.0 if layer not in CLASSIFIERS or not pull else 0.98 if old > 0 else 0.012 for layer in range(30)

@@ -106,7 +106,7 @@ def checkpoint_of_another(what: str) -> Callable[[Path, Tree], None]:
         tree["output_dir"] = str(folder / "runs")
         shutil.copytree(Path(tree["cache_dir"]).parent / "runs", folder / "runs", symlinks=True)
         context = RunContext(parse_run(tree, "x"))
-        manifest = {**context.identity("stage1"), what: "other", "stage": 1, "files": {}}
+        manifest = {**context.identity(1), what: "other", "stage": 1, "files": {}}
         tag = context.folder / "stage1" / "step000001"
         tag.mkdir(parents=True)
         write_manifest(tag, manifest)

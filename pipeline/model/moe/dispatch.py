@@ -66,7 +66,7 @@ class Exchange:
         received_RS = torch.empty_like(counts_RS)
         dist.all_to_all_single(received_RS, counts_RS.contiguous(), group=group)
         num_ranks, num_slots = counts_RS.shape
-        both = torch.stack([counts_RS, received_RS]).tolist()  # waits for the device; nothing else in the layer does
+        both = torch.stack([counts_RS, received_RS]).tolist()  # the exchange's only wait for the device
         sent = [sum(row) for row in both[0]]
         received = [sum(row) for row in both[1]]
         slot_counts = [sum(row[slot] for row in both[1]) for slot in range(num_slots)]

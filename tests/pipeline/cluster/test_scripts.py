@@ -62,11 +62,14 @@ def test_a_run_of_one_stage_has_no_job_for_the_other(tmp_path: Path) -> None:
     [
         ({"tokenize": {"gpus_per_node": 1}}, "cluster: tokenize.gpus_per_node: tokenizing uses no GPU; remove it"),
         ({"prepare": {"nodes": 2}}, "cluster: prepare.nodes: the job is one process; give it nodes: 1"),
-        ({"tokenize": {"ranks_per_node": 2}}, "cluster: tokenize.ranks_per_node: one process uses a node's cores"),
-        ({"stage1": {"time": "a day"}}, "cluster.stage1.time: 'a day' is no time of SLURM's; write 24:00:00"),
-        ({"stage1": {"sbatch": ["exclusive"]}}, "cluster.stage1.sbatch: 'exclusive' is no option of sbatch"),
+        (
+            {"tokenize": {"ranks_per_node": 2}},
+            "cluster: tokenize.ranks_per_node: one process uses all cores of a node",
+        ),
+        ({"stage1": {"time": "a day"}}, "cluster.stage1.time: 'a day' is not a time that SLURM takes; write 24:00:00"),
+        ({"stage1": {"sbatch": ["exclusive"]}}, "cluster.stage1.sbatch: 'exclusive' is not an option of sbatch"),
         ({"stage1": {"gpus": 1}}, "cluster.stage1.gpus: unknown key"),
-        ({"environment": {"A B": "c"}}, "cluster.environment: 'A B' is no name of a variable"),
+        ({"environment": {"A B": "c"}}, "cluster.environment: 'A B' is not the name of a variable"),
         ({"restart": "always"}, "cluster.restart: 'always' is not allowed; it should be 'requeue' or 'chain'"),
     ],
 )
