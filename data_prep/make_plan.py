@@ -107,7 +107,9 @@ def plan_of(planned: Planned, keep: Mapping[str, str]) -> Plan:
     sets: dict[str, SetPlan] = {}
     for one in planned.sets:
         is_written = not planned.has(kept.get(one.name, one.key) if one.group != "benchmark" else one.key)
-        sets.setdefault(one.key, replace(one, is_written=is_written))
+        known = sets.get(one.key)
+        if known is None or not known.is_written:
+            sets[one.key] = replace(one, is_written=is_written)
     reads_all = data.filters.duplicates and any(one.trains and one.is_written for one in sets.values())
     return Plan(
         data,

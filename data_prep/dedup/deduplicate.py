@@ -41,7 +41,9 @@ def deduplicate(work: Work, executor: Executor) -> None:
 def star(work: Work, task: int, source: str, target: str) -> Json:
     """A task of a star phase, which ties the documents of one group of slices: see `large_star` and `small_star`."""
     function = large_star if target.startswith("large") else small_star
-    return function(work.folder / source, work.folder / target, task, *_range(work, task))
+    figures = function(work.folder / source, work.folder / target, task, *_range(work, task))
+    (work.folder / target).mkdir(exist_ok=True)  # also where there is no edge: the next step looks for it
+    return figures
 
 
 def list_duplicates(work: Work, task: int, source: str) -> Json:
