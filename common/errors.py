@@ -11,15 +11,15 @@ class UserError(Exception):
 
 
 class BusyError(UserError):
-    """Something else is at it now; later it may work."""
+    """Something else is using it now; later it may work."""
 
 
 class AgreedError(UserError):
-    """One that all ranks have agreed on and raise alike: the first one says it."""
+    """A mistake that all ranks have agreed on and raise alike; rank 0 prints it."""
 
 
 class OwnError(UserError):
-    """One that this process alone has met, in its share of the work: it says it itself."""
+    """A mistake that only this process has met, in its share of the work; it prints it itself."""
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

@@ -25,7 +25,7 @@ class PlaceConfig(CapsConfig):
     """Where text lies: ``path`` is a file, a folder or a glob; ``hub`` is a Hugging Face dataset, read as a stream.
 
     ``hub`` takes ``config``, ``split`` and ``revision`` (a commit, so that the text stays the same). ``text_field`` is
-    the field or column with the text. A ``.txt`` file is one document, or with ``text_unit: line`` one a line.
+    the field or column with the text. A ``.txt`` file is one document, or one per line with ``text_unit: line``.
     """
 
     path: str | None = None
@@ -71,7 +71,7 @@ class SetConfig(PlaceConfig):
         _ = self.source_list
         weighted = [source.weight is not None for source in self.sources]
         if any(weighted) and not all(weighted):
-            raise ValueError("sources: some have a weight and some none; give it to all of them, or to none")
+            raise ValueError("sources: some have a weight and some have none; give it to all of them, or to none")
         return self
 
     @property

@@ -14,7 +14,7 @@ import rensa
 from common.files import content_key, sha256_file
 from data_prep.config import CapsConfig, DataConfig, FiltersConfig, SetConfig
 from data_prep.plan import Budget, Group, Json, SetPlan
-from data_prep.reading.file_splits import Piece
+from data_prep.reading.file_splits import FileSplit
 from data_prep.reading.sources import compression_of, format_of
 
 FORMAT_VERSION = 3  # part of every key: raise it when the same inputs give other files
@@ -76,7 +76,7 @@ def _filters(filters: FiltersConfig, entry: SetConfig) -> Json:
 
 def with_keys(
     data: DataConfig,
-    sets: list[tuple[str, Group, SetConfig, list[Json], list[tuple[int, list[Piece]]]]],
+    sets: list[tuple[str, Group, SetConfig, list[Json], list[tuple[int, list[FileSplit]]]]],
     seed: int,
     fraction: float,
     encoding: Json,

@@ -12,11 +12,12 @@ from data_prep.config import DataConfig, PreparationConfig, SetConfig, SourceCon
 from data_prep.executor.pool import Executor, Phase
 from data_prep.keys import differs_only_in_cleaning, replay_budgets, with_keys
 from data_prep.manifest import MANIFEST, SetManifest, read_manifest
-from data_prep.plan import Group, HeldOutText, Json, KeptSet, Plan, SetPlan, Work, copies_record
+from data_prep.plan import Group, HeldOutText, Json, KeptSet, Plan, SetPlan
 from data_prep.reading import hub
-from data_prep.reading.file_splits import FileIndex, FileToIndex, Piece, index_file, pack
+from data_prep.reading.file_splits import FileIndex, FileSplit, FileToIndex, index_file, pack
 from data_prep.reading.sources import source_files
 from data_prep.tokenizer import DocumentEncoder, dtype_of
+from data_prep.work import Work, copies_record
 
 PACKAGES = ("tokenizers", "transformers", "sentencepiece", "rensa", "numpy")
 
@@ -86,14 +87,14 @@ def make_plan(config: PreparationConfig, executor: Executor) -> Planned:
     dtype = dtype_of(vocab_size)
     found = _find(data)
     cuts = _cut(found, data.slice_bytes, config.cache_dir / "sources", executor)
-    trained = [pieces for one, (pieces, _) in zip(found, cuts, strict=True) if one.group in ("old", "new")]
-    size = sum(piece.size for pieces in trained for piece in pieces)
+    trained = [splits for one, (splits, _) in zip(found, cuts, strict=True) if one.group in ("old", "new")]
+    size = sum(split.size for splits in trained for split in splits)
     fraction = min(data.held_out.fraction, data.held_out.max_megabytes * 2**20 / max(1, size))
     sets = []
     for name, group, entry in _entries(data):
         mine = [(one, *cut) for one, cut in zip(found, cuts, strict=True) if (one.name, one.group) == (name, group)]
         files = [file for _, _, described in mine for file in described]
-        slices = [(one.number, part) for one, pieces, _ in mine for part in pack(pieces, data.slice_bytes)]
+        slices = [(one.number, part) for one, splits, _ in mine for part in pack(splits, data.slice_bytes)]
         sets.append((name, group, entry, files, slices))
     encoding: Json = {"tokenizer": encoder.spec.key, "dtype": dtype}
     replay = replay_budgets(data, config.stage1.tokens)
@@ -107,7 +108,9 @@ def plan_of(planned: Planned, keep: Mapping[str, str]) -> Plan:
     sets: dict[str, SetPlan] = {}
     for one in planned.sets:
         is_written = not planned.has(kept.get(one.name, one.key) if one.group != "benchmark" else one.key)
-        sets.setdefault(one.key, replace(one, is_written=is_written))
+        known = sets.get(one.key)
+        if known is None or not known.is_written:
+            sets[one.key] = replace(one, is_written=is_written)
     reads_all = data.filters.duplicates and any(one.trains and one.is_written for one in sets.values())
     return Plan(
         data,
@@ -213,8 +216,8 @@ def index_source(_work: Work, task: int, files: list[dict[str, Any]]) -> Json:
 
 def _cut(
     found: list[_Source], slice_bytes: int, memory: Path, executor: Executor
-) -> list[tuple[list[Piece], list[Json]]]:
-    """For each source its pieces, and what the manifest says of its files."""
+) -> list[tuple[list[FileSplit], list[Json]]]:
+    """For each source its splits, and what the manifest says of its files."""
     every = list(dict.fromkeys(file for one in found for file in one.files))
     markers = {number: file.index_path(memory) for number, file in enumerate(every)}
     sizes = {number: Path(file.path).stat().st_size for number, file in enumerate(every)}
@@ -225,21 +228,21 @@ def _cut(
     return [_of_hub(one, slice_bytes) if one.config.hub is not None else _of_files(one, memory) for one in found]
 
 
-def _of_files(one: _Source, memory: Path) -> tuple[list[Piece], list[Json]]:
+def _of_files(one: _Source, memory: Path) -> tuple[list[FileSplit], list[Json]]:
     indices = [FileIndex.load(file.index_path(memory)) for file in one.files]
     files: list[Json] = [
         {"path": file.path, "sha256": index.sha256, "bytes": index.bytes, "source": one.number}
         for file, index in zip(one.files, indices, strict=True)
     ]
     # The index may have been made when the file was named otherwise.
-    return [piece for index in indices for piece in index.pieces], files
+    return [split for index in indices for split in index.splits], files
 
 
-def _of_hub(one: _Source, slice_bytes: int) -> tuple[list[Piece], list[Json]]:
+def _of_hub(one: _Source, slice_bytes: int) -> tuple[list[FileSplit], list[Json]]:
     pinned = hub.pin(hub.hub_source(one.config))
     name = hub.name_of(pinned)
-    pieces = [Piece(name, "hub", number, number + 1, 1, slice_bytes) for number in range(hub.count_files(pinned))]
-    return pieces, [{"path": name, "sha256": hub.content_of(pinned), "bytes": 0, "source": one.number}]
+    splits = [FileSplit(name, "hub", number, number + 1, 1, slice_bytes) for number in range(hub.count_files(pinned))]
+    return splits, [{"path": name, "sha256": hub.content_of(pinned), "bytes": 0, "source": one.number}]
 
 
 def _vocab_size(config: PreparationConfig) -> int:

@@ -1,25 +1,22 @@
-"""The plan of a preparation: which sets are read and written, and the folder that it is worked out in.
+"""The plan of a preparation: which sets are read and written, and all that the result depends on.
 
 A document's key is (slice, row in the slice); slices are numbered in the order of sets, sources and files. The plan
 lies in the work folder, so that any process on any machine can do any task of it.
 """
 
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
-from common.errors import UserError
 from common.files import json_text, read_json, write_once
 from data_prep.config import DataConfig, SetConfig
-from data_prep.manifest import MANIFEST
 from data_prep.reading.documents import Reading
-from data_prep.reading.file_splits import Piece
+from data_prep.reading.file_splits import FileSplit
 from data_prep.tokenizer import TokenizerSpec
 
 ROW_BITS = 32
@@ -28,7 +25,6 @@ CHANGED, HELD_OUT = 1, 2  # flags of a document that the filters keep
 UNITS = ("documents", "tokens", "characters")  # what a budget limits
 Group = Literal["old", "new", "watch", "benchmark"]
 Json = dict[str, Any]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -60,19 +56,19 @@ class Slice:
         set: the number of its set in the plan.
         place: its number in the set.
         source: the number of its source in the set.
-        pieces: the parts of files that it holds.
+        splits: the parts of files that it holds.
     """
 
     number: int
     set: int
     place: int
     source: int
-    pieces: list[Piece]
+    splits: list[FileSplit]
 
     @property
     def size(self) -> int:
         """About its bytes of text."""
-        return sum(piece.size for piece in self.pieces)
+        return sum(split.size for split in self.splits)
 
 
 @dataclass(frozen=True)
@@ -86,7 +82,7 @@ class SetPlan:
         text: the key of its text with what says which documents are held out.
         key, settings: its key, and what the key is made of.
         files: what its manifest says of its files: path, sha256, bytes, source.
-        slices: for each slice the number of its source, and its pieces.
+        slices: for each slice the number of its source, and its splits.
         is_written: whether it is prepared; else it is only read, to find copies of its documents in other sets.
     """
 
@@ -98,7 +94,7 @@ class SetPlan:
     key: str
     settings: Json
     files: list[Json]
-    slices: list[tuple[int, list[Piece]]]
+    slices: list[tuple[int, list[FileSplit]]]
     is_written: bool = True
 
     @property
@@ -189,8 +185,8 @@ class Plan:
         """Every slice, by number."""
         found: list[Slice] = []
         for number, one in enumerate(self.sets):
-            for place, (source, pieces) in enumerate(one.slices):
-                found.append(Slice(len(found), number, place, source, pieces))
+            for place, (source, splits) in enumerate(one.slices):
+                found.append(Slice(len(found), number, place, source, splits))
         return found
 
     def set_of(self, part: Slice) -> SetPlan:
@@ -231,76 +227,6 @@ class Plan:
 _ADAPTER = TypeAdapter(Plan)
 
 
-class Work:
-    """The folder that a plan is worked out in, and what a process keeps of it: one object per process and folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._kept: dict[Hashable, Any] = {}
-
-    def __reduce__(self) -> tuple[Callable[[Path], "Work"], tuple[Path]]:
-        return _work_in, (self.folder,)
-
-    @cached_property
-    def plan(self) -> Plan:
-        """The plan, read once."""
-        return Plan.load(self.folder / "plan.json")
-
-    def once(self, name: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives; made the first time that this name is asked for."""
-        if name not in self._kept:
-            self._kept[name] = make()
-        found: T = self._kept[name]
-        return found
-
-    @property
-    def tokens(self) -> Path:
-        """The folder of finished sets."""
-        return self.folder.parent
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all that the plan prepares is there: another job that shares the work has finished it."""
-        plan: Plan | None = self.__dict__.get("plan")
-        if plan is None:
-            return False
-        written = [self.tokens / one.key / MANIFEST for one in plan.sets if one.is_written]
-        return all(path.is_file() for path in [*written, *(self.record(kept) for kept in plan.kept)])
-
-    def record(self, kept: KeptSet) -> Path:
-        """The file that keeps the count of a kept set's copies."""
-        return copies_record(self.tokens, kept.record)
-
-    def marker(self, phase: str, task: int) -> Path:
-        """The file that says that a task is done, with its figures."""
-        return self.folder / "done" / phase / f"{task:06d}.json"
-
-    def figures(self, phase: str, task: int) -> Json:
-        """What a finished task found."""
-        found: Json = read_json(self.marker(phase, task))
-        return found
-
-    def path(self, phase: str, task: int, suffix: str) -> Path:
-        """Where a task keeps a result."""
-        return self.folder / phase / f"{task:06d}{suffix}"
-
-
-@lru_cache(maxsize=2)
-def _work_in(folder: Path) -> Work:
-    """The one object of a worker process, which lives no longer than one preparation."""
-    return Work(folder)
-
-
-def copies_record(tokens: Path, name: str) -> Path:
-    """The file that keeps a count of copies, in the folder of finished sets."""
-    return tokens / ".copies" / f"{name}.json"
-
-
 def keys_of(part: int, rows: NDArray[np.integer]) -> NDArray[np.uint64]:
     """Keys of a slice's documents: their order is the order of (slice, row)."""
     return (np.uint64(part) << np.uint64(ROW_BITS)) | rows.astype(np.uint64)
-
-
-def check_disk(error: OSError) -> UserError:
-    """The line for a write that failed."""
-    return UserError(f"{error.filename or 'disk'}: can't be written ({error.strerror}); make room and run it again")

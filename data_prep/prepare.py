@@ -15,10 +15,11 @@ from data_prep.filters import Filters
 from data_prep.make_plan import Planned, check_tokenizer, kept_sets, make_plan, plan_of
 from data_prep.make_plan import kept_keys as kept_keys  # the pipeline asks for it here
 from data_prep.phases.order import run_phases
-from data_prep.plan import Plan, Work, copies_record
+from data_prep.plan import Plan
 from data_prep.reading.sources import source_files
 from data_prep.statistics.summary import print_summary
 from data_prep.store import TokenStore
+from data_prep.work import Work, copies_record
 
 SMALL_BYTES = 32 << 20  # of files: less is not worth starting processes for
 

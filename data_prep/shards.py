@@ -248,17 +248,17 @@ def _size(path: Path) -> int:
 def _read_index(path: Path) -> tuple[np.dtype[Any], NDArray[np.int64]]:
     """The dtype of a shard and its documents' offsets in tokens, (num_documents + 1,), every bound checked."""
     content = path.read_bytes()
-    mend = "delete its folder and run tokenize again"
+    fix = "delete its folder and run tokenize again"
     if len(content) < HEADER.size or not content.startswith(MAGIC):
-        raise UserError(f"{path}: not an index of Megatron-core's format; {mend}")
+        raise UserError(f"{path}: not an index of Megatron-core's format; {fix}")
     _, version, code, num_sequences, num_bounds = HEADER.unpack_from(content)
     if version != VERSION or code not in DTYPES:
         raise UserError(
-            f"{path}: version {version} with dtype code {code}; only uint16 (8) and int32 (4) are read; {mend}"
+            f"{path}: version {version} with dtype code {code}; only uint16 (8) and int32 (4) are read; {fix}"
         )
     expected = HEADER.size + num_sequences * (4 + 8) + num_bounds * 8
     if len(content) != expected:
-        raise UserError(f"{path}: has {len(content)} bytes where its header says {expected}; {mend}")
+        raise UserError(f"{path}: has {len(content)} bytes where its header says {expected}; {fix}")
     lengths = np.frombuffer(content, "<i4", num_sequences, HEADER.size)
     starts = np.frombuffer(content, "<i8", num_sequences, HEADER.size + 4 * num_sequences)
     bounds = np.frombuffer(content, "<i8", num_bounds, HEADER.size + 12 * num_sequences)
@@ -266,5 +266,5 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], NDArray[np.int64]]:
     contiguous = (lengths >= 0).all() and (starts == ends[:-1] * DTYPES[code].itemsize).all()
     covering = num_bounds > 0 and bounds[0] == 0 and bounds[-1] == num_sequences and (np.diff(bounds) >= 0).all()
     if not (contiguous and covering):
-        raise UserError(f"{path}: its lengths and offsets contradict each other; {mend}")
+        raise UserError(f"{path}: its lengths and offsets contradict each other; {fix}")
     return DTYPES[code], ends[bounds]

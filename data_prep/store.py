@@ -141,20 +141,20 @@ class TokenStore:
     @property
     def separator_id(self) -> int:
         """The id that ends every document."""
-        return self.any.separator_id
+        return self.any_manifest.separator_id
 
     @property
     def begins_with_bos(self) -> bool:
         """Whether every document begins with the tokenizer's BOS."""
-        return self.any.bos_id is not None
+        return self.any_manifest.bos_id is not None
 
     @property
     def tokenizer_key(self) -> str:
         """Changes with anything that changes a document's ids."""
-        return self.any.tokenizer_key
+        return self.any_manifest.tokenizer_key
 
     @property
-    def any(self) -> SetManifest:
+    def any_manifest(self) -> SetManifest:
         """The manifest of one of the sets: all have the same tokenizer."""
         return next(iter(self.sets.values())).manifest
 

@@ -9,7 +9,8 @@ from common.files import save_array
 from data_prep.dedup.connected_components import EDGES_A_PIECE, large_star, not_smallest, small_star
 from data_prep.dedup.signature_join import EDGES, join_range, num_columns, num_ranges
 from data_prep.executor.pool import Executor, Phase
-from data_prep.plan import FILTER, ROW_BITS, Json, Slice, Work
+from data_prep.plan import FILTER, ROW_BITS, Json, Slice
+from data_prep.work import Work
 
 DOCUMENTS_A_GROUP = 1 << 20  # whose edges one task ties
 MOST_ROUNDS = 64  # log2 of any number of documents; the algorithm needs a few
@@ -41,7 +42,9 @@ def deduplicate(work: Work, executor: Executor) -> None:
 def star(work: Work, task: int, source: str, target: str) -> Json:
     """A task of a star phase, which ties the documents of one group of slices: see `large_star` and `small_star`."""
     function = large_star if target.startswith("large") else small_star
-    return function(work.folder / source, work.folder / target, task, *_range(work, task))
+    figures = function(work.folder / source, work.folder / target, task, *_range(work, task))
+    (work.folder / target).mkdir(exist_ok=True)  # also where there is no edge: the next step looks for it
+    return figures
 
 
 def list_duplicates(work: Work, task: int, source: str) -> Json:

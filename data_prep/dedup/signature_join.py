@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.dedup.connected_components import save_edges
-from data_prep.plan import FILTER, Json, Slice, Work, keys_of
+from data_prep.plan import FILTER, Json, Slice, keys_of
+from data_prep.work import Work
 
 EDGES = "edges"  # the folder of what the joins find
 DOCUMENTS_A_TASK = 1 << 20  # 12 bytes each to read, and as much again a few times to sort

@@ -1,4 +1,4 @@
-"""Which executor a process uses: MPI under mpirun, claims among SLURM's tasks, else processes on this machine."""
+"""Which executor a process uses: MPI under mpirun, claims among SLURM tasks, else processes on this machine."""
 
 import os
 import threading
@@ -39,7 +39,8 @@ def open_executor(backend: Backend = "auto", workers: int | None = None) -> Iter
     """The executor of this process; None in an MPI rank that only works, for which all is over when it is yielded.
 
     Args:
-        workers: processes on this machine; by default one a core. One is this process itself.
+        backend: what runs tasks; "auto" is what this process was started by.
+        workers: processes on this machine; by default one per core. One is this process itself.
 
     Raises:
         UserError: mpi4py is missing, or the backend does not fit the surroundings.
@@ -63,7 +64,7 @@ def _place_among_tasks() -> tuple[str, bool]:
         number = os.environ["SLURM_PROCID"]
         return f"{os.environ['SLURM_JOB_ID']}.{number}", number == "0"
     if "SLURM_ARRAY_TASK_ID" not in os.environ:
-        raise UserError("--executor array: no task of SLURM's; start it with srun, or sbatch --array=0-63")
+        raise UserError("--executor array: not a SLURM task; start it with srun, or sbatch --array=0-63")
     return f"{os.environ.get('SLURM_ARRAY_JOB_ID', '0')}_{os.environ['SLURM_ARRAY_TASK_ID']}", True
 
 
@@ -84,7 +85,7 @@ def _local(workers: int) -> Iterator[PoolExecutor]:
 
 
 def one_thread() -> None:
-    """Keep libraries from starting threads where there is a process a core already."""
+    """Keep libraries from starting threads where every core has a process already."""
     for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, Protocol
 from common.errors import OwnError, UserError
 from common.files import write_json
 from common.progress import progress
-from data_prep.plan import Json, Work, check_disk
+from data_prep.plan import Json
+from data_prep.work import Work, check_disk
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 

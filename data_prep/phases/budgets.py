@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.seeded import seeded_order
-from data_prep.plan import TOKENIZE, Budget, Plan, Work
+from data_prep.plan import TOKENIZE, Budget, Plan
 from data_prep.shards import Shard
+from data_prep.work import Work
 
 Lengths = dict[str, NDArray[np.integer]]  # of each document of a slice: "tokens", "characters"
 

@@ -7,9 +7,10 @@ from data_prep.dedup.held_out import SHINGLE, CopyIndex
 from data_prep.dedup.word_shingles import shingles, word_hashes
 from data_prep.manifest import SetManifest, read_manifest
 from data_prep.phases.filter import held_out_runs
-from data_prep.plan import Json, KeptSet, Work
+from data_prep.plan import Json, KeptSet
 from data_prep.shards import Shard
 from data_prep.tokenizer import load_decoder
+from data_prep.work import Work
 
 INDEX, COUNT = "copies", "count_copies"
 

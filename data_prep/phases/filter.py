@@ -13,8 +13,9 @@ from data_prep.dedup.minhash import Signatures
 from data_prep.dedup.word_shingles import Hashes, shingles, word_hashes
 from data_prep.filters import Filters
 from data_prep.manifest import RUN_SIZES, RUNS
-from data_prep.plan import CHANGED, FILTER, HELD_OUT, Json, Plan, SetPlan, Slice, Work
+from data_prep.plan import CHANGED, FILTER, HELD_OUT, Json, Plan, SetPlan, Slice
 from data_prep.reading.documents import EXAMPLES, BadRows, Document, read_documents
+from data_prep.work import Work
 
 RUNS_PHASE = "held_out_runs"
 
@@ -84,7 +85,7 @@ def filter_slice(work: Work, number: int) -> Json:
     signatures = Signatures(near) if one.trains and plan.finds_duplicates else None
     drops, bad_rows, kept = Drops(), BadRows(), _Kept()
     seen = {"documents": 0, "characters": 0}
-    for document in read_documents(part.pieces, plan.reading(part), bad_rows):
+    for document in read_documents(part.splits, plan.reading(part), bad_rows):
         seen["documents"] += 1
         seen["characters"] += len(document.text)
         text, changed, reason = filters.apply(document.text)

@@ -8,7 +8,8 @@ from data_prep.phases.filter import filter_slice
 from data_prep.phases.replay import measure, quotas, replayed_sets
 from data_prep.phases.tokenize import tokenize_slice
 from data_prep.phases.write_set import publish, write_set
-from data_prep.plan import FILTER, TOKENIZE, Work
+from data_prep.plan import FILTER, TOKENIZE
+from data_prep.work import Work
 
 
 def run_phases(work: Work, executor: Executor) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 
 from common.seeded import seeded_hash
 from data_prep.dedup.deduplicate import dropped_of
-from data_prep.plan import FILTER, HELD_OUT, Json, Slice, Work
+from data_prep.plan import FILTER, HELD_OUT, Json, Slice
+from data_prep.work import Work
 
 MOST_CHARACTERS_A_TOKEN = 8  # of a slice's draw: more than any tokenizer reaches on running text
 BYTES_A_CHARACTER, ADDED_A_DOCUMENT = 4, 2  # no text has more tokens than that

@@ -17,12 +17,13 @@ from data_prep.dedup.word_shingles import shingles, word_hashes
 from data_prep.phases.copies import copy_index
 from data_prep.phases.filter import Drops, filters_of
 from data_prep.phases.replay import draw, quota
-from data_prep.plan import CHANGED, FILTER, HELD_OUT, TOKENIZE, Json, Slice, Work
+from data_prep.plan import CHANGED, FILTER, HELD_OUT, TOKENIZE, Json, Slice
 from data_prep.reading.documents import BadRows, Document, read_documents
 from data_prep.shards import ShardWriter
 from data_prep.statistics.tally import Tally
 from data_prep.store import HeldOutDocument
 from data_prep.tokenizer import DocumentEncoder
+from data_prep.work import Work
 
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 256, 1 << 20  # encoded at a time: enough for threads, little memory
 
@@ -141,7 +142,7 @@ def _kept(work: Work, part: Slice, drops: Drops) -> Iterator[Chosen]:
     flags = dict(zip(rows, np.load(work.path(FILTER, part.number, ".flags.npy")).tolist(), strict=True))
     duplicates = dropped_of(work, part) if plan.set_of(part).trains and plan.finds_duplicates else {}
     filters = filters_of(work, part)
-    for document in read_documents(part.pieces, plan.reading(part), BadRows()):  # bad rows have been counted
+    for document in read_documents(part.splits, plan.reading(part), BadRows()):  # bad rows have been counted
         flag = flags.get(document.index)
         if flag is None:
             continue

@@ -27,11 +27,12 @@ from data_prep.manifest import (
 from data_prep.phases.budgets import taken_of
 from data_prep.phases.copies import record_copies
 from data_prep.phases.filter import runs_of_set
-from data_prep.plan import FILTER, TOKENIZE, Json, Plan, SetPlan, Slice, Work
+from data_prep.plan import FILTER, TOKENIZE, Json, Plan, SetPlan, Slice
 from data_prep.shards import Shard, ShardWriter, shard_paths
 from data_prep.statistics.tally import Tally, part_statistics
 from data_prep.store import SetFigures
 from data_prep.tokenizer import FILES
+from data_prep.work import Work
 
 EXAMPLES = 20  # places that the manifest names of each kind of loss
 

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from common.errors import UserError
-from data_prep.reading.file_splits import Piece
+from data_prep.reading.file_splits import FileSplit
 from data_prep.reading.rows import BadRow, Fields, read_rows
 
-EXAMPLES = 10  # places a slice that are kept of each kind of loss
+EXAMPLES = 10  # places per slice that are kept of each kind of loss
 
 
 @dataclass(frozen=True)
@@ -54,22 +54,22 @@ class BadRows:
             self.examples.append(what)
 
 
-def read_documents(pieces: list[Piece], reading: Reading, bad_rows: BadRows) -> Iterator[Document]:
+def read_documents(splits: list[FileSplit], reading: Reading, bad_rows: BadRows) -> Iterator[Document]:
     """Every document of a slice, in order.
 
     Raises:
-        UserError: a row that won't do, unless bad rows are skipped; it names the file, the row and the mend.
+        UserError: a row can't be used, and bad rows are not skipped; it names the file, the row and the fix.
     """
     columns = [reading.text_field, *([reading.page_field] if reading.page_field else [])]
     index = 0
-    for piece in pieces:
-        for row, fields in read_rows(piece, columns, reading.text_field, reading.max_bytes):
-            made = fields if isinstance(fields, BadRow) else _document(fields, piece.file, row, index, reading)
+    for split in splits:
+        for row, fields in read_rows(split, columns, reading.text_field, reading.max_bytes):
+            made = fields if isinstance(fields, BadRow) else _document(fields, split.file, row, index, reading)
             index += 1
             if isinstance(made, Document):
                 yield made
                 continue
-            what = f"{piece.file}, row {row}: {made}"
+            what = f"{split.file}, row {row}: {made}"
             if not reading.skip_bad_rows:
                 raise UserError(f"{what} (or set data.bad_rows=skip)")
             bad_rows.add(what)
@@ -81,14 +81,14 @@ def _document(fields: Fields, file: str, row: int, index: int, reading: Reading)
         missing = reading.text_field not in fields
         problem = "no" if missing else "null in the" if text is None else "not a string in the"
         has = ", ".join(map(str, fields)) or "no field"
-        return BadRow(f"{problem} text field {reading.text_field!r} (it has {has}); mend the row or set text_field")
+        return BadRow(f"{problem} text field {reading.text_field!r} (it has {has}); fix the row or set text_field")
     if "\0" in text:
         return BadRow(f"holds a NUL character, the {text.index(chr(0)) + 1}. of its text; remove it")
     if not text.isascii():
         try:
             size = len(text.encode())
         except UnicodeEncodeError:
-            return BadRow("holds half of a surrogate pair, which is not Unicode text; mend the row")
+            return BadRow("holds half of a surrogate pair, which is not Unicode text; fix the row")
     else:
         size = len(text)
     if size > reading.max_bytes:

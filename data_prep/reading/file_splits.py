@@ -2,7 +2,7 @@
 
 A plain text file is cut into byte ranges (a row belongs to the range that its first byte lies in), a parquet file
 into runs of row groups, an arrow file into runs of record batches; a compressed file can be read from its start only,
-and is one piece. Small neighbours share a slice. Each file is read once for its hash and for the row number at every
+and is one split. Small neighbours share a slice. Each file is read once for its hash and for the row number at every
 cut, so that a task can name rows without reading what lies before.
 """
 
@@ -24,7 +24,7 @@ COMPRESSED_TEXT = 4  # how many times its size a compressed file holds, for bala
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileSplit:
     """A part of one file: bytes `start` to `stop` of plain text, else row groups, record batches, or all.
 
     `first_row` counts the file's rows from 1; `size` is about its bytes of text. Of a hub dataset, `file` is its name
@@ -41,17 +41,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class FileIndex:
-    """A file's bytes, hash and pieces."""
+    """A file's bytes, hash and splits."""
 
     sha256: str
     bytes: int
-    pieces: list[Piece]
+    splits: list[FileSplit]
 
     @classmethod
     def load(cls, path: Path) -> "FileIndex":
         """Read what `index_file` wrote."""
         value = read_json(path)
-        return cls(value["sha256"], value["bytes"], [Piece(**piece) for piece in value["pieces"]])
+        return cls(value["sha256"], value["bytes"], [FileSplit(**split) for split in value["splits"]])
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class FileToIndex:
 
 
 def index_file(file: FileToIndex) -> dict[str, Any]:
-    """Hash and cut a file; `FileIndex.load` reads what this returns.
+    """Hash and cut a file: "sha256", "bytes", and "splits" (the fields of each); `FileIndex.load` reads them.
 
     Raises:
         UserError: it can't be read.
@@ -82,19 +82,19 @@ def index_file(file: FileToIndex) -> dict[str, Any]:
     size = path.stat().st_size
     try:
         if kind in ("jsonl", "lines") and not compression_of(path):
-            sha256, pieces = _cut_text(path, kind, size, file.slice_bytes)
+            sha256, splits = _cut_text(path, kind, size, file.slice_bytes)
         else:
             with open(path, "rb") as stream:
                 sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             about = size * COMPRESSED_TEXT if compression_of(path) else size
-            pieces = _cut_table(path, kind, file) or [Piece(file.path, kind, 0, size, 1, about)]
+            splits = _cut_table(path, kind, file) or [FileSplit(file.path, kind, 0, size, 1, about)]
     except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}); mend or replace the file") from error
-    return {"sha256": sha256, "bytes": size, "pieces": [asdict(piece) for piece in pieces]}
+        raise UserError(f"{path}: can't be read ({error.strerror}); fix or replace the file") from error
+    return {"sha256": sha256, "bytes": size, "splits": [asdict(split) for split in splits]}
 
 
-def _cut_table(path: Path, kind: Format, file: FileToIndex) -> list[Piece]:
-    """The pieces of a parquet or arrow file; none of one that is damaged, which reading it will say."""
+def _cut_table(path: Path, kind: Format, file: FileToIndex) -> list[FileSplit]:
+    """The splits of a parquet or arrow file; none of one that is damaged, which reading it will say."""
     try:
         if kind == "parquet":
             return _cut_parquet(path, file.text_field, file.slice_bytes)
@@ -103,7 +103,7 @@ def _cut_table(path: Path, kind: Format, file: FileToIndex) -> list[Piece]:
         return []
 
 
-def _cut_text(path: Path, kind: Format, size: int, slice_bytes: int) -> tuple[str, list[Piece]]:
+def _cut_text(path: Path, kind: Format, size: int, slice_bytes: int) -> tuple[str, list[FileSplit]]:
     """The hash, and byte ranges of equal length with the number of the first row that begins in each."""
     digest = hashlib.sha256()
     cuts = list(range(0, size, slice_bytes))
@@ -121,11 +121,12 @@ def _cut_text(path: Path, kind: Format, size: int, slice_bytes: int) -> tuple[st
     rows = [1, *(2 + count for count in newlines_before[1:])]
     stops = [*cuts[1:], size]
     return digest.hexdigest(), [
-        Piece(str(path), kind, cut, stop, row, stop - cut) for cut, stop, row in zip(cuts, stops, rows, strict=True)
+        FileSplit(str(path), kind, cut, stop, row, stop - cut)
+        for cut, stop, row in zip(cuts, stops, rows, strict=True)
     ]
 
 
-def _cut_parquet(path: Path, text_field: str, slice_bytes: int) -> list[Piece]:
+def _cut_parquet(path: Path, text_field: str, slice_bytes: int) -> list[FileSplit]:
     metadata = pq.ParquetFile(path).metadata
     sizes, rows = [], []
     for number in range(metadata.num_row_groups):
@@ -137,7 +138,7 @@ def _cut_parquet(path: Path, text_field: str, slice_bytes: int) -> list[Piece]:
     return _runs(str(path), "parquet", sizes, rows, slice_bytes)
 
 
-def _cut_arrow(path: Path, slice_bytes: int) -> list[Piece]:
+def _cut_arrow(path: Path, slice_bytes: int) -> list[FileSplit]:
     sizes, rows = [], []
     for batch in arrow_batches(path):
         sizes.append(batch.nbytes)
@@ -161,27 +162,27 @@ def arrow_batches(path: Path, start: int = 0, stop: int | None = None) -> Iterat
                 yield batch
 
 
-def _runs(file: str, kind: Format, sizes: list[int], rows: list[int], slice_bytes: int) -> list[Piece]:
+def _runs(file: str, kind: Format, sizes: list[int], rows: list[int], slice_bytes: int) -> list[FileSplit]:
     """Neighbouring row groups or batches, as many as make a slice."""
-    pieces: list[Piece] = []
+    splits: list[FileSplit] = []
     start, size, first_row, row = 0, 0, 1, 1
     for number, (group_size, group_rows) in enumerate(zip(sizes, rows, strict=True)):
         size += group_size
         row += group_rows
         if size >= slice_bytes or number == len(sizes) - 1:
-            pieces.append(Piece(file, kind, start, number + 1, first_row, size))
+            splits.append(FileSplit(file, kind, start, number + 1, first_row, size))
             start, size, first_row = number + 1, 0, row
-    return pieces
+    return splits
 
 
-def pack(pieces: list[Piece], slice_bytes: int) -> list[list[Piece]]:
+def pack(splits: list[FileSplit], slice_bytes: int) -> list[list[FileSplit]]:
     """Neighbours that together are about a slice, such as many small files."""
-    slices: list[list[Piece]] = []
+    slices: list[list[FileSplit]] = []
     size = slice_bytes
-    for piece in pieces:
-        if size + piece.size > slice_bytes:
+    for split in splits:
+        if size + split.size > slice_bytes:
             slices.append([])
             size = 0
-        slices[-1].append(piece)
-        size += piece.size
+        slices[-1].append(split)
+        size += split.size
     return slices

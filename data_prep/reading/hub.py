@@ -96,7 +96,7 @@ def content_of(source: HubSource) -> str:
 
 
 def count_files(source: HubSource) -> int:
-    """How many data files the split has: the stream's own shards, one a slice."""
+    """How many data files the split has: the stream's own shards, one per slice."""
     return int(_stream(source).num_shards)
 
 

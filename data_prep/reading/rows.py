@@ -1,4 +1,4 @@
-"""A piece of a file to its rows: one small reader a format. None of them ever holds a whole file."""
+"""A split of a file to its rows, with a small reader per format. None of them ever holds a whole file."""
 
 import gzip
 import io
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import zstandard
 
 from common.errors import UserError
-from data_prep.reading.file_splits import Piece, arrow_batches
+from data_prep.reading.file_splits import FileSplit, arrow_batches
 from data_prep.reading.hub import read_hub
 from data_prep.reading.sources import compression_of
 
@@ -21,7 +21,7 @@ BATCH_ROWS = 256
 
 
 class BadRow(Exception):
-    """What is wrong with a row, and how to mend it. With `ends`, nothing after it in its file can be read."""
+    """What is wrong with a row, and how to fix it. With `ends`, nothing after it in its file can be read."""
 
     def __init__(self, problem: str, *, ends: bool = False) -> None:
         super().__init__(problem)
@@ -32,42 +32,42 @@ Fields = dict[str, Any]
 Row = tuple[int, Fields | BadRow]  # its number in the file, from 1, and its fields or what is wrong with it
 
 
-def read_rows(piece: Piece, columns: list[str], text_field: str, max_bytes: int) -> Iterator[Row]:
-    """Every row of a piece in order; `columns` are the fields that are wanted, where only some can be read.
+def read_rows(split: FileSplit, columns: list[str], text_field: str, max_bytes: int) -> Iterator[Row]:
+    """Every row of a split in order; `columns` are the fields that are wanted, where only some can be read.
 
     A row that can't be read comes as a :class:`BadRow`; if it breaks off the file, it is the last.
     """
-    path, row = Path(piece.file), piece.first_row - 1
+    path, row = Path(split.file), split.first_row - 1
     try:
-        for row, fields in _rows(piece, path, columns, text_field, max_bytes):
+        for row, fields in _rows(split, path, columns, text_field, max_bytes):
             yield row, fields
     except (OSError, EOFError, zlib.error, zstandard.ZstdError, pa.ArrowException) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(f"{path}: can't be read ({error.strerror}); mend or replace the file") from error
+            raise UserError(f"{path}: can't be read ({error.strerror}); fix or replace the file") from error
         reason = " ".join(str(error).split())[:160]
-        yield row + 1, BadRow(f"can't be read from here on ({reason}); mend or replace the file", ends=True)
+        yield row + 1, BadRow(f"can't be read from here on ({reason}); fix or replace the file", ends=True)
 
 
-def _rows(piece: Piece, path: Path, columns: list[str], text_field: str, max_bytes: int) -> Iterator[Row]:
-    if piece.format == "parquet":
-        yield from _parquet(piece, columns)
-    elif piece.format == "arrow":
-        yield from _arrow(piece, columns)
-    elif piece.format == "hub":
-        yield from enumerate(read_hub(piece.file, piece.start, columns), start=1)
-    elif piece.format == "text":
+def _rows(split: FileSplit, path: Path, columns: list[str], text_field: str, max_bytes: int) -> Iterator[Row]:
+    if split.format == "parquet":
+        yield from _parquet(split, columns)
+    elif split.format == "arrow":
+        yield from _arrow(split, columns)
+    elif split.format == "hub":
+        yield from enumerate(read_hub(split.file, split.start, columns), start=1)
+    elif split.format == "text":
         with _open(path) as stream:
             content = stream.read(max_bytes + 1)
             too_long = len(content) > max_bytes
             yield 1, _too_long(f"over {max_bytes:,}", max_bytes) if too_long else _text(content, text_field)
     else:
-        read = _json if piece.format == "jsonl" else _text
+        read = _json if split.format == "jsonl" else _text
         with _open(path) as stream:
-            stop = None if compression_of(path) else piece.stop
-            for row, line in _lines(stream, piece, stop, max_bytes):
+            stop = None if compression_of(path) else split.stop
+            for row, line in _lines(stream, split, stop, max_bytes):
                 if isinstance(line, BadRow):
                     yield row, line
-                elif line.strip():  # a line break at the end is no row
+                elif line.strip():  # a line break at the end is not a row
                     yield row, read(line, text_field)
 
 
@@ -115,16 +115,18 @@ class _WholeZst(io.RawIOBase):
         super().close()
 
 
-def _lines(stream: IO[bytes], piece: Piece, stop: int | None, max_bytes: int) -> Iterator[tuple[int, bytes | BadRow]]:
-    """Lines that begin in the piece, with their numbers; of one that is too long, only its length is kept."""
-    position = piece.start
+def _lines(
+    stream: IO[bytes], split: FileSplit, stop: int | None, max_bytes: int
+) -> Iterator[tuple[int, bytes | BadRow]]:
+    """Lines that begin in the split, with their numbers; of one that is too long, only its length is kept."""
+    position = split.start
     if position:
-        position -= 1  # a row that begins at the cut is the piece's, so the byte before decides
+        position -= 1  # a row that begins at the cut is the split's, so the byte before decides
         stream.seek(position)
         while (skipped := stream.readline(1 << 20)) and not skipped.endswith(b"\n"):
             position += len(skipped)
         position += len(skipped)
-    row = piece.first_row
+    row = split.first_row
     while stop is None or position < stop:
         line = stream.readline(max_bytes + 1)
         if not line:
@@ -161,7 +163,7 @@ def _json(line: bytes, text_field: str) -> Fields | BadRow:
         fields = json.loads(text)
     except (ValueError, RecursionError) as error:
         nul = "it holds NUL bytes; " if "\0" in text else ""
-        return BadRow(f"not JSON ({nul}{error}); mend the row")
+        return BadRow(f"not JSON ({nul}{error}); fix the row")
     if not isinstance(fields, dict):
         return BadRow(f'not a JSON object; write rows as {{"{text_field}": …}}')
     return fields
@@ -172,19 +174,19 @@ def _text(content: bytes, text_field: str) -> Fields | BadRow:
     return text if isinstance(text, BadRow) else {text_field: text}
 
 
-def _parquet(piece: Piece, columns: list[str]) -> Iterator[Row]:
-    with pq.ParquetFile(piece.file, buffer_size=1 << 20) as file:
+def _parquet(split: FileSplit, columns: list[str]) -> Iterator[Row]:
+    with pq.ParquetFile(split.file, buffer_size=1 << 20) as file:
         known = [name for name in columns if name in file.schema_arrow.names] or file.schema_arrow.names[:1]
-        row = piece.first_row
-        groups = range(piece.start, piece.stop)
+        row = split.first_row
+        groups = range(split.start, split.stop)
         for batch in file.iter_batches(BATCH_ROWS, row_groups=groups, columns=known, use_threads=False):
             yield from _batch_rows(batch, row)
             row += batch.num_rows
 
 
-def _arrow(piece: Piece, columns: list[str]) -> Iterator[Row]:
-    row = piece.first_row
-    for batch in arrow_batches(Path(piece.file), piece.start, piece.stop):
+def _arrow(split: FileSplit, columns: list[str]) -> Iterator[Row]:
+    row = split.first_row
+    for batch in arrow_batches(Path(split.file), split.start, split.stop):
         known = [name for name in columns if name in batch.schema.names] or batch.schema.names[:1]
         for start in range(0, batch.num_rows, BATCH_ROWS):
             part = batch.select(known).slice(start, BATCH_ROWS)

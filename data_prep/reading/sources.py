@@ -19,7 +19,7 @@ def compression_of(file: Path) -> str:
 
 
 def format_of(file: Path, text_unit: str = "file") -> Format | None:
-    """A file's format by its suffix, .gz and .zst aside; None where it is none that can be read."""
+    """A file's format by its suffix, .gz and .zst aside; None where it can't be read."""
     compressed = bool(compression_of(file))
     found = _SUFFIXES.get((file.with_suffix("") if compressed else file).suffix.lower())
     if compressed and found in ("parquet", "arrow"):
@@ -42,7 +42,7 @@ def source_files(source: SourceConfig) -> list[Path]:
     elif any(letter in source.path for letter in "*?["):
         files = sorted(Path(name) for name in glob.glob(source.path, recursive=True) if Path(name).is_file())
         if not files:
-            raise UserError(f"{path}: no file is named so; mend the glob")
+            raise UserError(f"{path}: no file matches; fix the glob")
     else:
         raise UserError(f"{path}: does not exist; name a {known_formats()} file, a folder of them or a glob")
     for file in files:

@@ -33,7 +33,7 @@ def pictures(statistics: StoreStatistics) -> list[Picture]:
     """All of them; the last only where anything was dropped."""
     found = [
         Picture(
-            _bars({name: part_of(entry).fertility for name, entry in statistics.sets.items()}, "tokens a word"),
+            _bars({name: part_of(entry).fertility for name, entry in statistics.sets.items()}, "tokens per word"),
             "Fertility",
             "Tokens the tokenizer needs for a word (for a character where words have no spaces): a language it was "
             f"made for has 1.2 to 2.5; above {MOST_FERTILITY:g} it hardly knows the language.",
@@ -41,9 +41,9 @@ def pictures(statistics: StoreStatistics) -> list[Picture]:
         Picture(
             _bars(
                 {name: part_of(entry).characters_per_token for name, entry in statistics.sets.items()},
-                "characters a token",
+                "characters per token",
             ),
-            "Characters a token",
+            "Characters per token",
             "How much text a token holds: more means more text in a sequence and less work for the same text.",
         ),
         Picture(

@@ -15,7 +15,7 @@ def write_page(store: TokenStore, path: Path) -> None:
     page = render(
         Path(__file__).with_name("page.html"),
         [chart.figure for chart in charts],
-        manifest=store.any,
+        manifest=store.any_manifest,
         key=content_key(store.keys),
         sets=statistics.sets,
         part_of=part_of,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from data_prep.dedup.word_shingles import is_without_spaces, words_of
 
 SAMPLE_CHARACTERS = 200_000  # of each slice, whose words are counted: enough for a mean, little time
-# Tokens a word above which a tokenizer hardly knows a language: languages it was trained on have 1.2 to 2.5. Scripts
+# Tokens per word above which a tokenizer hardly knows a language: languages it was trained on have 1.2 to 2.5. Scripts
 # without spaces count each character as a word; there a known language has about 0.7, one that falls to bytes 2 to 3.
 MOST_FERTILITY = 4.0
 MOST_FERTILITY_WITHOUT_SPACES = 1.6
@@ -45,7 +45,7 @@ class Tally:
             self.sample["words_without_spaces"] += sum(map(is_without_spaces, words))
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, as JSON."""
+        """All of it, by the names of the fields; "lengths" by the bits of a document's number of tokens."""
         return {
             "documents": self.documents,
             "tokens": self.tokens,
@@ -75,9 +75,9 @@ class LengthBin(BaseModel):
 
 
 class PartStatistics(BaseModel):
-    """One part of a set. Tokens a character, word and byte are of its text, without BOS and separators.
+    """One part of a set. Tokens per character, word and byte are of its text, without BOS and separators.
 
-    `fertility` is tokens a word, over a sample of each slice; `warning` says where it is too high.
+    `fertility` is tokens per word, over a sample of each slice; `warning` says where it is too high.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -124,10 +124,10 @@ def fertility_warning(name: str, language: str, part: PartStatistics) -> str | N
     limit = math.exp((1 - without) * math.log(MOST_FERTILITY) + without * math.log(MOST_FERTILITY_WITHOUT_SPACES))
     if part.fertility <= limit:
         return None
-    unit = "character" if without > 0.5 else "word"
+    unit, usual = ("character", "0.7") if without > 0.5 else ("word", "1.2 to 2.5")
     return (
-        f"set {name}: the tokenizer hardly knows {language}: {part.fertility:.1f} tokens a {unit} (a language it "
-        f"knows has {'0.7' if without > 0.5 else '1.2 to 2.5'}), {part.characters_per_token:.2f} characters a token: "
+        f"set {name}: the tokenizer hardly knows {language}: {part.fertility:.1f} tokens per {unit} (a language "
+        f"it knows has {usual}), {part.characters_per_token:.2f} characters per token: "
         "sequences hold little text, and training and generation cost more; consider a tokenizer that knows it"
     )
 

@@ -27,7 +27,7 @@ def stored(write_rows: Any, save_tokenizer: Any, folder: Path, texts: list[str],
 
 
 def texts_of(store: TokenStore) -> set[str]:
-    tokenizer = AutoTokenizer.from_pretrained(store.any.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(store.any_manifest.tokenizer)
     shards = [store.train("el"), store.held_out("el")]
     return {tokenizer.decode(s.document(i)[:-1]) for s in shards for i in range(s.num_documents)}
 
@@ -56,7 +56,7 @@ def test_documents_in_another_language_are_dropped(write_rows: Any, save_tokeniz
     store = stored(write_rows, save_tokenizer, tmp_path, [*GREEK, *ENGLISH[:7]], filters={"language": {}})
     assert store.sets["el"].manifest.dropped["language"].documents == 7
     assert texts_of(store) == set(GREEK)
-    assert "py3langid" in str(store.any.settings["text"])
+    assert "py3langid" in str(store.any_manifest.settings["text"])
 
 
 def test_a_set_may_have_another_label_than_its_language(write_rows: Any, save_tokenizer: Any, tmp_path: Path) -> None:

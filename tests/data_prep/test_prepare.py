@@ -93,7 +93,7 @@ def test_tokens_that_are_scored_exclude_bos_and_separator(two_languages, save_to
     store = prepare(two_languages, folder, 300, tmp_path / "cache", seed=17)
     assert store.begins_with_bos
     shard = store.train("el")
-    assert all(shard.document(i)[0] == store.any.bos_id for i in range(shard.num_documents))
+    assert all(shard.document(i)[0] == store.any_manifest.bos_id for i in range(shard.num_documents))
     scored = [document.tokens for document in store.held_out_documents("el")]
     assert scored == list(store.held_out("el").lengths - 2)
 

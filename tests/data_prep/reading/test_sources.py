@@ -14,25 +14,25 @@ from common.errors import UserError
 from common.files import write_json
 from data_prep.config import SourceConfig
 from data_prep.reading.documents import BadRows, Document, Reading, read_documents
-from data_prep.reading.file_splits import FileIndex, FileToIndex, Piece, index_file, pack
+from data_prep.reading.file_splits import FileIndex, FileSplit, FileToIndex, index_file, pack
 from data_prep.reading.sources import source_files
 
 
-def pieces_of(path: Path | str, slice_bytes: int = 1 << 20, **fields: Any) -> list[Piece]:
+def splits_of(path: Path | str, slice_bytes: int = 1 << 20, **fields: Any) -> list[FileSplit]:
     source = SourceConfig(path=str(path), **fields)
     found = []
     for file in source_files(source):
         asked = FileToIndex(str(file), source.text_field, source.text_unit, slice_bytes)
         index = Path(str(file) + ".index")
         write_json(index, index_file(asked))
-        found += FileIndex.load(index).pieces
+        found += FileIndex.load(index).splits
         index.unlink()
     return found
 
 
 def documents(path: Path | str, slice_bytes: int = 1 << 20, unit: str = "file", **reading: Any) -> list[Document]:
     found = []
-    for part in pack(pieces_of(path, slice_bytes, text_unit=unit), slice_bytes):
+    for part in pack(splits_of(path, slice_bytes, text_unit=unit), slice_bytes):
         found += read_documents(part, Reading(**reading), BadRows())
     return found
 
@@ -94,8 +94,8 @@ def test_every_format_gives_every_row_once_with_its_number_however_it_is_sliced(
     ("kind", "several"), [(".jsonl", True), (".parquet", True), (".arrow", True), (".jsonl.gz", False)]
 )
 def test_what_can_be_read_in_parts_is_cut(tmp_path: Path, kind: str, several: bool) -> None:
-    pieces = pieces_of(write_many(tmp_path / "x", kind), 2000)
-    assert (len(pieces) > 3) is several
+    splits = splits_of(write_many(tmp_path / "x", kind), 2000)
+    assert (len(splits) > 3) is several
 
 
 def test_a_cut_may_fall_anywhere_in_a_line(tmp_path: Path) -> None:
@@ -110,9 +110,9 @@ def test_a_cut_may_fall_anywhere_in_a_line(tmp_path: Path) -> None:
 def test_small_neighbours_share_a_slice(tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / f"{number:02d}.txt").write_text(f"text number {number}")
-    slices = pack(pieces_of(tmp_path), 100)
+    slices = pack(splits_of(tmp_path), 100)
     assert 4 <= len(slices) <= 10
-    assert [piece.file for part in slices for piece in part] == [str(tmp_path / f"{n:02d}.txt") for n in range(40)]
+    assert [split.file for part in slices for split in part] == [str(tmp_path / f"{n:02d}.txt") for n in range(40)]
 
 
 def test_jsonl_rows_keep_their_row_numbers_and_pages(rows: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_glob_names_files_at_any_depth(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
     assert [text for text, _, _ in read(str(tmp_path / "x/**/*.jsonl"))] == ["x/a.jsonl", "x/y/b.jsonl"]
-    with pytest.raises(UserError, match="no file is named so"):
+    with pytest.raises(UserError, match="no file matches"):
         read(str(tmp_path / "x/*.parquet"))
 
 
