@@ -103,7 +103,7 @@ class Benchmark:
         run = load_run(run_file, [])
         steps = RunContext(run)
         self.ranks, self.folder = ranks, run.folder / "benchmark"
-        identity = {"model": steps.model_hash, "plan": steps.plan.experts_key, "tokenizer": "", "settings": ""}
+        identity = steps.identity(1)
         stage = find_stage(run, 1)
         inputs = StageInputs(run, stage, steps.plan, steps.store, steps.upcycled, self.folder / "stage1", identity)
         self.state = TrainingState.start(inputs, ranks)

@@ -16,6 +16,7 @@ from pipeline.checkpoint.optimizer_state import SavedOptimizer
 from pipeline.checkpoint.tensors import expert_file, load_tensors, router_optimizer_file, save_tensors
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.backbone import moe_layers
+from pipeline.records.checkpoint import FileEntry
 
 _EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt$")
 _EXPERT_KEY = re.compile(r"(\.deepspeed_experts\.)(\d+)(\.)")
@@ -43,7 +44,7 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
         self.trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.dims = dims
         self.saved_by_others: SavedOptimizer | None = None
-        self.files: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, FileEntry] = {}
         self.error: OSError | None = None
 
     def save(self, state_dict: Any, path: str) -> None:

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from pipeline.checkpoint.store import MANIFEST, complete_tags, read_manifest
+from pipeline.checkpoint.store import MANIFEST, complete_tags, read_files, read_manifest
 from pipeline.checkpoint.verify import damaged_files
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.checkpoint import CheckpointManifest, FileEntry, UpcycledManifest
 
 _KINDS = {
     "experts": ("layer_", "_model_states.pt"),
@@ -40,40 +41,58 @@ def verify_text(folder: Path) -> str:
     bad = damaged_files(folder)
     if bad:
         raise UserError(f"{folder}: {', '.join(bad)} damaged or missing; use an earlier checkpoint")
-    files = read_manifest(folder)["files"]
-    return f"{folder}: sound ({len(files)} files, {sum(e['bytes'] for e in files.values()) / 1e9:.2f} GB)"
+    return f"{folder}: sound ({_size(read_files(folder))})"
 
 
 def inspect_text(folder: Path) -> str:
     """Step, samples, ranks, plan, ancestry and sizes, one per line."""
-    manifest = read_manifest(folder)
-    plan = ExpertPlan.model_validate(manifest.get("expert_plan") or manifest["plan"])
     rows: list[tuple[str, Any]] = [("checkpoint", folder)]
-    for key in ("stage", "step", "samples", "ranks", "ep_size", "resized_from", "dtype", "best_value"):
-        if key in manifest:
-            rows.append((key.replace("_", " "), manifest[key]))
-    if "skipped_steps" in manifest:
-        rows.append(("skipped steps", manifest["skipped_steps"]["count"]))
-    if "stage1" in manifest:
-        rows.append(("experts from", f"stage1/{manifest['stage1']['tag']}"))
-    rows.append(("model", manifest["model"]))
-    rows.append(("experts", f"{sum(plan.counts)} ({sum(plan.num_new)} new), top {plan.top_k}, by layer:"))
-    rows.append(("", " ".join(map(str, plan.counts))))
-    rows.append(("classifiers", " ".join(map(str, plan.classifier_layers)) or "none"))
+    try:
+        manifest = read_manifest(folder, CheckpointManifest)
+    except UserError:
+        upcycled = read_manifest(folder, UpcycledManifest)
+        rows += [
+            ("dtype", upcycled.dtype),
+            ("model", upcycled.model),
+            *_plan(ExpertPlan.model_validate(upcycled.plan)),
+        ]
+        return _text(rows + _sizes(upcycled.files))
+    for key in ("stage", "step", "samples", "ranks", "ep_size", "resized_from", "best_value"):
+        if getattr(manifest, key) is not None:
+            rows.append((key.replace("_", " "), getattr(manifest, key)))
+    rows.append(("skipped steps", manifest.skipped_steps["count"]))
+    if manifest.identity.stage1 is not None:
+        rows.append(("experts from", f"stage1/{manifest.identity.stage1.tag}"))
+    rows += [("model", manifest.identity.model), *_plan(ExpertPlan.model_validate(manifest.expert_plan))]
+    return _text(rows + _sizes(manifest.files))
+
+
+def _plan(plan: ExpertPlan) -> list[tuple[str, Any]]:
+    rows = [
+        ("experts", f"{sum(plan.counts)} ({sum(plan.num_new)} new), top {plan.top_k}, by layer:"),
+        ("", " ".join(map(str, plan.counts))),
+        ("classifiers", " ".join(map(str, plan.classifier_layers)) or "none"),
+    ]
     for number, round_ in enumerate(plan.rounds):
         languages = " ".join(round_.languages) or "-"
         rows.append((f"round {number}", f"{languages}: {sum(round_.num_new)} experts from {round_.source}"))
-    rows += _sizes(manifest["files"])
+    return rows
+
+
+def _sizes(files: dict[str, FileEntry]) -> list[tuple[str, Any]]:
+    kinds = {
+        kind: {name: entry for name, entry in files.items() if _is_of(name, start, end)}
+        for kind, (start, end) in _KINDS.items()
+    }
+    return [*((kind, _size(found)) for kind, found in kinds.items() if found), ("in all", _size(files))]
+
+
+def _size(files: dict[str, FileEntry]) -> str:
+    return f"{sum(entry.bytes for entry in files.values()) / 1e9:.3f} GB in {len(files)} files"
+
+
+def _text(rows: list[tuple[str, Any]]) -> str:
     return "\n".join(f"{name:22}{value}" for name, value in rows)
-
-
-def _sizes(files: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
-    rows = []
-    for kind, (start, end) in _KINDS.items():
-        sizes = [e["bytes"] for name, e in files.items() if _is_of(name, start, end)]
-        if sizes:
-            rows.append((kind, f"{sum(sizes) / 1e9:.3f} GB in {len(sizes)} files"))
-    return [*rows, ("in all", f"{sum(e['bytes'] for e in files.values()) / 1e9:.3f} GB in {len(files)} files")]
 
 
 def _is_of(name: str, start: str, end: str) -> bool:

@@ -4,17 +4,17 @@ import mmap
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from common.errors import UserError
-from common.files import fsync_path, new_folder, sha256_file, write_text
+from common.files import fsync_path, new_folder, write_text
 from common.progress import progress
 from pipeline.checkpoint.optimizer_state import SavedOptimizer
-from pipeline.checkpoint.store import MANIFEST, complete_tags, read_manifest, write_manifest
+from pipeline.checkpoint.store import MANIFEST, complete_tags, read_files, read_manifest, write_manifest
 from pipeline.checkpoint.tensors import (
     expert_file,
+    file_entry,
     load_tensors,
     main_file,
     optimizer_file,
@@ -24,6 +24,7 @@ from pipeline.checkpoint.tensors import (
 from pipeline.checkpoint.verify import damaged_files
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.checkpoint import CheckpointManifest
 
 
 def resize(folder: Path, dims: ParallelDims) -> Path:
@@ -42,8 +43,14 @@ def resize(folder: Path, dims: ParallelDims) -> Path:
     Raises:
         UserError: the checkpoint is damaged, or some rank would hold no expert.
     """
-    manifest = _manifest(folder)
-    plan = ExpertPlan.model_validate(manifest["expert_plan"])
+    read_files(folder)  # names damage
+    try:
+        manifest = read_manifest(folder, CheckpointManifest)
+    except UserError as error:
+        raise UserError(
+            f"{folder}: is not a training checkpoint ({error}); name one such as runs/NAME/stage1/step000050"
+        ) from error
+    plan = ExpertPlan.model_validate(manifest.expert_plan)
     plan.placement(dims.ep_size)
     bad = damaged_files(folder)
     if bad:
@@ -56,23 +63,13 @@ def resize(folder: Path, dims: ParallelDims) -> Path:
         main = load_tensors(folder / main_file())
         save_tensors({**main, "dp_world_size": dims.world_size}, temporary / main_file())
         _write_optimizer(folder, temporary, manifest, plan, dims)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(temporary.iterdir())
-        }
+        files = {path.name: file_entry(path) for path in sorted(temporary.iterdir())}
         fsync_path(temporary)
-        changed = {"ranks": dims.world_size, "ep_size": dims.ep_size, "resized_from": folder.name}
-        write_manifest(temporary, {**manifest, **changed, "files": files})
+        changed = {"ranks": dims.world_size, "ep_size": dims.ep_size, "resized_from": folder.name, "files": files}
+        write_manifest(temporary, manifest.model_copy(update=changed))
     if complete_tags(folder.parent)[0] == target.name:
         write_text(folder.parent / "latest", target.name)
     return target
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    manifest = read_manifest(folder)
-    if "expert_plan" not in manifest or "ranks" not in manifest:
-        raise UserError(f"{folder}: is not a training checkpoint; name one such as runs/NAME/stage1/step000050")
-    return manifest
 
 
 def _link_experts(folder: Path, target: Path, plan: ExpertPlan) -> None:
@@ -87,13 +84,13 @@ def _link_experts(folder: Path, target: Path, plan: ExpertPlan) -> None:
 
 
 def _write_optimizer(
-    folder: Path, target: Path, manifest: dict[str, Any], plan: ExpertPlan, dims: ParallelDims
+    folder: Path, target: Path, manifest: CheckpointManifest, plan: ExpertPlan, dims: ParallelDims
 ) -> None:
     if (folder / router_optimizer_file(0)).is_file():  # stage 2: every rank holds all of it
         for ep_rank in range(dims.ep_size):
             shutil.copyfile(folder / router_optimizer_file(0), target / router_optimizer_file(ep_rank))
         return
-    saved = SavedOptimizer(folder, plan, ParallelDims(manifest["ranks"], manifest["ep_size"]))
+    saved = SavedOptimizer(folder, plan, ParallelDims(manifest.ranks, manifest.ep_size))
     with progress(dims.world_size, "resize", "rank") as bar:
         for rank in range(dims.world_size):
             _write_rank(saved, target / optimizer_file(rank, bf16=saved.bf16), dims.at_rank(rank))

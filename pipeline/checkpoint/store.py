@@ -5,28 +5,50 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deepspeed import comm as dist
 
 from common.errors import AgreedError, UserError
-from common.files import content_key, fsync_path, json_text, read_json, write_json, write_text
+from common.files import content_key, fsync_path, json_text, write_json, write_text
+from pipeline.records.checkpoint import CheckpointIdentity, CheckpointManifest, FileEntry, Manifest
+from pipeline.records.metrics import Best
+from pipeline.records.run_folder import BEST_FILE
 
 MANIFEST = "manifest.json"
 _CHECKSUM = "checksum"
+M = TypeVar("M", bound=Manifest)
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a folder's manifest, with a checksum of itself."""
-    write_json(folder / MANIFEST, {**manifest, _CHECKSUM: content_key(manifest)})
+    content = manifest.model_dump(mode="json")
+    write_json(folder / MANIFEST, {**content, _CHECKSUM: content_key(content)})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path, kind: type[M]) -> M:
     """Read a folder's manifest.
+
+    Args:
+        folder: of the weights.
+        kind: which manifest it is to be.
+
+    Raises:
+        UserError: it is missing, damaged or of another kind.
+    """
+    return kind.parse(_read_checked(folder), str(folder / MANIFEST))
+
+
+def read_files(folder: Path) -> dict[str, FileEntry]:
+    """The files that a folder's manifest names, whatever its kind.
 
     Raises:
         UserError: it is missing or damaged.
     """
+    return Manifest.parse({"files": _read_checked(folder)["files"]}, str(folder / MANIFEST)).files
+
+
+def _read_checked(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"{path}: does not exist, so {folder} is not a complete checkpoint; use another one")
@@ -42,7 +64,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def save_checkpoint(engine: Any, folder: Path, tag: str, manifest: dict[str, Any], keep: int) -> dict[str, float]:
+def save_checkpoint(engine: Any, folder: Path, tag: str, manifest: CheckpointManifest, keep: int) -> dict[str, float]:
     """Save on all ranks: files, then the manifest, then ``latest``. Then delete checkpoints that are no longer kept.
 
     Args:
@@ -66,9 +88,7 @@ def save_checkpoint(engine: Any, folder: Path, tag: str, manifest: dict[str, Any
         _remove_incomplete(folder)
         _remove(folder / tag)
     dist.barrier()
-    engine.save_checkpoint(
-        str(folder), tag=tag, client_state={"run": manifest}, save_latest=False, exclude_frozen_parameters=True
-    )
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False, exclude_frozen_parameters=True)
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, (files.files, _line(files.error)))
     complete = {name: entry for part, _ in gathered for name, entry in part.items()}
@@ -76,7 +96,7 @@ def save_checkpoint(engine: Any, folder: Path, tag: str, manifest: dict[str, Any
     if dist.get_rank() == 0 and problem[0] is None:
         try:
             fsync_path(folder / tag)
-            write_manifest(folder / tag, {**manifest, "files": dict(sorted(complete.items()))})
+            write_manifest(folder / tag, manifest.model_copy(update={"files": dict(sorted(complete.items()))}))
             write_text(folder / "latest", tag)
             prune(folder, tag, keep)
         except OSError as error:
@@ -90,7 +110,7 @@ def save_checkpoint(engine: Any, folder: Path, tag: str, manifest: dict[str, Any
             f"{folder / tag}: can't be written ({problem[0]}); checkpoints before it are unchanged; free some space, "
             "and check that the folder can be written"
         )
-    size = sum(entry["bytes"] for entry in complete.values())
+    size = sum(entry.bytes for entry in complete.values())
     return {"seconds": time.monotonic() - started, "gigabytes": size / 1e9}
 
 
@@ -101,16 +121,15 @@ def _line(error: OSError | None) -> str | None:
 
 
 def mark_best(folder: Path, tag: str, value: float) -> None:
-    """Write ``best.json``: the tag of the best checkpoint so far, and its bits per character."""
-    write_json(folder / "best.json", {"tag": tag, "bits_per_character": value})
+    """Note the best checkpoint so far, and its bits per character."""
+    Best(tag=tag, bits_per_character=value).save(folder / BEST_FILE)
 
 
-def best(folder: Path) -> dict[str, Any] | None:
-    """The best checkpoint's ``tag`` and ``bits_per_character``; None if none was marked."""
-    path = folder / "best.json"
+def best(folder: Path) -> Best | None:
+    """The best checkpoint; None if none was marked."""
     try:
-        return dict(read_json(path)) if path.is_file() else None
-    except (UserError, TypeError, ValueError):
+        return Best.load_if_there(folder / BEST_FILE)
+    except UserError:
         return None  # a damaged file counts as none
 
 
@@ -135,7 +154,7 @@ def prune(folder: Path, newest: str, keep: int) -> None:
     protected = {*kept, *_referred_to(folder)}
     marked = best(folder)
     if marked:
-        protected.add(marked["tag"])
+        protected.add(marked.tag)
     for tag in complete_tags(folder):
         if tag not in protected:
             _remove(folder / tag)
@@ -148,14 +167,15 @@ def _remove(checkpoint: Path) -> None:
 
 
 def _referred_to(folder: Path) -> set[str]:
-    """The tags of a stage whose experts another stage's checkpoints use: their manifests name it by the stage."""
-    found = set()
+    """The tags of a stage whose experts another stage's checkpoints use: their manifests name it."""
+    found: set[str] = set()
     for other in folder.parent.iterdir():
-        for tag in complete_tags(other) if other != folder else ():
+        for tag in complete_tags(other) if other != folder and folder.name == "stage1" else ():
             try:
-                found.add(read_manifest(other / tag)[folder.name]["tag"])
-            except (UserError, KeyError, TypeError):
+                experts = read_manifest(other / tag, CheckpointManifest).identity.stage1
+            except UserError:
                 continue
+            found.update({experts.tag} if experts else ())
     return found
 
 
@@ -166,20 +186,21 @@ def _remove_incomplete(folder: Path) -> None:
             shutil.rmtree(folder / tag, ignore_errors=True)
 
 
-def check_same_run(found: dict[str, Any], expected: dict[str, Any], where: Path) -> None:
+def check_same_run(found: CheckpointIdentity, expected: CheckpointIdentity, where: Path) -> None:
     """Refuse a checkpoint of another model, plan or tokenizer.
 
     Args:
-        found: the checkpoint's manifest.
-        expected: ``model``, ``plan`` and ``tokenizer`` of this run, content keys.
+        found: what the checkpoint is of.
+        expected: what this run's are of.
         where: the checkpoint.
 
     Raises:
         AgreedError: names what differs.
     """
     for key, what in (("model", "model"), ("plan", "expert plan"), ("tokenizer", "tokenizer")):
-        if found.get(key) != expected[key]:
+        theirs, ours = getattr(found, key), getattr(expected, key)
+        if theirs != ours:
             raise AgreedError(
-                f"{where}: is a checkpoint of another {what} ({found.get(key)}, this run has {expected[key]}); "
+                f"{where}: is a checkpoint of another {what} ({theirs}, this run has {ours}); "
                 "give the run another name, or delete its stage folders"
             )

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from common.errors import UserError
+from common.files import sha256_file
+from pipeline.records.checkpoint import FileEntry
 
 WRITE_AT_ONCE = 8 << 20  # bytes
 
@@ -96,7 +98,7 @@ class _HashingWriter:
             raise self.error
 
 
-def save_tensors(value: Any, path: Path) -> dict[str, Any]:
+def save_tensors(value: Any, path: Path) -> FileEntry:
     """Write with torch.save under a temporary name, sync, rename.
 
     Args:
@@ -123,7 +125,12 @@ def save_tensors(value: Any, path: Path) -> dict[str, Any]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return {"bytes": writer.bytes, "sha256": writer.hash.hexdigest()}
+    return FileEntry(bytes=writer.bytes, sha256=writer.hash.hexdigest())
+
+
+def file_entry(path: Path) -> FileEntry:
+    """A file's size and hash, read from the disk."""
+    return FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
 def load_tensors(path: Path) -> Any:

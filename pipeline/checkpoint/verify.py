@@ -9,8 +9,9 @@ import torch.distributed
 
 from common.errors import AgreedError, UserError
 from common.files import sha256_file
-from pipeline.checkpoint.store import MANIFEST, complete_tags, read_manifest, tags
+from pipeline.checkpoint.store import MANIFEST, complete_tags, read_files, tags
 from pipeline.distributed.process_group import Ranks
+from pipeline.records.checkpoint import FileEntry
 
 
 def damaged_files(folder: Path, names: Iterable[str] | None = None) -> list[str]:
@@ -21,7 +22,7 @@ def damaged_files(folder: Path, names: Iterable[str] | None = None) -> list[str]
         names: files to check; None checks all.
     """
     try:
-        files = read_manifest(folder)["files"]
+        files = read_files(folder)
     except UserError:
         return [MANIFEST]
     return [name for name in (files if names is None else names) if not _sound(folder / name, files[name])]
@@ -35,14 +36,14 @@ def damaged_weights(folder: Path) -> list[str]:
 def weight_files(folder: Path) -> list[str] | None:
     """Names of the files that hold weights; None if the manifest can't be read."""
     try:
-        return [name for name in read_manifest(folder)["files"] if name.endswith("model_states.pt")]
+        return [name for name in read_files(folder) if name.endswith("model_states.pt")]
     except UserError:
         return None
 
 
-def _sound(path: Path, entry: dict[str, Any]) -> bool:
+def _sound(path: Path, entry: FileEntry) -> bool:
     try:
-        return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_file(path) == entry["sha256"]
+        return path.is_file() and path.stat().st_size == entry.bytes and sha256_file(path) == entry.sha256
     except OSError:
         return False
 
@@ -55,7 +56,7 @@ def damaged_on_any_node(folder: Path, ranks: Ranks, names: Sequence[str] | None 
     torch.distributed.all_gather_object(hosts, socket.gethostname())
     here = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
     try:
-        wanted = sorted(read_manifest(folder)["files"] if names is None else names)
+        wanted = sorted(read_files(folder) if names is None else names)
     except UserError:
         wanted = []
     mine = damaged_files(folder, wanted[here.index(ranks.rank) :: len(here)])

@@ -9,11 +9,14 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import sha256_file
-from pipeline import checkpoint
+from pipeline.checkpoint.store import MANIFEST, best, check_same_run, complete_tags, read_manifest
+from pipeline.checkpoint.verify import damaged_weights
+from pipeline.checkpoint.weights import read_weights
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import moe_layers, move
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.checkpoint import CheckpointIdentity, CheckpointManifest
 
 
 @dataclass(frozen=True)
@@ -45,15 +48,15 @@ def find_checkpoint(stage_folders: dict[str, Path], tag: str) -> Path:
     if stage not in stage_folders:
         raise UserError(f"--checkpoint {tag}: unknown; use base, stage1, stage2, stage1/best or stage1/step000050")
     folder = stage_folders[stage]
-    tags = checkpoint.complete_tags(folder)
+    tags = complete_tags(folder)
     if which == "best":
-        marked = checkpoint.best(folder)
-        which = marked["tag"] if marked else "best"
+        marked = best(folder)
+        which = marked.tag if marked else "best"
     elif not which:
         which = tags[0] if tags else "any"
     if which not in tags:
         raise UserError(f"--checkpoint {tag}: {folder} holds no complete checkpoint {which}; it has {tags or 'none'}")
-    bad = checkpoint.damaged_weights(folder / which)
+    bad = damaged_weights(folder / which)
     if bad:
         raise UserError(
             f"--checkpoint {tag}: {folder / which}: {', '.join(bad)} damaged or missing; choose one of {tags}"
@@ -62,7 +65,7 @@ def find_checkpoint(stage_folders: dict[str, Path], tag: str) -> Path:
 
 
 def checkpoint_to_score(
-    stage_folders: dict[str, Path], label: str, identities: dict[int, dict[str, Any]], upcycled: Path
+    stage_folders: dict[str, Path], label: str, identities: dict[int, CheckpointIdentity], upcycled: Path
 ) -> Scored:
     """A checkpoint with the one of stage 1 that holds its experts, both verified.
 
@@ -76,15 +79,15 @@ def checkpoint_to_score(
         UserError: it is missing, damaged, or of another model, plan, tokenizer or stage 1.
     """
     folder = find_checkpoint(stage_folders, label)
-    manifest = checkpoint.read_manifest(folder)
-    checkpoint.check_same_run(manifest, identities[manifest["stage"]], folder)
+    manifest = read_manifest(folder, CheckpointManifest)
+    check_same_run(manifest.identity, identities[manifest.stage], folder)
     folders = [folder]
-    if manifest["stage"] == 2:
-        experts = find_checkpoint(stage_folders, f"stage1/{manifest['stage1']['tag']}")
-        if sha256_file(experts / checkpoint.MANIFEST) != manifest["stage1"]["manifest"]:
+    if manifest.identity.stage1 is not None:
+        experts = find_checkpoint(stage_folders, f"stage1/{manifest.identity.stage1.tag}")
+        if sha256_file(experts / MANIFEST) != manifest.identity.stage1.manifest:
             raise UserError(f"{folder}: was trained on another {experts} than lies there now; train stage 2 again")
         folders.insert(0, experts)
-    hashes = [sha256_file(path / checkpoint.MANIFEST) for path in folders]
+    hashes = [sha256_file(path / MANIFEST) for path in folders]
     return Scored(label, tuple(folders), {"upcycled": upcycled.name, "checkpoints": hashes})
 
 
@@ -95,7 +98,7 @@ def load_model(
     stage2 = any(folder.parent.name == "stage2" for folder in scored.folders)
     model = load_upcycled(upcycled, plan, dtype, dims, classifiers=stage2)
     for folder in scored.folders:
-        checkpoint.read_weights(model, folder)
+        read_weights(model, folder)
     move(model, device)
     if dims.ep_size > 1:
         for layer in moe_layers(model):

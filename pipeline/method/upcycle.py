@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.errors import UserError
-from common.files import new_folder, sha256_file, write_text
+from common.files import new_folder, write_text
 from common.progress import progress
-from pipeline.checkpoint import expert_file, main_file, read_weights, save_tensors, write_manifest
+from pipeline.checkpoint.store import write_manifest
+from pipeline.checkpoint.tensors import expert_file, file_entry, main_file, save_tensors
+from pipeline.checkpoint.weights import read_weights
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.backbone import (
     ONE_RANK,
@@ -27,6 +29,7 @@ from pipeline.model.backbone import (
 )
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe.experts import fused_weights
+from pipeline.records.checkpoint import UpcycledManifest
 
 TAG = "upcycled"
 HF_FOLDER = "hf"  # config and tokenizer, so that training does not need the dense model
@@ -57,13 +60,11 @@ class Parity:
         return self.max_abs_logit_difference <= self.tolerance
 
 
-def upcycle(
-    dense: Path, plan: ExpertPlan, samples: np.ndarray, target: Path, *, seed: int, model_hash: str
-) -> dict[str, Any]:
+def upcycle(dense: Path, plan: ExpertPlan, samples: np.ndarray, target: Path, *, seed: int, model_hash: str) -> None:
     """Write the upcycled checkpoint.
 
     It has three parts: the checkpoint proper in DeepSpeed's layout under ``upcycled/``, config and tokenizer under
-    ``hf/``, and a manifest with the dense model's hash, the plan, the figures below and each file's sha256.
+    ``hf/``, and a manifest (:class:`pipeline.records.checkpoint.UpcycledManifest`).
 
     Args:
         dense: folder of the dense model.
@@ -72,10 +73,6 @@ def upcycle(
         target: the folder to make; it appears only when all of it is written and the receipt is good.
         seed: of the routers' Xavier-normal initialisation.
         model_hash: of the dense model's files.
-
-    Returns:
-        ``parity`` (the receipt, with ``holds``), ``dtype``, ``dense_parameters``, ``mlp_parameters`` (of one layer)
-        and ``hidden_size``.
 
     Raises:
         UserError: the model's MLPs can't become experts, or the logits differ.
@@ -96,16 +93,15 @@ def upcycle(
                 f"{parity.max_abs_logit_difference:.3g} (allowed: {parity.tolerance:.3g}); nothing was written: "
                 "this model does more with its MLPs than decoder layers usually do, so it can't be upcycled"
             )
-        figures = {"parity": {**asdict(parity), "holds": parity.holds}, **shape}
-        files = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted((folder / TAG).iterdir())
-        }
-        write_manifest(
-            folder,
-            {"model": model_hash, "plan": plan.model_dump(mode="json"), "seed": seed, **figures, "files": files},
+        manifest = UpcycledManifest(
+            files={str(path.relative_to(folder)): file_entry(path) for path in sorted((folder / TAG).iterdir())},
+            model=model_hash,
+            plan=plan.model_dump(mode="json"),
+            seed=seed,
+            parity={**asdict(parity), "holds": parity.holds},
+            **shape,
         )
-    return figures
+        write_manifest(folder, manifest)
 
 
 def _config_dtype(dense: Path) -> str:

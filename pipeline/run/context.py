@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.files import content_key
 from common.remembered_hashes import RememberedHashes
@@ -13,6 +13,7 @@ from data_prep.prepare import plan_preparation
 from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.checkpoint import CheckpointIdentity
 from pipeline.records.run_folder import PLAN_FILE, RunFolder
 
 if TYPE_CHECKING:
@@ -108,10 +109,10 @@ class RunContext:
 
         return find_stage(self.run, number)
 
-    def identity(self, number: int) -> dict[str, Any]:
-        """What the checkpoints of a stage are of: ``model``, ``plan`` and ``tokenizer``, content keys."""
+    def identity(self, number: int) -> CheckpointIdentity:
+        """What the checkpoints of a stage are of."""
         plan = self.stage(number).plan_key(self.plan)
-        return {"model": self.model_hash, "plan": plan, "tokenizer": self.store.tokenizer_key}
+        return CheckpointIdentity(model=self.model_hash, plan=plan, tokenizer=self.store.tokenizer_key)
 
     @property
     def stages(self) -> list[str]:

@@ -1,12 +1,13 @@
 """The steps before training: text to tokens, similarity, allocation, upcycling."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from common.files import content_key, read_json, sha256_file, write_json
+from common.files import content_key, sha256_file, write_json
 from common.launch_environment import is_first_rank
 from data_prep.prepare import kept_keys, prepare
 from pipeline.method.allocation import allocate, clamp_similarity, classifier_layers
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.run_folder import PLAN_FILE, SIMILARITY_FILE, STATISTICS_FILE
 from pipeline.records.similarity import Similarity
 from pipeline.run.context import RunContext
@@ -141,6 +142,8 @@ def upcycled_is_there(context: RunContext) -> bool:
 
 def upcycle_model(context: RunContext, _ranks: object) -> Result:
     """Dense model and plan to a native DeepSpeed-MoE checkpoint in the cache."""
+    from pipeline.checkpoint.store import read_manifest
+
     run = context.run
     target = run.cache_dir / "upcycled" / _upcycled_name(context)
     if target.is_dir():
@@ -151,14 +154,14 @@ def upcycle_model(context: RunContext, _ranks: object) -> Result:
         samples = _parity_samples(context)
         upcycle(context.dense, context.plan, samples, target, seed=run.seed, model_hash=context.model_hash)
     context.folder.link_upcycled(target)
-    manifest: dict[str, Any] = read_json(target / "manifest.json")
-    parity = manifest["parity"]
+    manifest = read_manifest(target, UpcycledManifest)
+    parity = manifest.parity
     print(
         f"upcycle: largest logit difference to the dense model {parity['max_abs_logit_difference']:.2g} "
         f"(logits up to {parity['max_abs_logit']:.0f}) on {parity['tokens']} tokens of real text, fp32",
         flush=True,
     )
-    figures = {key: manifest[key] for key in ("parity", "dense_parameters", "mlp_parameters")}
+    figures = manifest.model_dump(mode="json", include={"parity", "dense_parameters", "mlp_parameters"})
     return Result({"upcycled": target.name}, figures)
 
 

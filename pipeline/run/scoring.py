@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from common.files import content_key, read_json
+from common.files import content_key
+from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.evaluation import BASE, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
@@ -57,14 +58,15 @@ def evaluate_checkpoint(context: RunContext, tag: str, ranks: "Ranks | None") ->
 
 
 def _score(context: RunContext, tag: str | None, ranks: "Ranks | None") -> Evaluation:
+    from pipeline.checkpoint.store import read_manifest
     from pipeline.model.backbone import parameter_counts
 
     models, evaluate_models = models_to_score(context, tag), evaluator(context)
     if ranks is not None:
         evaluate_models.score(models, _missing(context, evaluate_models, models), ranks)
         ranks.wait()  # for the first rank's last file
-    upcycled = read_json(context.upcycled / "manifest.json")
-    sizes = (upcycled["dense_parameters"], upcycled["mlp_parameters"], upcycled["hidden_size"])
+    upcycled = read_manifest(context.upcycled, UpcycledManifest)
+    sizes = (upcycled.dense_parameters, upcycled.mlp_parameters, upcycled.hidden_size)
     return evaluate_models.result(models, parameter_counts(*sizes, context.plan))
 
 

@@ -2,10 +2,11 @@
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.files import content_key, read_json, sha256_file
+from pipeline.records.checkpoint import ExpertsFrom
 from pipeline.run.context import RunContext
 from pipeline.run.step import Inputs, Result
 
@@ -44,14 +45,14 @@ def check_stage(context: RunContext, number: int) -> None:
     Raises:
         UserError: a set has less than a sample, or the checkpoint that the stage starts from is gone.
     """
-    from pipeline.checkpoint.store import read_manifest
+    from pipeline.checkpoint.store import read_files
     from pipeline.training.sample_order import stage_order
 
     stage_order(context.store, context.run.data, context.stage(number), context.run.seed)
     experts = _starting_checkpoint(context, number)
     if experts is not None:
         try:
-            read_manifest(experts)
+            read_files(experts)
         except UserError as error:
             raise UserError(f"{error}; train {experts.parent.name} again with --force") from error
 
@@ -67,6 +68,7 @@ def _starting_checkpoint(context: RunContext, number: int) -> Path | None:
 
 def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | None:
     """Train a stage on this rank; None if it was asked to stop before its end."""
+    from pipeline.checkpoint.store import MANIFEST
     from pipeline.training.inputs import StageInputs
     from pipeline.training.monitors import finish_wandb_run, keep_wandb_run
     from pipeline.training.train import train_stage
@@ -80,10 +82,11 @@ def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | N
     ranks.wait()
     if ranks.is_first and run.log.wandb:
         keep_wandb_run(target)
-    identity: dict[str, Any] = context.identity(number) | {"settings": content_key(stage_inputs(context, number))}
     experts = _starting_checkpoint(context, number)
-    if experts is not None:
-        identity[experts.parent.name] = {"tag": experts.name, "manifest": sha256_file(experts / "manifest.json")}
+    origin = experts and ExpertsFrom(tag=experts.name, manifest=sha256_file(experts / MANIFEST))
+    identity = context.identity(number).model_copy(
+        update={"settings": content_key(stage_inputs(context, number)), "stage1": origin}
+    )
     inputs = StageInputs(run, stage, context.plan, context.store, context.upcycled, target, identity, experts)
     figures = train_stage(inputs, ranks)
     finish_wandb_run()

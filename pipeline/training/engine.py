@@ -8,7 +8,8 @@ from typing import Any
 import deepspeed
 from torch.optim.lr_scheduler import LambdaLR
 
-from pipeline import checkpoint
+from pipeline.checkpoint.engine import AtomicCheckpointEngine
+from pipeline.checkpoint.weights import read_weights
 from pipeline.config.run import StageConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.upcycle import load_upcycled
@@ -41,7 +42,7 @@ def build_engine(inputs: StageInputs, dims: ParallelDims, shape: BatchShape) -> 
         )
     # DeepSpeed writes this list into checkpoints, and by it means experts that have a file: all but expert 0.
     engine.num_experts = [layer.num_experts - 1 for layer in moe_layers(engine.module)]
-    engine.checkpoint_engine = checkpoint.AtomicCheckpointEngine(engine._config, engine.module, dims)
+    engine.checkpoint_engine = AtomicCheckpointEngine(engine._config, engine.module, dims)
     return engine
 
 
@@ -52,7 +53,7 @@ def _load_model(inputs: StageInputs, dims: ParallelDims, ds_config: dict[str, An
         inputs.upcycled, inputs.plan, training_dtype(ds_config), dims, classifiers=stage.has_classifiers
     )
     if inputs.stage1_checkpoint is not None:
-        checkpoint.read_weights(model, inputs.stage1_checkpoint)
+        read_weights(model, inputs.stage1_checkpoint)
     stage.train_only(model)
     model.train()
     if stage.settings.activation_checkpointing:

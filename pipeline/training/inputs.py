@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
 from pipeline.method.stage import Stage
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.checkpoint import CheckpointIdentity
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,7 @@ class StageInputs:
         store: the tokens.
         upcycled: folder of the upcycled checkpoint.
         folder: where checkpoints and metrics of the stage go.
-        identity: what its checkpoints are of: ``model``, ``plan`` and ``tokenizer`` (content keys), ``settings`` (of
-            all that the stage's result depends on), and for stage 2 ``stage1`` (``tag`` and ``manifest``, a sha256).
+        identity: what its checkpoints are of.
         stage1_checkpoint: for stage 2, the folder of the stage-1 checkpoint that holds the experts.
     """
 
@@ -32,5 +31,5 @@ class StageInputs:
     store: TokenStore
     upcycled: Path
     folder: Path
-    identity: dict[str, Any]
+    identity: CheckpointIdentity
     stage1_checkpoint: Path | None = None

@@ -5,8 +5,11 @@ import time
 from contextlib import redirect_stdout
 
 from common.errors import AgreedError
-from pipeline import checkpoint
+from pipeline.checkpoint.optimizer_state import SavedOptimizer
+from pipeline.checkpoint.store import check_same_run, complete_tags, mark_best, read_manifest, save_checkpoint
+from pipeline.checkpoint.verify import newest_sound_tag
 from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.records.checkpoint import CheckpointManifest
 from pipeline.training.state import TrainingState
 
 
@@ -17,27 +20,28 @@ def resume(state: TrainingState) -> None:
         AgreedError: it is of another model, plan or tokenizer, or of other settings.
     """
     inputs = state.inputs
-    tag, complaints = checkpoint.newest_sound_tag(inputs.folder, state.ranks)
+    tag, complaints = newest_sound_tag(inputs.folder, state.ranks)
     for complaint in complaints:
         state.ranks.say(complaint)
     if tag is None:
         return
     folder = inputs.folder / tag
-    manifest = checkpoint.read_manifest(folder)
-    checkpoint.check_same_run(manifest, inputs.identity, folder)
-    if manifest.get("settings") != inputs.identity.get("settings"):
+    manifest = read_manifest(folder, CheckpointManifest)
+    check_same_run(manifest.identity, inputs.identity, folder)
+    if manifest.identity.settings != inputs.identity.settings:
         raise AgreedError(
             f"{folder}: was saved with other settings of this stage; add --force to train the stage from its start, "
             "or give the run another name"
         )
-    saved_by = ParallelDims(manifest["ranks"], manifest["ep_size"])
+    saved_by = ParallelDims(manifest.ranks, manifest.ep_size)
     _load(state, tag, saved_by)
-    state.step, state.saved_tag = manifest["step"], tag
-    if manifest["best_tag"]:
-        state.best_value, state.best_tag = manifest["best_value"], manifest["best_tag"]
-        if state.ranks.is_first and state.best_tag in checkpoint.complete_tags(inputs.folder):
-            checkpoint.mark_best(inputs.folder, state.best_tag, state.best_value)
-    state.skipped_steps.load(manifest["skipped_steps"])
+    state.step, state.saved_tag = manifest.step, tag
+    if manifest.best_tag:
+        assert manifest.best_value is not None
+        state.best_value, state.best_tag = manifest.best_value, manifest.best_tag
+        if state.ranks.is_first and state.best_tag in complete_tags(inputs.folder):
+            mark_best(inputs.folder, state.best_tag, state.best_value)
+    state.skipped_steps.load(manifest.skipped_steps)
     others = f" (saved by {saved_by.world_size} ranks, ep_size {saved_by.ep_size})" if saved_by != state.dims else ""
     state.say(f"resumed from {folder}{others} after {state.step} steps")
 
@@ -46,7 +50,7 @@ def _load(state: TrainingState, tag: str, saved_by: ParallelDims) -> None:
     """Load weights, optimizer and schedule into the engine; the optimizer of other ranks is converted."""
     files = state.engine.checkpoint_engine
     if saved_by != state.dims:
-        files.saved_by_others = checkpoint.SavedOptimizer(state.inputs.folder / tag, state.inputs.plan, saved_by)
+        files.saved_by_others = SavedOptimizer(state.inputs.folder / tag, state.inputs.plan, saved_by)
     with redirect_stdout(io.StringIO()):
         state.engine.load_checkpoint(str(state.inputs.folder), tag=tag, load_module_strict=False)
     files.saved_by_others = None
@@ -63,22 +67,26 @@ def save(state: TrainingState) -> dict[str, float] | None:
     """
     if state.saved_tag.partition("-")[0] == state.tag:  # the tag of a resized one ends in its ranks
         return None
-    manifest = {
-        **state.inputs.identity,
-        "stage": state.stage.number,
-        "step": state.step,
-        "samples": state.progress["samples"],
-        "best_value": state.best_value if state.best_tag else None,
-        "best_tag": state.best_tag,
-        "skipped_steps": state.skipped_steps.state(),
-        "ranks": state.dims.world_size,
-        "ep_size": state.dims.ep_size,
-        "expert_plan": state.inputs.plan.model_dump(mode="json"),
-    }
     keep = state.inputs.run.checkpoint.keep
-    figures = checkpoint.save_checkpoint(state.engine, state.inputs.folder, state.tag, manifest, keep)
+    figures = save_checkpoint(state.engine, state.inputs.folder, state.tag, manifest_of(state), keep)
     state.saved_tag = state.tag
     return figures
+
+
+def manifest_of(state: TrainingState) -> CheckpointManifest:
+    """The manifest of a checkpoint that is saved now; its files are still to be added."""
+    return CheckpointManifest(
+        identity=state.inputs.identity,
+        stage=state.stage.number,
+        step=state.step,
+        samples=state.progress["samples"],
+        best_value=state.best_value if state.best_tag else None,
+        best_tag=state.best_tag,
+        skipped_steps=state.skipped_steps.state(),
+        ranks=state.dims.world_size,
+        ep_size=state.dims.ep_size,
+        expert_plan=state.inputs.plan.model_dump(mode="json"),
+    )
 
 
 class Saves:

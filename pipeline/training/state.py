@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import checkpoint
+from pipeline.checkpoint.verify import check_sound, weight_files
 from pipeline.config.run import StageConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
@@ -104,7 +104,7 @@ class TrainingState:
 
 def _check_weights(inputs: StageInputs, ranks: Ranks) -> None:
     """Verify the files that the stage starts from, on all ranks."""
-    checkpoint.check_sound(inputs.upcycled, ranks, "upcycle again with --force")
+    check_sound(inputs.upcycled, ranks, "upcycle again with --force")
     if inputs.stage1_checkpoint is not None:
-        weights = checkpoint.weight_files(inputs.stage1_checkpoint)
-        checkpoint.check_sound(inputs.stage1_checkpoint, ranks, "train stage 1 again with --force", weights)
+        weights = weight_files(inputs.stage1_checkpoint)
+        check_sound(inputs.stage1_checkpoint, ranks, "train stage 1 again with --force", weights)

@@ -7,7 +7,7 @@ import torch
 
 from common.errors import AgreedError
 from common.progress import progress
-from pipeline import checkpoint
+from pipeline.checkpoint.store import mark_best
 from pipeline.distributed.process_group import Ranks, StopRequest, peak_memory_bytes
 from pipeline.records.metrics import StepRow
 from pipeline.training.inputs import StageInputs
@@ -66,7 +66,7 @@ def _validate(state: TrainingState, log: MetricsLog, saves: Saves) -> None:
     row = validate(state)
     log.validation(row)
     if row.best and saves.save() and state.ranks.is_first:
-        checkpoint.mark_best(state.inputs.folder, state.tag, row.mean)
+        mark_best(state.inputs.folder, state.tag, row.mean)
 
 
 def _any_rank(ranks: Ranks, *flags: bool) -> list[bool]:

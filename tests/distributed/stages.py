@@ -10,7 +10,8 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import safe_get_full_grad
 
 from common.errors import UserError
-from pipeline import checkpoint
+from pipeline.checkpoint.store import read_files, save_checkpoint
+from pipeline.checkpoint.weights import local_expert_names
 from pipeline.config.load import parse_run
 from pipeline.config.run import RunConfig
 from pipeline.distributed.process_group import Ranks
@@ -20,7 +21,7 @@ from pipeline.records.metrics import StepRow
 from pipeline.run.context import RunContext
 from pipeline.training import train
 from pipeline.training.inputs import StageInputs
-from pipeline.training.resume import resume, save
+from pipeline.training.resume import manifest_of, resume, save
 from pipeline.training.state import TrainingState
 from pipeline.training.step import train_step
 from pipeline.training.train import train_stage
@@ -37,7 +38,7 @@ def stage_inputs(tree: dict[str, Any], number: int, folder: Path) -> StageInputs
 
 def canonical(model: torch.nn.Module, tensor_of: Any) -> dict[str, torch.Tensor]:
     """Tensors of this rank's parameters by name, experts under their numbers in the model."""
-    prefixes = {prefix: (layer, number) for (layer, number), prefix in checkpoint.local_expert_names(model).items()}
+    prefixes = {prefix: (layer, number) for (layer, number), prefix in local_expert_names(model).items()}
     result = {}
     for name, parameter in model.named_parameters():
         tensor = tensor_of(parameter)
@@ -178,8 +179,7 @@ def move_and_train(
     """Resume from the checkpoint in ``source`` on these ranks, save at once in ``target``, then train on."""
     state = TrainingState.start(stage_inputs(tree, number, source), ranks)
     resume(state)
-    dims = {"ranks": ranks.world_size, "ep_size": state.dims.ep_size}
-    checkpoint.save_checkpoint(state.engine, target, state.tag, dims, keep=1)
+    save_checkpoint(state.engine, target, state.tag, manifest_of(state), keep=1)
     rows = [train_step(state).model_dump() for _ in range(state.step, steps)]
     state.engine.destroy()
     return rows
@@ -234,7 +234,7 @@ def held_bytes(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) ->
         "gradients": sum(g.numel() * g.element_size() for g in sums),
         "master weights": sum(p.numel() * p.element_size() for p in masters),
         "moments": sum(s.numel() * s.element_size() for s in states),
-        "checkpoint": sum(entry["bytes"] for entry in checkpoint.read_manifest(folder / state.tag)["files"].values()),
+        "checkpoint": sum(entry.bytes for entry in read_files(folder / state.tag).values()),
     }
     state.engine.destroy()
     return held

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import checkpoint
+from pipeline.checkpoint.store import complete_tags
 from pipeline.records.record import read_rows
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_with_bad_steps, with_parallel
@@ -65,7 +65,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_a_checkpoint_and_it_can_go
     tree |= {"bad_steps": {"stop_after": 2}}
     first = pools[2].run(train_with_bad_steps, tree, 1, tmp_path, {3: math.nan, 4: math.nan})
     assert all("2 steps in a row were skipped" in line and "stopped after step 4" in line for line in first)
-    assert checkpoint.complete_tags(tmp_path) == ["step000004"]
+    assert complete_tags(tmp_path) == ["step000004"]
     again = pools[2].run(train_with_bad_steps, tree, 1, tmp_path, {})[0]
     assert (again["figures"]["steps"], again["figures"]["skipped_steps"]) == (6, 2)
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]

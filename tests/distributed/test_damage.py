@@ -10,9 +10,12 @@ import pytest
 import torch
 
 from common.errors import UserError
-from pipeline import checkpoint
 from pipeline.checkpoint.inspect import find_tag, inspect_text, verify_text
+from pipeline.checkpoint.store import MANIFEST, complete_tags, read_manifest
+from pipeline.checkpoint.tensors import load_tensors, main_file
+from pipeline.checkpoint.verify import newest_sound_tag
 from pipeline.distributed.process_group import Ranks
+from pipeline.records.checkpoint import CheckpointManifest
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, with_parallel
 from tests.faults.disk import small_disk
@@ -55,7 +58,7 @@ def saved(
     folder = tmp_path_factory.mktemp("saved")
     pools[2].run(train_steps, tree, request.param, folder, 2, 2)
     pools[2].run(train_steps, tree, request.param, folder, 3, 3, True)
-    assert checkpoint.complete_tags(folder) == [BAD, GOOD]
+    assert complete_tags(folder) == [BAD, GOOD]
     return folder
 
 
@@ -75,13 +78,13 @@ def test_each_file_of_a_checkpoint_is_named_if_damaged_and_the_checkpoint_before
         path = folder / BAD / name
         content = path.read_bytes()
         damage(path)
-        tag, complaints = checkpoint.newest_sound_tag(folder, ALONE)
+        tag, complaints = newest_sound_tag(folder, ALONE)
         assert tag == GOOD, name
         assert any(name in line and BAD in line for line in complaints), (name, complaints)
         with pytest.raises(UserError, match=name):
             verify_text(folder / BAD)
         path.write_bytes(content)
-    assert checkpoint.newest_sound_tag(folder, ALONE) == (BAD, [])
+    assert newest_sound_tag(folder, ALONE) == (BAD, [])
 
 
 @pytest.mark.parametrize("content", [None, "", "step999999", "\x00\xff"], ids=["missing", "empty", "unknown", "bytes"])
@@ -91,15 +94,15 @@ def test_a_bad_latest_is_named_and_the_newest_complete_checkpoint_is_used(folder
         latest.unlink()
     else:
         latest.write_text(content, encoding="latin-1")
-    tag, complaints = checkpoint.newest_sound_tag(folder, ALONE)
+    tag, complaints = newest_sound_tag(folder, ALONE)
     assert tag == BAD
     assert len(complaints) == 1
     assert str(latest) in complaints[0]
 
 
 def test_ranks_fall_back_together_and_train_on(pools: Pools, tree: dict[str, Any], folder: Path) -> None:
-    flip_a_bit(folder / BAD / checkpoint.main_file())
-    stage = checkpoint.read_manifest(folder / GOOD)["stage"]
+    flip_a_bit(folder / BAD / main_file())
+    stage = read_manifest(folder / GOOD, CheckpointManifest).stage
     rows = pools[2].run(train_steps, tree, stage, folder, 4, None, True)
     assert [[row["step"] for row in part["rows"]] for part in rows] == [[3, 4], [3, 4]]
 
@@ -108,10 +111,10 @@ def test_a_damaged_checkpoint_is_written_again_when_training_comes_to_its_step(
     pools: Pools, tree: dict[str, Any], folder: Path
 ) -> None:
     before = {path.name: path.read_bytes() for path in (folder / BAD).iterdir()}
-    stage = checkpoint.read_manifest(folder / GOOD)["stage"]
-    flip_a_bit(folder / BAD / checkpoint.main_file())
+    stage = read_manifest(folder / GOOD, CheckpointManifest).stage
+    flip_a_bit(folder / BAD / main_file())
     pools[2].run(train_steps, tree, stage, folder, 3, 3, True)
-    assert checkpoint.newest_sound_tag(folder, ALONE) == (BAD, [])
+    assert newest_sound_tag(folder, ALONE) == (BAD, [])
     after = {path.name: path.read_bytes() for path in (folder / BAD).iterdir()}
     assert set(after) == set(before)
     weights = [name for name in before if name.endswith("model_states.pt")]
@@ -122,21 +125,21 @@ def test_a_damaged_checkpoint_ahead_does_not_crowd_out_those_that_are_saved_afte
     pools: Pools, tree: dict[str, Any], folder: Path
 ) -> None:
     damaged = (folder / BAD).rename(folder / "step000009")
-    flip_a_bit(damaged / checkpoint.main_file())
-    stage = checkpoint.read_manifest(folder / GOOD)["stage"]
+    flip_a_bit(damaged / main_file())
+    stage = read_manifest(folder / GOOD, CheckpointManifest).stage
     keep_one = {**tree, "checkpoint": {**tree["checkpoint"], "keep": 1}}
     pools[2].run(train_steps, keep_one, stage, folder, 4, 4, True)
-    assert checkpoint.complete_tags(folder) == ["step000004"]
+    assert complete_tags(folder) == ["step000004"]
 
 
 def test_what_an_interrupted_save_left_is_removed_by_the_next(
     pools: Pools, tree: dict[str, Any], folder: Path
 ) -> None:
-    stage = checkpoint.read_manifest(folder / GOOD)["stage"]
-    (folder / BAD / checkpoint.MANIFEST).unlink()
+    stage = read_manifest(folder / GOOD, CheckpointManifest).stage
+    (folder / BAD / MANIFEST).unlink()
     (folder / BAD / ".half.tmp7").write_bytes(b"x")
     pools[2].run(train_steps, tree, stage, folder, 4, 4, True)
-    assert checkpoint.complete_tags(folder) == ["step000004", GOOD]
+    assert complete_tags(folder) == ["step000004", GOOD]
     assert not (folder / BAD).exists()
 
 
@@ -164,11 +167,11 @@ def test_a_full_disk_is_one_line_on_all_ranks_and_the_earlier_checkpoint_stays(
         line = f"AgreedError: {stage / 'step000002'}: can't be written (the disk is full); checkpoints before it are"
         assert str(error.value).count(line) == 2
         assert [path.name for path in stage.glob("step*")] == ["step000001"]
-        assert checkpoint.newest_sound_tag(stage, ALONE) == ("step000001", [])
+        assert newest_sound_tag(stage, ALONE) == ("step000001", [])
         disk.resize(f"{4 * size // 1024}k")
         rows = pools[2].run(train_steps, tree, 1, stage, 2, 2, True)[0]["rows"]
         assert [row["step"] for row in rows] == [2]
-        assert checkpoint.complete_tags(stage) == ["step000002", "step000001"]
+        assert complete_tags(stage) == ["step000002", "step000001"]
 
 
 class Malicious:
@@ -180,7 +183,7 @@ def test_a_checkpoint_from_a_stranger_runs_no_code(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     torch.save({"module": Malicious()}, tmp_path / "bad.pt")
     with pytest.raises(UserError, match="bad.pt: can't be read as a checkpoint file"):
-        checkpoint.load_tensors(tmp_path / "bad.pt")
+        load_tensors(tmp_path / "bad.pt")
     assert not (tmp_path / "was-run").exists()
 
 

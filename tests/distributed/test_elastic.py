@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import checkpoint
-from pipeline.checkpoint import SavedOptimizer
+from pipeline.checkpoint.optimizer_state import SavedOptimizer
 from pipeline.checkpoint.resize import resize
+from pipeline.checkpoint.store import read_manifest
+from pipeline.checkpoint.tensors import load_tensors, main_file
+from pipeline.checkpoint.verify import damaged_files
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.checkpoint import CheckpointManifest
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import move_and_train, train_steps, with_parallel
 from tests.helpers.tiny import prepared_run, run_tree
@@ -69,9 +72,9 @@ def trained(pools: Pools, tree: dict[str, Any], tmp_path_factory: pytest.TempPat
 
 
 def saved_optimizer(folder: Path) -> SavedOptimizer:
-    manifest = checkpoint.read_manifest(folder)
-    plan = ExpertPlan.model_validate(manifest["expert_plan"]) if "expert_plan" in manifest else PLAN[0]
-    return SavedOptimizer(folder, plan, ParallelDims(manifest["ranks"], manifest["ep_size"]))
+    manifest = read_manifest(folder, CheckpointManifest)
+    plan = ExpertPlan.model_validate(manifest.expert_plan)
+    return SavedOptimizer(folder, plan, ParallelDims(manifest.ranks, manifest.ep_size))
 
 
 def full(optimizer: SavedOptimizer, key: str, field: str) -> torch.Tensor:
@@ -81,9 +84,6 @@ def full(optimizer: SavedOptimizer, key: str, field: str) -> torch.Tensor:
     target = torch.empty(entry.numel)
     optimizer.copy(key, field, 0, target)
     return target
-
-
-PLAN: list[ExpertPlan] = []  # of the run, for checkpoints that the test saves itself
 
 
 def same_optimizer(ours: Path, theirs: Path) -> None:
@@ -102,7 +102,7 @@ def same_model_files(ours: Path, theirs: Path) -> None:
     names = {path.name for path in theirs.glob("*model_states.pt")}
     assert {path.name for path in ours.glob("*model_states.pt")} == names
     for file in names:
-        mine, other = checkpoint.load_tensors(ours / file), checkpoint.load_tensors(theirs / file)
+        mine, other = load_tensors(ours / file), load_tensors(theirs / file)
         mine, other = mine.get("module", mine), other.get("module", other)
         assert mine.keys() == other.keys()
         assert all(torch.equal(mine[key], other[key]) for key in other)
@@ -113,9 +113,6 @@ def move(
 ) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]:
     source, destination = pair
     folder, expected = trained(source, number, precision)
-    if not PLAN:
-        manifest = checkpoint.read_manifest(folder / f"step{SAVED_AT:06d}")
-        PLAN.append(ExpertPlan.model_validate(manifest["expert_plan"]))
     tree = spread(trained.tree | {"deepspeed": f"ds_configs/{precision}_zero1.json"}, destination)
     rows = pools[destination.world_size].run(move_and_train, tree, number, folder, target, STEPS)[0]
     return folder / f"step{SAVED_AT:06d}", rows, expected
@@ -130,7 +127,7 @@ def check_pair(
     else:
         same_model_files(target / source.name, source)
         mine, theirs = (
-            checkpoint.load_tensors(folder / "expp_rank_0_mp_rank_00_optim_states.pt")["optimizer"]["state"]
+            load_tensors(folder / "expp_rank_0_mp_rank_00_optim_states.pt")["optimizer"]["state"]
             for folder in (target / source.name, source)
         )
         assert len(theirs) == 5  # three routers, two classifiers
@@ -182,7 +179,7 @@ def test_resize_writes_what_those_ranks_would_have_saved_and_they_resume_from_it
     target = resize(folder / tag, ParallelDims(4, 2))
     assert target.name == f"{tag}-ranks4-ep2"
     assert (folder / "latest").read_text() == target.name
-    assert checkpoint.damaged_files(target) == []
+    assert damaged_files(target) == []
     # What four ranks save that have loaded the checkpoint themselves: shapes, paddings, mappings, all.
     _, rows, _ = move(pools, trained, (ParallelDims(2, 2), ParallelDims(4, 2)), number, "fp32", tmp_path / "native")
     native = tmp_path / "native" / tag
@@ -192,9 +189,9 @@ def test_resize_writes_what_those_ranks_would_have_saved_and_they_resume_from_it
     assert {path.name for path in target.glob("*.pt")} == names
     key = "optimizer_state_dict" if number == 1 else "optimizer"
     for file in sorted(name for name in names if "optim_states" in name):
-        ours, theirs = (checkpoint.load_tensors(path / file)[key] for path in (target, native))
+        ours, theirs = (load_tensors(path / file)[key] for path in (target, native))
         assert_equal(ours, theirs, file)
-    assert checkpoint.load_tensors(target / checkpoint.main_file())["dp_world_size"] == 4
+    assert load_tensors(target / main_file())["dp_world_size"] == 4
     same_model_files(target, native)
     tree = spread(trained.tree, ParallelDims(4, 2))
     resumed = pools[4].run(move_and_train, tree, number, folder, tmp_path / "again", STEPS)[0]

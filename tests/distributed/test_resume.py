@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import checkpoint
+from pipeline.checkpoint.store import best, complete_tags, mark_best
+from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file
 from pipeline.records.record import read_rows
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, train_to_the_end, with_parallel
@@ -28,7 +29,7 @@ def test_6_steps_equal_3_steps_then_resume_then_3_steps(
     tree = {**tree, "deepspeed": f"ds_configs/{precision}_zero1.json"}
     straight = pools[2].run(train_steps, tree, number, tmp_path / "straight", 6)
     pools[2].run(train_steps, tree, number, tmp_path / "resumed", 3, 3)
-    assert checkpoint.complete_tags(tmp_path / "resumed") == ["step000003"]
+    assert complete_tags(tmp_path / "resumed") == ["step000003"]
     resumed = pools[2].run(train_steps, tree, number, tmp_path / "resumed", 6, None, True)
     for ours, expected in zip(resumed, straight, strict=True):
         assert ours["rows"] == expected["rows"][3:]  # losses, learning rate, gradient norm, routing: exactly
@@ -45,7 +46,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_save_and_the_next_run_ends_the_s
     tree = {**tree, "validate": {"every_tokens": 512, "max_tokens_per_set": 100}}
     done = pools[2].run(train_to_the_end, tree, 1, tmp_path / "straight")
     assert pools[2].run(train_to_the_end, tree, 1, tmp_path / "stopped", 4) == [None, None]
-    assert checkpoint.complete_tags(tmp_path / "stopped")[0] == "step000004"
+    assert complete_tags(tmp_path / "stopped")[0] == "step000004"
     again = pools[2].run(train_to_the_end, tree, 1, tmp_path / "stopped")
     assert [figures["tag"] for figures in (*done, *again)] == ["step000006"] * 4
     timing = ("seconds", "tokens_per_second", "memory_gb")
@@ -55,7 +56,7 @@ def test_a_signal_to_one_rank_stops_all_after_a_save_and_the_next_run_ends_the_s
             for folder in ("stopped", "straight")
         )
         assert ours == expected
-    assert checkpoint.best(tmp_path / "stopped") == checkpoint.best(tmp_path / "straight")
+    assert best(tmp_path / "stopped") == best(tmp_path / "straight")
 
 
 def test_activation_checkpointing_changes_no_result(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
@@ -72,19 +73,19 @@ def test_a_checkpoint_holds_what_trains_and_nothing_else(pools: Pools, tree: dic
     for number in (1, 2):
         pools[2].run(train_steps, tree, number, tmp_path / f"stage{number}", 1, 1)
     stage1, stage2 = tmp_path / "stage1" / "step000001", tmp_path / "stage2" / "step000001"
-    experts = {checkpoint.expert_file(layer, n) for layer, count in enumerate((2, 1, 3)) for n in range(count)}
+    experts = {expert_file(layer, n) for layer, count in enumerate((2, 1, 3)) for n in range(count)}
     assert {p.name for p in stage1.glob("layer_*")} == experts
     assert not list(stage2.glob("layer_*"))
     routers = {f"model.layers.{layer}.mlp.deepspeed_moe.gate.wg.weight" for layer in (0, 1, 3)}
     classifiers = {f"model.layers.{layer}.mlp.deepspeed_moe.gate.classifier.weight" for layer in (0, 3)}
-    assert set(checkpoint.load_tensors(stage1 / checkpoint.main_file())["module"]) == routers
-    assert set(checkpoint.load_tensors(stage2 / checkpoint.main_file())["module"]) == routers | classifiers
-    assert checkpoint.load_tensors(stage1 / checkpoint.main_file())["num_experts"] == [2, 1, 3]  # those with a file
+    assert set(load_tensors(stage1 / main_file())["module"]) == routers
+    assert set(load_tensors(stage2 / main_file())["module"]) == routers | classifiers
+    assert load_tensors(stage1 / main_file())["num_experts"] == [2, 1, 3]  # those with a file
     # Expert files are keyed by the number that their name says.
     for layer, count in zip((0, 1, 3), (2, 1, 3), strict=True):
         for number in range(count):
-            file = stage1 / checkpoint.expert_file((0, 1, 3).index(layer), number)
-            assert all(f"deepspeed_experts.{number}." in key for key in checkpoint.load_tensors(file))
+            file = stage1 / expert_file((0, 1, 3).index(layer), number)
+            assert all(f"deepspeed_experts.{number}." in key for key in load_tensors(file))
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
@@ -93,7 +94,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tree = {**tree, "checkpoint": {"every_minutes": None, "keep": 3}}
     pools[2].run(train_steps, tree, 1, tmp_path, 2, 2)
     pools[2].run(train_steps, tree, 1, tmp_path, 3, 3, True)
-    bad = tmp_path / "step000003" / checkpoint.expert_file(0, 1)
+    bad = tmp_path / "step000003" / expert_file(0, 1)
     content = bytearray(bad.read_bytes())
     content[len(content) // 2] ^= 1
     bad.write_bytes(content)
@@ -106,6 +107,6 @@ def test_only_the_newest_and_the_best_are_kept(pools: Pools, tree: dict[str, Any
     for step in (1, 2, 3, 4):
         pools[2].run(train_steps, tree, 2, tmp_path, step, step, True)
         if step == 1:
-            checkpoint.mark_best(tmp_path, "step000001", 1.0)
-    assert checkpoint.complete_tags(tmp_path) == ["step000004", "step000003", "step000001"]
+            mark_best(tmp_path, "step000001", 1.0)
+    assert complete_tags(tmp_path) == ["step000004", "step000003", "step000001"]
     assert (tmp_path / "latest").read_text() == "step000004"

@@ -15,7 +15,8 @@ import psutil
 import torch
 import yaml
 
-from pipeline import checkpoint
+from pipeline.checkpoint.store import MANIFEST
+from pipeline.checkpoint.tensors import load_tensors
 from pipeline.records.record import read_rows
 from pipeline.records.run_folder import METRICS_FILE
 from tests.faults.processes import Launch
@@ -126,7 +127,7 @@ class Campaign:
                 is_new = path.stat().st_mtime >= self.launched
             except FileNotFoundError:
                 continue
-            if is_new and not (path / checkpoint.MANIFEST).is_file():
+            if is_new and not (path / MANIFEST).is_file():
                 return True
         return False
 
@@ -163,7 +164,7 @@ def compare(ours: Path, theirs: Path) -> None:
     assert {path.name for path in (ours / tags[0]).glob("*.pt")} == names
     assert sum("optim_states" in name for name in names) == 2
     for name in sorted(names):
-        a, b = checkpoint.load_tensors(ours / tags[0] / name), checkpoint.load_tensors(theirs / tags[1] / name)
+        a, b = load_tensors(ours / tags[0] / name), load_tensors(theirs / tags[1] / name)
         tensors_a, tensors_b = dict(tensors(a)), dict(tensors(b))
         assert tensors_a.keys() == tensors_b.keys()
         assert tensors_b, name

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline import checkpoint
-from pipeline.checkpoint import damaged_files
+from pipeline.checkpoint.store import complete_tags
+from pipeline.checkpoint.verify import damaged_files
 from pipeline.records.record import read_rows
 from tests.faults.disk import SmallDisk, small_disk
 from tests.faults.processes import Launch
@@ -133,7 +133,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(
     assert ("step000008: can't be written (the disk is full)" in log) and ("training continues" in log) == (
         if_full == "continue"
     )
-    assert checkpoint.complete_tags(stage) == ["step000004"]
+    assert complete_tags(stage) == ["step000004"]
     assert [path.name for path in stage.glob("step*")] == ["step000004"]
     assert damaged_files(stage / "step000004") == []
     disk.resize("200m")

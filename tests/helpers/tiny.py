@@ -19,9 +19,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from pipeline import checkpoint
+from pipeline.checkpoint.store import read_manifest, write_manifest
+from pipeline.checkpoint.tensors import load_tensors, save_tensors
 from pipeline.config.load import parse_run
 from pipeline.config.run import RunConfig
+from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.run_folder import RunFolder
 from pipeline.run.context import RunContext
 from pipeline.run.runner import do_step
@@ -162,13 +164,13 @@ def prepared_run(folder: Path, *, distinct_experts: bool = True, **changes: Any)
     context = do_steps(RunContext(run), "tokenize", "similarity", "allocate", "upcycle")
     if distinct_experts:
         generator = torch.Generator().manual_seed(3)
-        manifest = checkpoint.read_manifest(context.upcycled)
+        manifest = read_manifest(context.upcycled, UpcycledManifest)
+        files = dict(manifest.files)
         for file in sorted((context.upcycled / "upcycled").glob("layer_*_expert_*.pt")):
-            state = checkpoint.load_tensors(file)
+            state = load_tensors(file)
             noisy = {
                 k: v.clone() + 0.2 * torch.randn(v.shape, generator=generator).to(v.dtype) for k, v in state.items()
             }
-            entry = checkpoint.save_tensors(noisy, file)
-            manifest["files"][f"upcycled/{file.name}"] = entry
-        checkpoint.write_manifest(context.upcycled, manifest)
+            files[f"upcycled/{file.name}"] = save_tensors(noisy, file)
+        write_manifest(context.upcycled, manifest.model_copy(update={"files": files}))
     return run

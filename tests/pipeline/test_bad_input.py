@@ -16,10 +16,11 @@ import yaml
 
 from common.errors import UserError
 from common.files import write_json
-from pipeline.checkpoint import write_manifest
+from pipeline.checkpoint.store import write_manifest
 from pipeline.cli import main
 from pipeline.config.load import parse_run
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.checkpoint import CheckpointManifest
 from pipeline.records.run_folder import RunFolder
 from pipeline.run.context import RunContext
 from tests.helpers.tiny import do_steps, prepared_run, run_tree, save_model
@@ -106,7 +107,10 @@ def checkpoint_of_another(what: str) -> Callable[[Path, Tree], None]:
         tree["output_dir"] = str(folder / "runs")
         shutil.copytree(Path(tree["cache_dir"]).parent / "runs", folder / "runs", symlinks=True)
         context = RunContext(parse_run(tree, "x"))
-        manifest = {**context.identity(1), what: "other", "stage": 1, "files": {}}
+        manifest = CheckpointManifest(
+            identity=context.identity(1).model_copy(update={what: "other"}), stage=1, step=1, samples=8, best_value=None,
+            best_tag="", skipped_steps={}, ranks=1, ep_size=1, expert_plan={},
+        )  # fmt: skip
         tag = context.folder / "stage1" / "step000001"
         tag.mkdir(parents=True)
         write_manifest(tag, manifest)

@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from common.errors import UserError
 from common.files import read_json
-from pipeline import checkpoint
+from pipeline.checkpoint.tensors import load_tensors, main_file
+from pipeline.checkpoint.verify import damaged_files
 from pipeline.method.upcycle import load_upcycled, upcycle
 from pipeline.model.backbone import load_dense, moe_layers
 from pipeline.model.expert_plan import ExpertPlan
@@ -97,7 +98,7 @@ def test_the_checkpoint_is_native_and_its_manifest_says_where_it_is_from(tmp_pat
     plan = plan_of([3, 2, 1, 4])
     upcycle(dense, plan, SAMPLES, tmp_path / "out", seed=1, model_hash="abc")
     folder = tmp_path / "out" / (tmp_path / "out" / "latest").read_text()
-    main = checkpoint.load_tensors(folder / "mp_rank_00_model_states.pt")
+    main = load_tensors(folder / "mp_rank_00_model_states.pt")
     assert main["num_experts"] == [2, 1, 3]
     assert "lm_head.weight" in main["module"]
     assert not [name for name in main["module"] if "deepspeed_experts" in name]
@@ -109,14 +110,14 @@ def test_the_checkpoint_is_native_and_its_manifest_says_where_it_is_from(tmp_pat
     assert manifest["model"] == "abc"
     assert manifest["plan"]["rounds"][1] == {"languages": ["el"], "num_new": [2, 1, 0, 3], "source": "expert 0"}
     assert set(manifest["files"]) == {f"upcycled/{name}" for name in experts | {"mp_rank_00_model_states.pt"}}
-    assert checkpoint.damaged_files(tmp_path / "out") == []
+    assert damaged_files(tmp_path / "out") == []
 
 
 def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
     dense = save_model(tmp_path / "dense", tie_word_embeddings=True)
     plan = plan_of([2, 2, 2, 2])
     upcycle(dense, plan, SAMPLES, tmp_path / "out", seed=1, model_hash="x")
-    module = checkpoint.load_tensors(tmp_path / "out" / "upcycled" / checkpoint.main_file())["module"]
+    module = load_tensors(tmp_path / "out" / "upcycled" / main_file())["module"]
     assert "lm_head.weight" not in module
     model = load_upcycled(tmp_path / "out", plan, torch.float32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
