@@ -14,6 +14,7 @@ def batch_script(job: Job, attempt: int = 0) -> str:
     """The text of a job's batch script.
 
     Args:
+        job: which.
         attempt: where a chain of jobs takes the place of a requeued one, how many came before.
     """
     cluster = job.run.cluster

@@ -119,6 +119,9 @@ def heat_map(
     """Layer by set of one of :class:`Shares`' fields, for the layers that ``routing`` names.
 
     Args:
+        routing: of one checkpoint.
+        field: which of the fields.
+        names: the sets, from top to bottom.
         limits: the ends of the colour scale; give several maps the same to compare them.
         value: what a cell is, for its hover text.
     """

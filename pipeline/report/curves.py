@@ -50,7 +50,11 @@ def curve(
     """One figure over a stage's tokens: every step faint, the running mean strong.
 
     Args:
+        stage: whose steps.
+        value: the figure of a step.
+        y: what it is, for the axis.
         digits: a d3 format for hover values.
+        tall: for the most important curve.
         smooth: false draws the values themselves.
     """
     chart = figure(x=f"tokens of {stage.label}", y=y, height=320 if tall else 200, zoom=True)

@@ -12,7 +12,6 @@ from deepspeed.utils import safe_get_full_grad
 from common.errors import UserError
 from pipeline.checkpoint.store import read_files, save_checkpoint
 from pipeline.checkpoint.weights import local_expert_names
-from pipeline.config.load import parse_run
 from pipeline.config.run import RunConfig
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.stages import STAGES, find_stage
@@ -25,6 +24,7 @@ from pipeline.training.resume import manifest_of, resume, save
 from pipeline.training.state import TrainingState
 from pipeline.training.step import train_step
 from pipeline.training.train import train_stage
+from tests.helpers.tiny import parse_run
 
 
 def stage_inputs(tree: dict[str, Any], number: int, folder: Path) -> StageInputs:

@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
-from pipeline.config.load import parse_run
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.memory import checkpoint_bytes, experts_by_rank, network_per_token
 from pipeline.estimate.report import Estimate
 from pipeline.method.stages import find_stage
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import held_bytes, with_parallel
-from tests.helpers.tiny import prepared_run, run_tree, save_model
+from tests.helpers.tiny import parse_run, prepared_run, run_tree, save_model
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config.load import parse_run
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.evaluation.checkpoints import Scored, load_model
@@ -17,7 +16,7 @@ from pipeline.model.backbone import load_dense
 from pipeline.records.evaluation import Change
 from pipeline.run.context import RunContext
 from tests.distributed.conftest import Pools
-from tests.helpers.tiny import prepared_run, run_tree
+from tests.helpers.tiny import parse_run, prepared_run, run_tree
 
 WINDOW = 16
 

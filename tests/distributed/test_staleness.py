@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
-from pipeline.config.load import parse_run
 from pipeline.distributed.process_group import Ranks
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE, RunFolder
@@ -18,7 +17,7 @@ from pipeline.run.context import RunContext
 from pipeline.run.runner import do_step, finish_step
 from pipeline.run.steps import step_named, steps_of
 from tests.distributed.conftest import Pools
-from tests.helpers.tiny import run_tree, save_corpus
+from tests.helpers.tiny import parse_run, run_tree, save_corpus
 
 Tree = dict[str, Any]
 EVERYTHING = ["tokenize", "similarity", "allocate", "upcycle", "stage1", "stage2", "evaluate"]

@@ -19,9 +19,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from common.settings import parse_settings
 from pipeline.checkpoint.store import read_manifest, write_manifest
 from pipeline.checkpoint.tensors import load_tensors, save_tensors
-from pipeline.config.load import parse_run
 from pipeline.config.run import RunConfig
 from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.run_folder import RunFolder
@@ -104,6 +104,11 @@ def save_corpus(folder: Path, languages: list[str], pages: int = 60) -> dict[str
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         paths[language].write_text("".join(lines), encoding="utf-8")
     return paths
+
+
+def parse_run(tree: dict[str, Any], name: str) -> RunConfig:
+    """Check a run's settings, given as nested dictionaries; ``name`` stands in errors for their file."""
+    return parse_settings(RunConfig, tree, name)
 
 
 def run_tree(folder: Path, **changes: Any) -> dict[str, Any]:

@@ -18,12 +18,11 @@ from common.errors import UserError
 from common.files import write_json
 from pipeline.checkpoint.store import write_manifest
 from pipeline.cli import main
-from pipeline.config.load import parse_run
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import CheckpointManifest
 from pipeline.records.run_folder import RunFolder
 from pipeline.run.context import RunContext
-from tests.helpers.tiny import do_steps, prepared_run, run_tree, save_model
+from tests.helpers.tiny import do_steps, parse_run, prepared_run, run_tree, save_model
 
 Tree = dict[str, Any]
 

@@ -10,8 +10,7 @@ from common.launch_environment import become_rank, first_host, set_variables, th
 from pipeline.cluster.check import describe_nodes, find_mismatches
 from pipeline.cluster.jobs import Job, jobs_of
 from pipeline.cluster.script import batch_script, sbatch_options
-from pipeline.config.load import parse_run
-from tests.helpers.tiny import run_tree
+from tests.helpers.tiny import parse_run, run_tree
 
 
 def job(folder: Path, name: str, **cluster: Any) -> Job:

@@ -8,7 +8,6 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from common.errors import UserError
-from pipeline.config.load import parse_run
 from pipeline.config.run import RunConfig
 from pipeline.method.losses import classifier_loss, load_balancing_loss, lpr_loss
 from pipeline.method.stage import GlobalBatch, MicroBatch
@@ -16,7 +15,7 @@ from pipeline.method.stages import STAGES, find_stage, stages_of
 from pipeline.model.backbone import install_moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import collect_routings
-from tests.helpers.tiny import run_tree
+from tests.helpers.tiny import parse_run, run_tree
 
 DS_CONFIG = {"bf16": {"enabled": True}, "data_types": {}, "zero_optimization": {"stage": 1}, "optimizer": {}}
 

@@ -8,10 +8,9 @@ import pytest
 from common.errors import UserError
 from common.files import read_json
 from pipeline.config.cluster import JOBS
-from pipeline.config.load import parse_run
 from pipeline.run.context import RunContext
 from pipeline.run.steps import STEPS, step_named
-from tests.helpers.tiny import prepared_run, run_tree
+from tests.helpers.tiny import parse_run, prepared_run, run_tree
 
 
 def outputs(folder: Path, **changes: Any) -> dict[str, Any]:

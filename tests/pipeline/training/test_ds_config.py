@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
-from pipeline.config.load import parse_run
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.stages import find_stage
 from pipeline.training.ds_config import BatchShape, batch_shape, fill_ds_config, read_ds_config
-from tests.helpers.tiny import run_tree
+from tests.helpers.tiny import parse_run, run_tree
 
 ROOT = Path(__file__).parents[3]
 MATRIX = list(itertools.product(("fp32", "bf16", "fp16"), (0, 1, 2, 3), (False, True)))

@@ -9,12 +9,11 @@ import pytest
 
 from data_prep.prepare import prepare
 from data_prep.store import TokenStore
-from pipeline.config.load import parse_run
 from pipeline.config.run import RunConfig
 from pipeline.method.stages import find_stage
 from pipeline.training.mixture import CHUNK, Interleaving
 from pipeline.training.sample_order import stage_order
-from tests.helpers.tiny import run_tree, save_corpus
+from tests.helpers.tiny import parse_run, run_tree, save_corpus
 
 
 def test_sets_take_turns_by_weight_in_any_stretch() -> None:

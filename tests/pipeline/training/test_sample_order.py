@@ -11,12 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
-from pipeline.config.load import parse_run
 from pipeline.method.stages import find_stage
 from pipeline.training.mixture import Source
 from pipeline.training.sample_order import SampleOrder, document_positions, stage_order
 from tests.helpers.preparation import prepare
-from tests.helpers.tiny import run_tree, save_model
+from tests.helpers.tiny import parse_run, run_tree, save_model
 
 LENGTH = 8
 
