@@ -62,7 +62,7 @@ def fetch_inputs(into: Path, languages: list[str], only: set[str] | None = None)
     `into/manifest.json` records each input's source and the sha256 of its files.
 
     Raises:
-        UserError: an unknown language, or an input that can't be had, with the way round it.
+        UserError: an unknown language, or an input that can't be made, with the way round it.
     """
     unknown = [language for language in languages if language not in LANGUAGES]
     if unknown:
@@ -139,7 +139,7 @@ def _make(into: Path, item: Input) -> dict[str, Any]:
         source = item.make(temporary)
     except UserError as error:
         _remove(temporary)
-        raise UserError(f"input {target} can't be had: {error}; {item.instead}") from error
+        raise UserError(f"input {target} can't be made: {error}; {item.instead}") from error
     paths = sorted(path for path in temporary.rglob("*") if path.is_file()) if temporary.is_dir() else [temporary]
     files = {}
     for path in paths:

@@ -44,7 +44,7 @@ class Estimate:
         device: a name of ``DEVICES``, gigabytes such as 80GB, or None for this machine's CPU.
 
     Raises:
-        UserError: the device is unknown, the model can't be had, or its plan can't be known yet.
+        UserError: the device is unknown, the model can't be found, or its plan can't be known yet.
     """
 
     def __init__(self, run: RunConfig, dims: ParallelDims, device: str | None) -> None:

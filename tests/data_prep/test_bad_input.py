@@ -83,7 +83,7 @@ def parquet(texts: list[Any], field: str = "text", cut: int = 0) -> Callable[[Pa
 # (what is wrong, the file, what the line must say, rows that are lost where they are skipped)
 ROWS: list[tuple[str, Callable[[Path], Path], list[str], int]] = [
     ("broken JSON", jsonl(b'{"text": \n'), ["el.jsonl, row 21", "not JSON"], 1),
-    ("a row that is no object", jsonl(b'["x"]\n'), ["el.jsonl, row 21", "not a JSON object"], 1),
+    ("a row that is not an object", jsonl(b'["x"]\n'), ["el.jsonl, row 21", "not a JSON object"], 1),
     ("a missing field", jsonl(b'{"content": "x", "id": 1}\n'), ["row 21", "no text field 'text'", "it has content, id"], 1),
     ("a null field", jsonl(b'{"text": null}\n'), ["row 21", "null in the text field 'text'"], 1),
     ("not a string", jsonl(b'{"text": 5}\n'), ["row 21", "not a string in the text field 'text'"], 1),

@@ -106,7 +106,7 @@ def test_what_contains_or_copies_a_benchmark_is_dropped(write_rows: Any, save_to
         benchmarks={"quiz": {"path": str(benchmark), "text_field": "question"}},
     )  # fmt: skip
     dropped = store.sets["el"].manifest.dropped
-    assert dropped["benchmark"].documents == 2  # a short question within a text is no copy of it
+    assert dropped["benchmark"].documents == 2  # a short question within a text is not a copy of it
     assert "quiz" not in store.sets
     assert dropped["benchmark"].examples == [f"{tmp_path}/el.jsonl, row {row}" for row in (100, 101)]
 

@@ -41,7 +41,7 @@ def test_a_bad_step_of_one_rank_is_skipped_by_all_and_changes_nothing(
         assert same(ours["weights"][2], clean["weights"][2])
         assert same(ours["weights"][3], ours["weights"][2]), "the bad step changed weights"
         assert same(ours["moments"][3], ours["moments"][2]), "the bad step changed moments"
-        assert not same(ours["weights"][4], ours["weights"][3]), "training did not go on"
+        assert not same(ours["weights"][4], ours["weights"][3]), "training did not continue"
         assert all(torch.isfinite(tensor).all() for tensor in ours["weights"][-1].values())
         assert ours["figures"]["skipped_steps"] == 1
         assert clean["figures"]["skipped_steps"] == 0

@@ -1,4 +1,4 @@
-"""A run goes on with another number of ranks as if nothing had happened."""
+"""A run resumes on another number of ranks as if nothing had happened."""
 
 import shutil
 from itertools import permutations

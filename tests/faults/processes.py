@@ -14,7 +14,7 @@ BIN = Path(sys.executable).parent
 
 
 def environment() -> dict[str, str]:
-    """A user's: no launcher's variables, one thread a rank."""
+    """A user's: no launcher's variables, one thread per rank."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     clean = {key: value for key, value in os.environ.items() if key not in names}
     return clean | {

