@@ -14,12 +14,11 @@ from pipeline.checkpoint.store import (
     check_same_run,
     complete_tags,
     mark_best,
-    prune,
     read_manifest,
     save_checkpoint,
     write_manifest,
 )
-from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file, optimizer_file, save_tensors
+from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file, save_tensors
 from pipeline.checkpoint.verify import (
     check_sound,
     damaged_files,
@@ -45,8 +44,6 @@ __all__ = [
     "main_file",
     "mark_best",
     "newest_sound_tag",
-    "optimizer_file",
-    "prune",
     "read_manifest",
     "read_weights",
     "save_checkpoint",

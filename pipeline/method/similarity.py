@@ -10,12 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.errors import UserError
-from common.files import read_json, write_json
+from common.files import write_json
 from common.progress import progress
 from pipeline.model.backbone import decoder_layers, find_mlp
-
-FILE_NAME = "similarity.json"
 
 
 @dataclass(frozen=True)
@@ -39,18 +36,6 @@ class Similarity:
     def save(self, path: Path) -> None:
         """Write as JSON."""
         write_json(path, self.__dict__)
-
-    @classmethod
-    def load(cls, path: Path) -> "Similarity":
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            UserError: the file is damaged or of another kind.
-        """
-        try:
-            return cls(**read_json(path))
-        except TypeError as error:
-            raise UserError(f"{path}: not a similarity file ({error}); measure it again") from error
 
 
 class MeanUnitVectors:
