@@ -1,19 +1,19 @@
 """Bits per character are the model's, whatever the ranks. Run: pytest tests/distributed/test_scoring.py"""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.config.load import parse_run
 from pipeline.distributed.process_group import Ranks
 from pipeline.evaluation.evaluate import load_checkpoint, paired_change
 from pipeline.evaluation.scoring import document_windows, score_set
-from pipeline.model.backbone import load_dense
-from pipeline.run.steps import Steps
+from pipeline.model.backbone import load_dense, model_folder
 from tests.distributed.conftest import Pools
+from tests.distributed.stages import stage_inputs, with_parallel
 from tests.helpers.tiny import prepared_run, run_tree
 
 WINDOW = 16
@@ -27,10 +27,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def score_moe(ranks: Ranks, tree: dict[str, Any], ep_size: int) -> dict[str, Any]:
-    run = parse_run({**tree, "parallel": {"ranks": ranks.world_size, "ep_size": ep_size}}, "x")
-    steps = Steps(run)
-    model = load_checkpoint(run, steps.plan, steps.upcycled, [], torch.float32, ranks)
-    return {name: score_set(model, steps.store, name, ranks, window=WINDOW) for name in run.data.sets}
+    inputs = stage_inputs(with_parallel(tree, ranks=ranks.world_size, ep_size=ep_size), 1, Path())
+    model = load_checkpoint(inputs.run, inputs.plan, inputs.upcycled, [], torch.float32, ranks)
+    return {name: score_set(model, inputs.store, name, ranks, window=WINDOW) for name in inputs.run.data.sets}
 
 
 def test_scores_are_the_same_on_one_and_two_ranks(pools: Pools, tree: dict[str, Any]) -> None:
@@ -44,9 +43,9 @@ def test_scores_are_the_same_on_one_and_two_ranks(pools: Pools, tree: dict[str, 
 
 
 def test_every_character_of_whole_documents_is_scored_once(tree: dict[str, Any]) -> None:
-    steps = Steps(parse_run(tree, "x"))
-    store = steps.store
-    model = load_dense(steps.dense, torch.float32)
+    inputs = stage_inputs(tree, 1, Path())
+    store = inputs.store
+    model = load_dense(model_folder(inputs.run.model), torch.float32)
     score = score_set(model, store, "el", Ranks(0, 1, torch.device("cpu")), window=WINDOW)
     shard = store.held_out("el")
     assert len(score.bits) == shard.num_documents
@@ -66,7 +65,7 @@ def test_every_character_of_whole_documents_is_scored_once(tree: dict[str, Any])
 
 
 def test_max_tokens_scores_whole_documents_from_the_head(tree: dict[str, Any]) -> None:
-    store = Steps(parse_run(tree, "x")).store
+    store = stage_inputs(tree, 1, Path()).store
     first = len(store.held_out("en").document(0)) - 1
     windows = document_windows(store, "en", WINDOW, max_tokens=first)
     assert {w.document for w in windows} == {0}
