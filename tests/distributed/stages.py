@@ -24,7 +24,7 @@ def stage_inputs(tree: dict[str, Any], number: int, folder: Path) -> StageInputs
     """The inputs of a stage whose checkpoints go to ``folder``; stage 2 starts from the upcycled experts."""
     run: RunConfig = parse_run(tree, "tiny.yaml")
     steps = Steps(run)
-    identity = {"model": steps.model_hash, "plan": steps.plan.key, "tokenizer": steps.store.manifest.tokenizer_key}
+    identity = {"model": steps.model_hash, "plan": steps.plan.key, "tokenizer": steps.store.tokenizer_key}
     return StageInputs(run, 1 if number == 1 else 2, steps.plan, steps.store, steps.upcycled, folder, identity)
 
 
