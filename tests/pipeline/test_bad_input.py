@@ -109,7 +109,7 @@ def checkpoint_of_another(what: str) -> Callable[[Path, Tree], None]:
         shutil.copytree(Path(tree["cache_dir"]).parent / "runs", folder / "runs", symlinks=True)
         steps = Steps(parse_run(tree, "x"))
         identity = {"model": steps.model_hash, "plan": steps.plan.experts_key}
-        identity["tokenizer"] = steps.store.manifest.tokenizer_key
+        identity["tokenizer"] = steps.store.tokenizer_key
         manifest = {**identity, what: "other", "stage": 1, "files": {}}
         tag = steps.stage_folder(1) / "step000001"
         tag.mkdir(parents=True)
