@@ -1,1 +1,1 @@
-"""What all parts of the product stand on; imports nothing of ours."""
+"""What every other package uses; it imports none of them."""

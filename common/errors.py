@@ -1,4 +1,4 @@
-"""The one exception that a user sees."""
+"""Exceptions that become one line for the user, and how they do."""
 
 import sys
 from collections.abc import Callable
@@ -7,11 +7,11 @@ EXIT_CODE = 2
 
 
 class UserError(Exception):
-    """A mistake of the user's or of the surroundings: one line that says what, where, and how to fix it."""
+    """A mistake of the user or a failure of the system: one line that says what, where, and how to fix it."""
 
 
 class BusyError(UserError):
-    """Something else is using it now; later it may work."""
+    """Something else is using it; trying again later may work."""
 
 
 class AgreedError(UserError):

@@ -1,6 +1,6 @@
 """Which rank this process is, and its variables, whatever launched it. Runs before torch is imported.
 
-Launchers say it in their own words: DeepSpeed and torchrun with RANK, mpirun with OMPI_*, srun with SLURM_*.
+Each launcher has its own variables: DeepSpeed and torchrun with RANK, mpirun with OMPI_*, srun with SLURM_*.
 """
 
 import os
@@ -21,11 +21,11 @@ SECONDS_FOR_MPI = 120.0
 _FIRST_PORT, _NUM_PORTS = 12000, 20000  # below the ports that systems hand out themselves
 
 
-EARLY_SIGNALS: list[int] = []  # USR1 that came before training listens: a rank takes long to start
+EARLY_SIGNALS: list[int] = []  # SIGUSR1 that came before training handles it: a rank takes long to start
 
 
 def listen_early() -> None:
-    """Note SIGUSR1 from the start, rather than die of it."""
+    """Note SIGUSR1 from the start of the process, which would end it otherwise."""
     signal.signal(signal.SIGUSR1, lambda number, _frame: EARLY_SIGNALS.append(number))
 
 
@@ -44,7 +44,7 @@ def become_rank(environment: Environment = os.environ) -> None:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0, or no rank at all: it speaks, and writes what there is one of."""
+    """Whether this process is rank 0, or not a rank: the one that prints, and writes shared files."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -86,7 +86,7 @@ def _become_rank_of_mpirun(environment: Environment) -> None:
 def _agree_over_mpi(world_size: int) -> tuple[str, int]:
     """Rank 0's address and a free port of it, told over MPI; then MPI is left, and ranks are plain processes."""
     fix = "name the first host yourself: mpirun -x MASTER_ADDR=… -x MASTER_PORT=29500 …"
-    # Started by another MPI than mpi4py's, MPI may wait for ever.
+    # Started by another MPI than mpi4py's, MPI may wait forever.
     timer = threading.Timer(SECONDS_FOR_MPI, _give_up, [f"mpirun: MPI does not start from mpi4py; {fix}"])
     timer.daemon = True
     timer.start()

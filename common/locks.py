@@ -8,7 +8,7 @@ from pathlib import Path
 
 @contextmanager
 def locked(path: Path, waiting: str, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock of a file, which is made if need be; a second process waits, and says so with ``waiting``.
+    """Hold the lock of a file, created if it is missing; a second process waits, and says so with ``waiting``.
 
     Holders of a ``shared`` lock don't exclude each other.
     """

@@ -11,7 +11,7 @@ SECONDS_WORTH_A_LINE = 1.0  # what is done sooner needs no last line
 
 
 class _Lines:
-    """What a progress bar says, as a line now and then."""
+    """A progress bar's text, printed as a line every few seconds."""
 
     def __init__(self, total: int, description: str, unit: str, initial: int = 0) -> None:
         self.total, self.description, self.unit = total, description, unit

@@ -1,10 +1,10 @@
-"""Choices at random that depend on a seed and on names alone: the same in every process, on every machine."""
+"""Random choices that depend only on a seed and on names: the same in every process, on every machine."""
 
 import hashlib
 
 
 def seeded_hash(seed: int, *names: object) -> int:
-    """A whole number from 0 to 2**64 - 1, as good as drawn at random for each seed and names."""
+    """An integer from 0 to 2**64 - 1, uniformly distributed over seeds and names."""
     text = "\0".join(map(str, (seed, *names)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 

@@ -1,4 +1,4 @@
-"""What a run says of its text: which it is, what is done to it, and how it is mixed."""
+"""The keys of a run's YAML that concern its text: which it is, what is done to it, and how it is mixed."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -241,7 +241,7 @@ class ModelConfig(Section):
 
 
 class Stage1Tokens(Section):
-    """How many ``tokens`` stage 1 trains on, which ``data.replay.share`` is a share of; None is no limit of replay."""
+    """How many ``tokens`` stage 1 trains on, which ``data.replay.share`` is a share of; None sets no limit."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -249,7 +249,7 @@ class Stage1Tokens(Section):
 
 
 class PreparationConfig(Section):
-    """The keys of a run's YAML that preparing its text depends on; the others are left to who reads the whole run."""
+    """The keys of a run's YAML that preparing its text depends on; the others are ignored here."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

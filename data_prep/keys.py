@@ -8,6 +8,7 @@ import importlib.metadata
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import rensa
 
@@ -74,9 +75,19 @@ def _filters(filters: FiltersConfig, entry: SetConfig) -> Json:
     return found
 
 
+class FoundSet(NamedTuple):
+    """A set as it was found: see `SetPlan`."""
+
+    name: str
+    group: Group
+    entry: SetConfig
+    files: list[Json]
+    slices: list[tuple[int, list[FileSplit]]]
+
+
 def with_keys(
     data: DataConfig,
-    sets: list[tuple[str, Group, SetConfig, list[Json], list[tuple[int, list[FileSplit]]]]],
+    sets: list[FoundSet],
     seed: int,
     fraction: float,
     encoding: Json,
@@ -86,19 +97,20 @@ def with_keys(
 
     Args:
         data: the run's settings of text.
-        sets: name, group, settings, files and slices of each set, benchmarks last.
+        sets: the sets, benchmarks last.
         seed: the run's.
         fraction: the share of pages that is held out.
         encoding: what the ids depend on: the tokenizer's key and the dtype.
         replay: by old set, its part of the run's replay.
     """
-    texts = [text_settings(data, group, entry, files, seed, fraction) for _, group, entry, files, _ in sets]
+    texts = [text_settings(data, one.group, one.entry, one.files, seed, fraction) for one in sets]
     text_keys = [content_key(text) for text in texts]
     trained = [key for key, text in zip(text_keys, texts, strict=True) if text["kind"] == "train"]
     threshold = data.held_out.near_copy_threshold
     planned = []
     place = 0
-    for (name, group, entry, files, slices), text, text_key in zip(sets, texts, text_keys, strict=True):
+    for one, text, text_key in zip(sets, texts, text_keys, strict=True):
+        name, group, entry, files, slices = one
         settings: Json = {"text": text}
         if group != "benchmark":
             settings |= encoding

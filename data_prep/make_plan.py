@@ -10,7 +10,7 @@ from common.errors import UserError, one_line
 from common.files import content_key, read_json, write_json
 from data_prep.config import DataConfig, PreparationConfig, SetConfig, SourceConfig
 from data_prep.executor.pool import Executor, Phase
-from data_prep.keys import differs_only_in_cleaning, replay_budgets, with_keys
+from data_prep.keys import FoundSet, differs_only_in_cleaning, replay_budgets, with_keys
 from data_prep.manifest import MANIFEST, SetManifest, read_manifest
 from data_prep.plan import Group, HeldOutText, Json, KeptSet, Plan, SetPlan
 from data_prep.reading import hub
@@ -95,7 +95,7 @@ def make_plan(config: PreparationConfig, executor: Executor) -> Planned:
         mine = [(one, *cut) for one, cut in zip(found, cuts, strict=True) if (one.name, one.group) == (name, group)]
         files = [file for _, _, described in mine for file in described]
         slices = [(one.number, part) for one, splits, _ in mine for part in pack(splits, data.slice_bytes)]
-        sets.append((name, group, entry, files, slices))
+        sets.append(FoundSet(name, group, entry, files, slices))
     encoding: Json = {"tokenizer": encoder.spec.key, "dtype": dtype}
     replay = replay_budgets(data, config.stage1.tokens)
     return Planned(config, encoder, dtype, fraction, with_keys(data, sets, config.seed, fraction, encoding, replay))

@@ -2,7 +2,7 @@
 
 Layout of .idx, little-endian: magic (9 bytes), version 1 (uint64), dtype code (uint8), number of sequences S (uint64),
 number of document bounds D + 1 (uint64), then lengths in tokens (int32, S), byte offsets (int64, S) and document
-bounds as sequence numbers (int64, D + 1). We write one sequence a document and read any number.
+bounds as sequence numbers (int64, D + 1). We write one sequence per document and read any number.
 """
 
 import hashlib

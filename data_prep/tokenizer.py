@@ -24,7 +24,7 @@ FILES: dict[Kind, str] = {"fast": "tokenizer.json", "sentencepiece": "tokenizer.
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """What makes a document's ids, apart from the tokenizer's own definition.
+    """The choices that make a document's ids, besides the tokenizer's own definition.
 
     Attributes:
         kind: "fast" is a tokenizer.json of `tokenizers`, "sentencepiece" a .model of `sentencepiece`.

@@ -1,1 +1,1 @@
-"""Copies: of each other, and of held-out text."""
+"""Documents that copy each other, or held-out text."""

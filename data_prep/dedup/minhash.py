@@ -15,7 +15,7 @@ BATCH = 512  # documents whose signatures are computed at a time
 class Signatures:
     """Collects a slice's signatures: of each document, hashes that are equal where it is joined to another.
 
-    Column 0 is the exact text's (with `low`, the other half of its 128 bits); then one a MinHash band.
+    Column 0 is the exact text's (with `low`, the other half of its 128 bits); then one per MinHash band.
     """
 
     def __init__(self, near: NearDuplicatesConfig | None) -> None:

@@ -18,7 +18,7 @@ Keys = NDArray[np.uint64]
 
 
 def num_columns(work: Work) -> int:
-    """Columns of hashes: the exact text's, and one a MinHash band."""
+    """Columns of hashes: the exact text's, and one per MinHash band."""
     near = work.plan.data.filters.near_duplicates
     return 1 + (near.bands if near is not None else 0)
 

@@ -19,7 +19,10 @@ POLL_SECONDS = 0.5
 
 
 class Claims:
-    """The claims of one job; `owner` names it, the same after a restart. A context manager: its heart beats inside."""
+    """The claims of one job; `owner` names it, the same after a restart.
+
+    A context manager: inside, a thread keeps touching its claims.
+    """
 
     def __init__(self, owner: str, *, void_seconds: float = VOID_SECONDS) -> None:
         self._owner = owner

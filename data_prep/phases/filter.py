@@ -77,17 +77,14 @@ def filter_slice(work: Work, number: int) -> Json:
     """Write what is kept of a slice, the runs of its held-out texts, and the others' signatures.
 
     Returns:
-        "seen" (documents and characters that were read), "dropped" (by reason), "kept" and "signed" (documents),
-        "held_out" (documents and characters), "bad_rows" (rows, examples).
+        "dropped" (by reason), "held_out" (documents and characters), "signed" (documents) and "bad_rows" (rows and
+        examples).
     """
     plan, part = work.plan, work.plan.slices[number]
     one, filters, near = plan.set_of(part), filters_of(work, part), plan.data.filters.near_duplicates
     signatures = Signatures(near) if one.trains and plan.finds_duplicates else None
     drops, bad_rows, kept = Drops(), BadRows(), _Kept()
-    seen = {"documents": 0, "characters": 0}
     for document in read_documents(part.splits, plan.reading(part), bad_rows):
-        seen["documents"] += 1
-        seen["characters"] += len(document.text)
         text, changed, reason = filters.apply(document.text)
         if reason is not None:
             drops.add(reason, document)
@@ -107,9 +104,7 @@ def filter_slice(work: Work, number: int) -> Json:
             save_array(work.path("signatures", number, suffix), values)
     held = [size for size, flag in zip(kept.characters, kept.flags, strict=True) if flag & HELD_OUT]
     return {
-        "seen": seen,
         "dropped": drops.as_json(),
-        "kept": len(kept.rows),
         "held_out": {"documents": len(held), "characters": sum(held)},
         "signed": len(kept.rows) - len(held) if signatures is not None else 0,
         "bad_rows": {"rows": bad_rows.count, "examples": bad_rows.examples},

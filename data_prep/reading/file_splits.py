@@ -19,6 +19,7 @@ from common.errors import UserError
 from common.files import content_key, read_json
 from data_prep.reading.sources import Format, compression_of, format_of
 
+INDEX_FORMAT = 2  # raise it when a file's index has another form
 BLOCK = 4 << 20
 COMPRESSED_TEXT = 4  # how many times its size a compressed file holds, for balance alone
 
@@ -67,7 +68,8 @@ class FileToIndex:
         """Where the index of this very file (by name, size and time of change) is kept."""
         status = Path(self.path).stat()
         stamp = [str(Path(self.path).resolve()), status.st_size, status.st_mtime_ns]
-        return folder / f"{content_key([self.path, stamp, self.text_field, self.text_unit, self.slice_bytes])}.json"
+        asked = [INDEX_FORMAT, self.path, stamp, self.text_field, self.text_unit, self.slice_bytes]
+        return folder / f"{content_key(asked)}.json"
 
 
 def index_file(file: FileToIndex) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class HubSource(NamedTuple):
 
 @contextmanager
 def hub_failures(what: str, fix: str) -> Iterator[None]:
-    """Around what asks the hub: whatever its clients raise becomes one line, "WHAT (why); FIX".
+    """Wraps calls of the hub's clients: whatever they raise becomes one line, "WHAT (why); FIX".
 
     Raises:
         UserError: something was raised.
@@ -110,7 +110,7 @@ def read_hub(name: str, number: int, columns: list[str]) -> Iterator[dict[str, A
 
 
 def name_of(source: HubSource) -> str:
-    """A name that says all of it: hub@revision:config:split."""
+    """Its full name: hub@revision:config:split."""
     return f"{source.hub}@{source.revision or ''}:{source.config or ''}:{source.split}"
 
 

@@ -1,4 +1,4 @@
-"""Figures of a set that a user of new languages needs, merged from its slices', and what they warn of."""
+"""Figures of a set, merged from those of its slices, and the warning that they may call for."""
 
 import math
 from collections import Counter
@@ -116,7 +116,7 @@ def part_statistics(tally: Tally) -> PartStatistics:
 
 
 def fertility_warning(name: str, language: str, part: PartStatistics) -> str | None:
-    """A sentence where the tokenizer hardly knows the language."""
+    """A sentence that says so where the tokenizer hardly knows the language, else None."""
     if part.fertility is None or part.words_without_spaces is None:
         return None
     # A mixture of scripts is judged in between.

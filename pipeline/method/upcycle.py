@@ -60,8 +60,10 @@ class Parity:
         return self.max_abs_logit_difference <= self.tolerance
 
 
-def upcycle(dense: Path, plan: ExpertPlan, samples: np.ndarray, target: Path, *, seed: int, model_hash: str) -> None:
-    """Write the upcycled checkpoint.
+def upcycle(
+    dense: Path, plan: ExpertPlan, samples: np.ndarray, target: Path, *, seed: int, model_hash: str
+) -> UpcycledManifest:
+    """Write the upcycled checkpoint; returns its manifest.
 
     It has three parts: the checkpoint proper in DeepSpeed's layout under ``upcycled/``, config and tokenizer under
     ``hf/``, and a manifest (:class:`pipeline.records.checkpoint.UpcycledManifest`).
@@ -102,6 +104,7 @@ def upcycle(dense: Path, plan: ExpertPlan, samples: np.ndarray, target: Path, *,
             **shape,
         )
         write_manifest(folder, manifest)
+    return manifest
 
 
 def _config_dtype(dense: Path) -> str:

@@ -127,8 +127,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_intact(
     assert len(errors) == 1, log[-3000:]
     stopped_at = "step000008" if if_full == "stop" else "step000012"
     assert (
-        f"{stage / stopped_at}: can't be written (the disk is full); checkpoints before it are unchanged"
-        in errors[0]
+        f"{stage / stopped_at}: can't be written (the disk is full); checkpoints before it are unchanged" in errors[0]
     )
     assert ("step000008: can't be written (the disk is full)" in log) and ("training continues" in log) == (
         if_full == "continue"

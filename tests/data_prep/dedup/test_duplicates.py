@@ -144,6 +144,16 @@ def test_the_first_of_each_group_of_copies_stays_across_sets_and_slices(
         assert all("row" in place for lost in part.dropped.values() for place in lost.examples)
 
 
+def test_text_without_any_copy_loses_nothing(write_rows: Any, save_tokenizer: Any, tmp_path: Path) -> None:
+    tree: dict[str, Any] = {
+        "held_out": {"fraction": 0.1, "near_copy_threshold": None},
+        "filters": {"exact_duplicates": True, "near_duplicates": {}},
+        "new": {"el": {"path": str(write_rows("el.jsonl", [{"text": texts(n)} for n in range(40)]))}},
+    }
+    store = prepare(DataConfig.model_validate(tree), save_tokenizer(), 300, tmp_path / "cache", seed=17)
+    assert store.sets["el"].manifest.dropped == {}
+
+
 def test_deduplication_gives_the_same_files_in_tasks_of_any_size(
     write_rows: Any, save_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from data_prep.config import DataConfig
 from data_prep.phases.budgets import is_reached, take
 from data_prep.plan import Budget
 from data_prep.store import TokenStore
+from data_prep.tokenizer import DocumentEncoder
 from tests.helpers.preparation import prepare
 
 
@@ -155,3 +156,16 @@ def test_taking_stops_at_the_first_document_that_does_not_fit() -> None:
     assert is_reached([3, 1, 2], {3: totals[3], 1: totals[1]}, Budget(tokens=10))
     assert not is_reached([3, 1, 2], {1: totals[1]}, Budget(tokens=10))
     assert not is_reached([3, 2], {3: totals[3], 2: totals[2]}, Budget(tokens=13))
+
+
+def test_with_a_replay_budget_a_document_is_encoded_once(corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    encode = DocumentEncoder.encode
+
+    def counted(self: DocumentEncoder, texts: list[str], *dtype: Any) -> Any:
+        seen.extend(texts)
+        return encode(self, texts, *dtype)
+
+    monkeypatch.setattr(DocumentEncoder, "encode", counted)
+    corpus(replay={"tokens": 40_000})
+    assert len(seen) == len(set(seen)) > 300

@@ -35,14 +35,14 @@ def logits(model: Any) -> torch.Tensor:
 def test_step_0_logits_equal_the_dense_models(family: str, tmp_path: Path) -> None:
     dense = save_model(tmp_path / "dense", family)
     plan = plan_of([3, 2, 1, 4])
-    figures = upcycle(dense, plan, SAMPLES, tmp_path / "upcycled", seed=1, model_hash="x")
+    manifest = upcycle(dense, plan, SAMPLES, tmp_path / "upcycled", seed=1, model_hash="x")
     expected = logits(load_dense(dense, torch.float32))
     model = load_upcycled(tmp_path / "upcycled", plan, torch.float32)
     assert [layer.num_experts for layer in moe_layers(model)] == [3, 2, 4]
     assert float(expected.std()) > 0.1  # a model that says something
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
-    assert figures["parity"]["holds"]
-    assert figures["parity"]["max_abs_logit_difference"] < 1e-5
+    assert manifest.parity["holds"]
+    assert manifest.parity["max_abs_logit_difference"] < 1e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
@@ -63,7 +63,7 @@ def test_another_model_with_gated_mlps_works_too(tmp_path: Path) -> None:
     )
     OlmoForCausalLM(config).save_pretrained(tmp_path / "olmo")
     save_tokenizer(tmp_path / "olmo")
-    assert upcycle(tmp_path / "olmo", plan_of([2, 3]), SAMPLES, tmp_path / "out", seed=1, model_hash="x")["parity"][
+    assert upcycle(tmp_path / "olmo", plan_of([2, 3]), SAMPLES, tmp_path / "out", seed=1, model_hash="x").parity[
         "holds"
     ]
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.prepare import prepare
 from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
 from pipeline.method.stages import find_stage
 from pipeline.training.mixture import CHUNK, Interleaving
 from pipeline.training.sample_order import stage_order
+from tests.helpers.preparation import prepare
 from tests.helpers.tiny import parse_run, run_tree, save_corpus
 
 
