@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 from common.errors import UserError
@@ -95,8 +96,9 @@ def _work_out(planned: Planned, executor: PoolExecutor, keep: Mapping[str, str])
     """Prepare what is missing; returns whether anything was."""
     keys = [sorted({one.key for one in planned.sets}), kept_keys(planned, keep)]
     work = Work(planned.tokens / f".{content_key(keys)}.work")  # the same for all jobs that share the work
-    lock = work.folder.with_suffix(".lock")
-    with locked(lock, f"tokens: another run works in {work.folder}, waiting", shared=executor.claim is not None):
+    waiting = f"tokens: another run works in {work.folder}, waiting"
+    # Jobs that claim tasks share the work.
+    with locked(work.folder.with_suffix(".lock"), waiting) if executor.is_alone else nullcontext():
         plan = plan_of(planned, keep)
         is_begun = (work.folder / "plan.json").is_file()
         if not is_begun and not plan.kept and not any(one.is_written for one in plan.sets):
@@ -113,7 +115,7 @@ def _work_out(planned: Planned, executor: PoolExecutor, keep: Mapping[str, str])
         try:
             run_phases(work, executor)
         except (OSError, UserError):
-            if executor.claim is None or not work.is_finished:  # else another job was faster, and has cleaned up
+            if not work.is_finished:  # else another job was faster, and has cleaned up
                 raise
         shutil.rmtree(work.folder, ignore_errors=True)
     return True

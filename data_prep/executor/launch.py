@@ -13,7 +13,7 @@ from typing import Literal, cast
 from common.errors import UserError
 from common.launch_environment import is_srun_task
 from data_prep.executor.pool import PoolExecutor, num_cores
-from data_prep.executor.task_claims import VOID_SECONDS, Claims
+from data_prep.executor.task_claims import Claims
 
 Backend = Literal["auto", "local", "mpi", "array"]
 BACKENDS: tuple[Backend, ...] = ("auto", "local", "mpi", "array")
@@ -54,7 +54,7 @@ def open_executor(backend: Backend = "auto", workers: int | None = None) -> Iter
         executor = stack.enter_context(_local(num_cores() if workers is None else workers))
         if chosen == "array":
             owner, executor.show = _place_among_tasks()
-            executor.claim = stack.enter_context(Claims(owner, void_seconds=_void_seconds())).tasks
+            executor.claim = stack.enter_context(Claims(owner)).tasks
         yield executor
 
 
@@ -66,10 +66,6 @@ def _place_among_tasks() -> tuple[str, bool]:
     if "SLURM_ARRAY_TASK_ID" not in os.environ:
         raise UserError("--executor array: not a SLURM task; start it with srun, or sbatch --array=0-63")
     return f"{os.environ.get('SLURM_ARRAY_JOB_ID', '0')}_{os.environ['SLURM_ARRAY_TASK_ID']}", True
-
-
-def _void_seconds() -> float:
-    return float(os.environ.get("DATA_PREP_VOID_SECONDS", VOID_SECONDS))
 
 
 @contextmanager

@@ -1,30 +1,15 @@
-"""One writer per run: a lock file that needs no flock, so that it holds on NFS, and that does not outlive its holder.
+"""One writer per run, on whichever host it is; the processes that it starts share its lock."""
 
-The file names its holder: host, process-id space, pid and the process's start. On the same host a dead
-holder is seen at once. From another host it is seen by its heartbeat: the holder rewrites a counter every
-few seconds, and one that stands still through several beats is dead. No clock is compared with another's.
-"""
-
-import contextlib
-import json
 import os
-import socket
 import sys
-import threading
 import time
-import uuid
 from pathlib import Path
-from types import TracebackType
-from typing import Any
-
-import psutil
 
 from common.errors import BusyError
+from common.locks import SECONDS_BETWEEN_TRIES, Heart, Holder, LockFile
 
-SECONDS_BETWEEN_BEATS = 5.0
-BEATS_TO_WAIT = 4
 EXIT_LOST_LOCK = 77
-TOKEN_VARIABLE = "PIPELINE_RUN_LOCK"  # children of a holder share its lock
+TOKEN_VARIABLE = "PIPELINE_RUN_LOCK"  # tells children of a holder that they share its lock
 
 
 class RunLock:
@@ -38,154 +23,45 @@ class RunLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / ".lock"
-        self.token = os.environ.get(TOKEN_VARIABLE, "")
-        self._beat = 0
-        self._done = threading.Event()
-        self._inherited: dict[str, Any] | None = None
+        self._lock = LockFile(folder / ".lock", token=os.environ.get(TOKEN_VARIABLE, ""))
+        self._inherited: Holder | None = None
+        self._heart = Heart(lambda: [self._lock], self._end)
 
     def __enter__(self) -> "RunLock":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        holder = self._read()
-        if holder is not None and self.token and holder.get("token") == self.token:
-            self._inherited = holder  # ours by inheritance: name this process, so that it counts if a parent dies
+        lock, holder = self._lock, self._lock.holder()
+        if TOKEN_VARIABLE in os.environ and holder is not None and holder.get("token") == lock.token:
+            self._inherited = holder
+            lock.name_this_process()  # so that it counts if a parent dies
         else:
-            self.token = uuid.uuid4().hex
+            self._lock = lock = LockFile(lock.path)
             self._take()
-        os.environ[TOKEN_VARIABLE] = self.token
-        self._write()
-        self._thread = threading.Thread(target=self._keep, name="run lock", daemon=True)
-        self._thread.start()
+        os.environ[TOKEN_VARIABLE] = lock.token
+        self._heart.__enter__()
         return self
 
-    def __exit__(
-        self, _kind: type[BaseException] | None, _error: BaseException | None, _traceback: TracebackType | None
-    ) -> None:
-        self._done.set()
-        self._thread.join()
-        holder = self._read()
-        if holder is None or holder.get("token") != self.token:
+    def __exit__(self, *_: object) -> None:
+        self._heart.__exit__()
+        holder = self._lock.holder()
+        if holder is None or holder.get("token") != self._lock.token:
             return
         if self._inherited is not None:
-            self._replace(self._inherited)
+            self._lock.replace(self._inherited)
         else:
             del os.environ[TOKEN_VARIABLE]
-            self.path.unlink(missing_ok=True)
+            self._lock.release()
 
     def _take(self) -> None:
-        """Create the file; where it exists, make sure that its holder is dead and take it away first."""
-        while True:
-            mine = self.path.with_name(f".lock.{self.token}")
-            mine.write_text(json.dumps(self._me()), encoding="utf-8")
-            try:
-                if _create(mine, self.path):
-                    return
-            finally:
-                mine.unlink(missing_ok=True)
-            holder = self._read()
-            if holder is not None and not _is_dead(holder, self._read):
+        while (state := self._lock.take()) != "mine":
+            holder = self._lock.holder()
+            if state == "alive" and holder is not None:
                 raise BusyError(
-                    f"{self.path.parent}: is in use by process {holder['pid']} on {holder['host']} "
+                    f"{self._lock.path.parent}: is in use by process {holder['pid']} on {holder['host']} "
                     f"(since {holder['since']}); wait for it, end it, or give the run another name"
                 )
-            self._remove(holder)
+            time.sleep(SECONDS_BETWEEN_TRIES)
 
-    def _remove(self, dead: dict[str, Any] | None) -> None:
-        """Move a dead holder's file away, unless another process was faster and the file is its."""
-        aside = self.path.with_name(f".lock.dead.{self.token}")
-        try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
-            return
-        moved = _parse(aside)
-        if dead is not None and moved is not None and moved.get("token") != dead.get("token"):
-            _create(aside, self.path)
-        aside.unlink(missing_ok=True)
-
-    def _me(self) -> dict[str, Any]:
-        return {
-            "token": self.token,
-            **_identity(os.getpid()),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "beat": self._beat,
-        }
-
-    def _write(self) -> None:
-        self._replace(self._me())
-
-    def _replace(self, content: dict[str, Any]) -> None:
-        temporary = self.path.with_name(f".lock.{self.token}.{os.getpid()}")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(temporary, self.path)
-
-    def _read(self) -> dict[str, Any] | None:
-        return _parse(self.path)
-
-    def _keep(self) -> None:
-        """Beat until done, while the lock is ours or this process's children's."""
-        since = self._me()["since"]
-        while not self._done.wait(SECONDS_BETWEEN_BEATS):
-            holder = self._read()
-            if holder is not None and holder.get("token") != self.token:
-                print(f"error: {self.path.parent}: another process ({holder.get('pid')} on {holder.get('host')}) has "
-                      "taken this run over; ending", file=sys.stderr, flush=True)  # fmt: skip
-                os._exit(EXIT_LOST_LOCK)
-            if holder is not None and holder.get("pid") == os.getpid():
-                self._beat += 1
-                with contextlib.suppress(OSError):  # a full disk: the next beat may work
-                    self._replace({**self._me(), "since": since})
-
-
-def _create(content: Path, path: Path) -> bool:
-    """Make ``path`` with the content of another file, whole or not at all; false if it exists."""
-    try:
-        os.link(content, path)  # atomic on NFS, where exclusive creation was not always
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links
-        try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(content.read_text(encoding="utf-8"))
-        except FileExistsError:
-            return False
-    return True
-
-
-def _parse(path: Path) -> dict[str, Any] | None:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def _identity(pid: int) -> dict[str, Any]:
-    """What tells a process from all others, also from a later one with its pid."""
-    try:
-        space = os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        space = 0
-    return {
-        "host": socket.gethostname(),
-        "space": space,
-        "pid": pid,
-        "started": psutil.Process(pid).create_time(),
-    }
-
-
-def _is_dead(holder: dict[str, Any], read: Any) -> bool:
-    """Whether a holder has ended: by its pid where it can be seen, else by its heartbeat."""
-    try:
-        here = _identity(os.getpid())
-        if (holder["host"], holder["space"]) == (here["host"], here["space"]):
-            return not psutil.pid_exists(holder["pid"]) or (
-                abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) > 1.0
-                or psutil.Process(holder["pid"]).status() == psutil.STATUS_ZOMBIE
-            )
-    except (KeyError, psutil.Error):
-        return True
-    deadline = time.monotonic() + BEATS_TO_WAIT * SECONDS_BETWEEN_BEATS
-    while time.monotonic() < deadline:
-        time.sleep(SECONDS_BETWEEN_BEATS / 2)
-        if read() != holder:
-            return False
-    return True
+    def _end(self, lock: LockFile) -> None:
+        holder = lock.holder() or {}
+        print(f"error: {lock.path.parent}: another process ({holder.get('pid')} on {holder.get('host')}) has "
+              "taken this run over; ending", file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(EXIT_LOST_LOCK)

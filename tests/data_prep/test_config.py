@@ -1,7 +1,5 @@
 """Settings that preparation reads, and what its small tools promise. Run: pytest tests/data_prep/test_config.py"""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,11 @@ import yaml
 
 from common.errors import UserError
 from common.files import save_array, write_once
-from common.locks import locked
 from common.seeded import seeded_hash, seeded_order
 from common.settings import load_settings, parse_settings
 from data_prep.config import PreparationConfig
 from data_prep.reading.hub import hub_failures
 from pipeline.config.load import load_run
-from tests.helpers.preparation_jobs import ROOT
 from tests.helpers.tiny import run_tree
 
 TREE: dict[str, Any] = {"model": {"path": "m"}, "data": {"new": {"el": {"path": "el.jsonl"}}}}
@@ -67,23 +63,6 @@ def test_a_file_that_is_written_once_stays_and_an_array_comes_back(tmp_path: Pat
     assert (tmp_path / "plan.json").read_bytes() == b"first"
     assert np.load(tmp_path / "folder" / "a.npy").tolist() == [0, 1, 2]
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.npy", "folder", "plan.json"]
-
-
-def test_a_second_process_says_that_it_waits_and_holders_of_a_shared_lock_do_not(tmp_path: Path) -> None:
-    code = (
-        "import sys; from pathlib import Path; from common.locks import locked\n"
-        "with locked(Path(sys.argv[1]), 'waiting', shared=sys.argv[2] == 'shared'): print('in')"
-    )
-
-    def second(kind: str) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-c", code, str(tmp_path / "lock"), kind]
-        return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-
-    with locked(tmp_path / "lock", "never", shared=True):
-        assert second("shared").communicate(timeout=60)[0].split() == ["in"]
-        waiting = second("alone")
-        assert waiting.stdout is not None and waiting.stdout.readline() == "waiting\n"
-    assert waiting.communicate(timeout=60)[0] == "in\n"
 
 
 def test_whatever_a_client_of_the_hub_raises_is_one_line_with_a_fix() -> None:

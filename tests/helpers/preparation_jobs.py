@@ -87,7 +87,6 @@ class Job:
             "PYTHONPATH": str(ROOT),
             "OMPI_ALLOW_RUN_AS_ROOT": "1",
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-            "DATA_PREP_VOID_SECONDS": "4",
         }
         self.log = open(run.parent / "log.txt", "ab")  # noqa: SIM115 - closed in wait()
         self.processes = []

@@ -1,4 +1,4 @@
-"""One writer a run, also where the holder is on another host. Run: pytest tests/pipeline/run/test_run_lock.py"""
+"""One writer per run, also where the holder is on another host. Run: pytest tests/pipeline/run/test_run_lock.py"""
 
 import json
 import multiprocessing
@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
+from common import locks
 from common.errors import UserError
-from pipeline.run import run_lock
+from common.locks import identity
 from pipeline.run.run_lock import TOKEN_VARIABLE, RunLock
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "SECONDS_BETWEEN_BEATS", 0.1)
+    monkeypatch.setattr(locks, "SECONDS_BETWEEN_BEATS", 0.1)
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
 
 
@@ -77,7 +78,7 @@ def test_a_dead_process_does_not_hold_it(tmp_path: Path) -> None:
     child = context.Process(target=os.getpid)
     child.start()
     child.join()
-    holder_elsewhere(tmp_path, **run_lock._identity(os.getpid()), token="dead")
+    holder_elsewhere(tmp_path, **identity(os.getpid()), token="dead")
     content = json.loads((tmp_path / ".lock").read_text()) | {"pid": child.pid}
     (tmp_path / ".lock").write_text(json.dumps(content))
     with RunLock(tmp_path):
@@ -85,7 +86,7 @@ def test_a_dead_process_does_not_hold_it(tmp_path: Path) -> None:
 
 
 def test_a_process_that_took_over_a_dead_ones_number_does_not_hold_it(tmp_path: Path) -> None:
-    me = run_lock._identity(os.getpid())
+    me = identity(os.getpid())
     holder_elsewhere(tmp_path, **me | {"started": me["started"] - 100})
     with RunLock(tmp_path):
         pass
@@ -133,7 +134,7 @@ def hold(folder: Path, started: Any, results: Any) -> None:
 
 
 def test_of_many_at_once_over_a_dead_holder_exactly_one_gets_it(tmp_path: Path) -> None:
-    me = run_lock._identity(os.getpid())
+    me = identity(os.getpid())
     holder_elsewhere(tmp_path, **me | {"started": me["started"] - 100})
     context = multiprocessing.get_context("fork")
     started, results = context.Barrier(6), context.Queue()
