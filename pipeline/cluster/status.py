@@ -88,7 +88,8 @@ def stage_progress(job: Job) -> str:
     rows = StepRow.load_rows(job.run.folder / job.name / METRICS_FILE)
     if not rows:
         return ""
-    total = job.run.stage(1 if job.name == "stage1" else 2).num_steps
+    [number] = [number for number in job.run.stage_numbers if job.name == f"stage{number}"]
+    total = job.run.stage(number).num_steps
     recent = rows[-RECENT:]
     seconds = statistics.mean(row.seconds for row in recent)
     speed = statistics.mean(row.tokens_per_second for row in recent)

@@ -13,6 +13,7 @@ from pipeline.checkpoint.store import MANIFEST, best, check_same_run, complete_t
 from pipeline.checkpoint.verify import damaged_weights
 from pipeline.checkpoint.weights import read_weights
 from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.method.stages import STAGES
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import moe_layers, move
 from pipeline.model.expert_plan import ExpertPlan
@@ -27,11 +28,13 @@ class Scored:
         label: its name in tables: "base", "stage1", "stage2/best" …
         folders: the checkpoints to lay over the upcycled model, later ones last; none for the dense model.
         weights: what names its weights: hashes, as JSON holds them.
+        has_classifiers: whether its routing classifiers have been trained.
     """
 
     label: str
     folders: tuple[Path, ...]
     weights: Any
+    has_classifiers: bool = False
 
 
 def find_checkpoint(stage_folders: dict[str, Path], tag: str) -> Path:
@@ -88,15 +91,15 @@ def checkpoint_to_score(
             raise UserError(f"{folder}: was trained on another {experts} than lies there now; train stage 2 again")
         folders.insert(0, experts)
     hashes = [sha256_file(path / MANIFEST) for path in folders]
-    return Scored(label, tuple(folders), {"upcycled": upcycled.name, "checkpoints": hashes})
+    weights = {"upcycled": upcycled.name, "checkpoints": hashes}
+    return Scored(label, tuple(folders), weights, STAGES[manifest.stage].has_classifiers)
 
 
 def load_model(
     scored: Scored, upcycled: Path, plan: ExpertPlan, dtype: torch.dtype, dims: ParallelDims, device: torch.device
 ) -> nn.Module:
     """The upcycled model with a checkpoint's weights, each rank with its own experts, ready to score."""
-    stage2 = any(folder.parent.name == "stage2" for folder in scored.folders)
-    model = load_upcycled(upcycled, plan, dtype, dims, classifiers=stage2)
+    model = load_upcycled(upcycled, plan, dtype, dims, classifiers=scored.has_classifiers)
     for folder in scored.folders:
         read_weights(model, folder)
     move(model, device)
