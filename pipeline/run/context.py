@@ -78,8 +78,10 @@ class RunContext:
     @cached_property
     def kept(self) -> dict[str, str]:
         """By set, the keys of the token sets that training has begun with: they stay, whatever is scored later."""
-        has_begun = any((self.folder / stage).is_dir() for stage in ("stage1", "stage2"))
-        return dict(self.folder.manifest("tokenize").outputs["sets"]) if has_begun else {}
+        has_begun = any((self.folder / stage).is_dir() for stage in self.stages)
+        if not has_begun or not self.folder.has_manifest("tokenize"):
+            return {}
+        return dict(self.folder.manifest("tokenize").outputs["sets"])
 
     @cached_property
     def plan(self) -> ExpertPlan:
