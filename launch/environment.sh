@@ -34,15 +34,16 @@ ensure_python() {
   done
 }
 
-# Debian packages, where they are missing and we are root.
-system_packages() {
-  local missing=() package
+# Debian packages, where they are missing and we are root. Processes that want some at once take turns.
+system_packages() (
+  [ "$(id -u)" = 0 ] && exec 9>/var/lock/moe-lpr-packages && flock 9
+  missing=()
   for package in "$@"; do
     dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
   done
-  [ ${#missing[@]} -eq 0 ] && return
+  [ ${#missing[@]} -eq 0 ] && exit
   echo "installing ${missing[*]}" >&2
   export DEBIAN_FRONTEND=noninteractive
-  apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null 2>&1 ||
-    { apt-get update -q >/dev/null && apt-get install -y -q --no-install-recommends "${missing[@]}" >/dev/null; }
-}
+  install() { apt-get -o DPkg::Lock::Timeout=300 install -y -q --no-install-recommends "${missing[@]}" >/dev/null; }
+  install 2>/dev/null || { apt-get update -q >/dev/null && install; }
+)

@@ -15,4 +15,4 @@ fi
 "$python" -m ruff format --check .
 "$python" -m mypy
 # Two at once, as most of the time goes to starting Python on one core; -n 0 runs them in this process.
-exec "$python" -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder ${select[@]+"${select[@]}"} "$@"
+exec "$python" -m pytest -q -rs -n 2 --dist loadgroup --no-loadscope-reorder ${select[@]+"${select[@]}"} "$@"

@@ -34,8 +34,10 @@ def why_not() -> str | None:
     if subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode:
         return "this machine allows no namespaces"
     install = f". {ROOT}/launch/environment.sh; system_packages {' '.join(PACKAGES)}"
-    if subprocess.run(["bash", "-c", install], capture_output=True, check=False).returncode:
-        return f"Debian packages are missing and can't be installed: {', '.join(PACKAGES)}"
+    done = subprocess.run(["bash", "-c", install], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = " ".join(done.stderr.split()[-40:])
+        return f"Debian packages are missing and can't be installed: {', '.join(PACKAGES)} ({said})"
     return None
 
 
