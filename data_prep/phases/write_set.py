@@ -106,13 +106,22 @@ def write_set(work: Work, number: int) -> Json:
 def publish(work: Work, _task: int) -> Json:
     """Move every finished set to its place in the cache, and keep the counts of copies there."""
     for one in work.plan.sets:
-        folder, target = _folder_of(work, one), work.tokens / one.key
-        if one.is_written and not (target / MANIFEST).is_file():  # else it is there, or another run was first
-            shutil.rmtree(target, ignore_errors=True)
-            os.rename(folder, target)
+        target = work.tokens / one.key
+        if one.is_written and not (target / MANIFEST).is_file():  # else another run was first
+            _move(_folder_of(work, one), target)
     fsync_path(work.tokens)
     record_copies(work)
     return {}
+
+
+def _move(folder: Path, target: Path) -> None:
+    try:
+        os.rename(folder, target)
+    except OSError:
+        if (target / MANIFEST).is_file():  # another run was first by a moment
+            return
+        shutil.rmtree(target, ignore_errors=True)  # what is there is not a finished set
+        os.rename(folder, target)
 
 
 def _write_shards(work: Work, one: _Set, slices: list[Slice]) -> SetManifest:

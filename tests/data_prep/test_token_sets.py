@@ -295,3 +295,27 @@ def test_a_job_that_comes_late_follows_the_plan_that_is_there(
     assert [one.name for one in late.sets] == ["seen"]
     late.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == first
+
+
+def test_a_set_that_another_run_finishes_meanwhile_is_left_alone(
+    tree: Tree, watched: Tree, stored: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    both = {**tree, "watch": {"seen": watched}}
+
+    def interrupted(call: Any) -> Any:
+        if call.function.__name__ == "publish":
+            raise KeyboardInterrupt
+        return do_task(call)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.executor.pool.do_task", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            stored(both)
+    assert set_folders(tmp_path / "cache") == []
+    other = stored(tree)
+    files = stamps(other)
+    unfinished = tmp_path / "cache" / "tokens" / stored(both, cache="elsewhere").keys["seen"]
+    (unfinished / "train").mkdir(parents=True)  # what somebody deleted in part
+    store = stored(both)
+    assert stamps(other) == files
+    store.verify()
