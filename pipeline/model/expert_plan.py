@@ -8,8 +8,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from common.errors import UserError
 from common.files import content_key, read_json, write_json
 
-FILE_NAME = "expert_plan.json"
-
 
 class Round(BaseModel):
     """One expansion of the model: round 0 is the dense model, round 1 the first group of new languages.

@@ -10,11 +10,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.config import DataConfig
+from data_prep.store import TokenStore
+from tests.helpers.preparation import prepare
 
 VOCAB_SIZE = 300
 TRAINING_TEXT = ["the quick brown fox jumps over the lazy dog", "η γρήγορη καφέ αλεπού", "a hosszú nyári délután"] * 20
 
 SaveTokenizer = Callable[..., str]
+Tree = dict[str, Any]
 WriteRows = Callable[[str, Iterable[dict[str, Any]]], Path]
 
 
@@ -82,3 +85,38 @@ def two_languages(write_rows: WriteRows) -> DataConfig:
             "watch": {"seen": {"path": str(write_rows("watch.jsonl", watch)), "language": "en"}},
         }
     )
+
+
+@pytest.fixture
+def tokenizer(save_tokenizer) -> str:
+    return save_tokenizer()
+
+
+@pytest.fixture
+def tree(write_rows: Any) -> Tree:
+    """English (old) and Greek (new), 60 pages each; training text is compared with no held-out text."""
+    return {
+        "held_out": {"by": "page", "fraction": 0.1, "near_copy_threshold": None},
+        "replay": None,
+        "slice_bytes": 2000,
+        "old": {"en": {"path": str(write_rows("en.jsonl", pages("en", 60)))}},
+        "new": {"el": {"path": str(write_rows("el.jsonl", pages("el", 60)))}},
+    }
+
+
+@pytest.fixture
+def watched(write_rows: Any) -> Tree:
+    """A set to watch: two documents that are in the Greek training text, and one that is nowhere."""
+    rows = [row for row in pages("el", 60) if row["page"] in ("page-3", "page-4")]
+    return {"path": str(write_rows("watch.jsonl", [*rows, {"text": "ένα άλλο κείμενο εδώ"}])), "language": "el"}
+
+
+@pytest.fixture
+def stored(save_tokenizer: Any, tmp_path: Path) -> Any:
+    """stored(tree, …): the sets of these settings."""
+    tokenizer = save_tokenizer()
+
+    def make(tree: Tree, cache: str = "cache", seed: int = 17, **options: Any) -> TokenStore:
+        return prepare(DataConfig.model_validate(tree), tokenizer, 300, tmp_path / cache, seed, **options)
+
+    return make

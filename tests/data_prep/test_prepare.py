@@ -12,24 +12,11 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from common.errors import UserError
 from common.files import sha256_file
 from data_prep.config import DataConfig
-from data_prep.store import TokenSet, TokenStore
+from data_prep.store import TokenStore
 from data_prep.tokenizer import DocumentEncoder
-from tests.helpers.preparation import prepare, set_folders
-
-
-def changed(data: DataConfig, **settings: object) -> DataConfig:
-    """`data` with settings such as held_out__fraction=0.2 changed."""
-    tree = data.model_dump()
-    for key, value in settings.items():
-        *parents, last = key.split("__")
-        part = tree
-        for parent in parents:
-            part = part[parent]
-        part[last] = value
-    return DataConfig.model_validate(tree)
+from tests.helpers.preparation import changed, prepare, set_folders
 
 
 def files_of(store: TokenStore) -> dict[str, bytes]:
@@ -44,11 +31,6 @@ def texts(store: TokenStore, folder: str, name: str, part: str) -> list[str]:
     shard = getattr(store, part)(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return [tokenizer.decode(shard.document(i)[:-1]) for i in range(shard.num_documents)]
-
-
-@pytest.fixture
-def tokenizer(save_tokenizer) -> str:
-    return save_tokenizer()
 
 
 def test_every_document_is_in_one_part_and_comes_back_as_it_was(two_languages, tokenizer, tmp_path: Path) -> None:
@@ -274,70 +256,3 @@ def test_by_document_needs_no_page_and_keeps_equal_texts_together(write_rows, to
     assert held_out and train
     assert not set(held_out) & set(train)
     assert all(held_out.count(text) == 2 for text in held_out)
-
-
-@pytest.mark.parametrize(
-    ("fraction", "error"),
-    [
-        (1e-9, r"data\.old\.en: none of 60 documents is held out .* raise the fraction"),
-        (1 - 1e-9, r"data\.old\.en: no document is left to train on, 60 are held out .* lower the fraction"),
-    ],
-)
-def test_an_empty_part_is_an_error_that_says_how_to_fix_it(
-    two_languages, tokenizer, tmp_path: Path, fraction: float, error: str
-) -> None:
-    with pytest.raises(UserError, match=error):
-        prepare(changed(two_languages, held_out__fraction=fraction), tokenizer, 300, tmp_path / "cache", seed=17)
-    assert list((tmp_path / "cache" / "tokens").glob("[!.]*")) == []
-
-
-def test_a_watch_set_without_text_is_an_error(two_languages, write_rows, tokenizer, tmp_path: Path) -> None:
-    data = changed(two_languages, watch__seen__path=str(write_rows("blank.jsonl", [{"text": " "}])))
-    with pytest.raises(UserError, match=r"data\.watch\.seen: no document with text \(1 empty"):
-        prepare(data, tokenizer, 300, tmp_path / "cache", seed=17)
-
-
-def test_a_path_that_does_not_exist_names_the_set(two_languages, tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.new\.el\.path: nowhere\.jsonl: does not exist"):
-        prepare(changed(two_languages, new__el__path="nowhere.jsonl"), tokenizer, 300, tmp_path / "cache", seed=17)
-
-
-RUN = """
-name: tiny
-cache_dir: {folder}/cache
-model: {{path: {folder}/tokenizer}}
-data:
-  held_out: {{by: page, fraction: 0.1}}
-  replay: null
-  old: {{en: {{path: {folder}/en.jsonl}}}}
-  new: {{el: {{path: {folder}/el.jsonl}}}}
-experts: {{allocation: uniform, num_new: 2}}
-stage1: {{tokens: 1024, sequence_length: 16, global_batch_size: 2}}
-"""
-
-
-def test_the_command_tokenizes_a_run_and_turns_a_mistake_into_one_line(
-    two_languages, tokenizer, tmp_path: Path
-) -> None:
-    from transformers import LlamaConfig
-
-    LlamaConfig(vocab_size=300).save_pretrained(tokenizer)
-    run = tmp_path / "tiny.yaml"
-    run.write_text(RUN.format(folder=tmp_path))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-
-    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-        argv = [sys.executable, "-m", "data_prep", str(run), *arguments]
-        return subprocess.run(argv, check=False, capture_output=True, text=True, env=environment)
-
-    done = command()
-    assert done.returncode == 0, done.stderr
-    assert [line.split()[:2] for line in done.stdout.splitlines()][:2] == [["OLD", "en"], ["NEW", "el"]]
-    folders = set_folders(tmp_path / "cache")
-    assert len(folders) == 2
-    for folder in folders:
-        TokenSet(folder).verify()
-    failed = command("--set", "data.new.el.text_field=content")
-    assert failed.returncode == 2
-    assert failed.stderr.strip().count("\n") == 0
-    assert "el.jsonl, row 1: no text field 'content'" in failed.stderr

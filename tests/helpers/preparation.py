@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import LlamaConfig
 
@@ -46,3 +47,26 @@ def prepare(
 def set_folders(cache: Path) -> list[Path]:
     """The folders of all finished sets in a cache."""
     return sorted(path for path in (cache / "tokens").glob("[!.]*") if path.is_dir())
+
+
+def changed(data: DataConfig, **settings: object) -> DataConfig:
+    """`data` with settings such as held_out__fraction=0.2 changed."""
+    tree = data.model_dump()
+    for key, value in settings.items():
+        *parents, last = key.split("__")
+        part = tree
+        for parent in parents:
+            part = part[parent]
+        part[last] = value
+    return DataConfig.model_validate(tree)
+
+
+def stamps(store: TokenStore) -> dict[str, tuple[int, int]]:
+    """Inode and time of change of every file of a store's sets."""
+    files = [path for one in store.sets.values() for path in [one.folder, *one.folder.rglob("*")]]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def cleaned(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same, with training text compared with held-out text."""
+    return {**tree, "held_out": {"by": "page", "fraction": 0.1, "near_copy_threshold": 0.8}}
