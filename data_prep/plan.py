@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from common.files import json_text, read_json, write_once
-from data_prep.config import DataConfig, SetConfig
+from data_prep.config import DataConfig, FiltersConfig, SetConfig
 from data_prep.reading.documents import Reading
 from data_prep.reading.file_splits import FileSplit
 from data_prep.tokenizer import TokenizerSpec
@@ -212,6 +212,12 @@ class Plan:
     def writes_training_text(self) -> bool:
         """Whether any set is written that is trained on."""
         return any(one.trains and one.is_written for one in self.sets)
+
+    def is_filtered_first(self, one: SetPlan) -> bool:
+        """Whether all documents of a set are read before the first is tokenized; else they are read once."""
+        copies = self.data.held_out.near_copy_threshold is not None
+        filters = self.data.filters != FiltersConfig()
+        return not one.trains or copies or filters or one.replay is not None
 
     @property
     def finds_duplicates(self) -> bool:

@@ -197,24 +197,10 @@ class ShardSequence:
         """How many documents there are."""
         return sum(shard.num_documents for shard in self.shards())
 
-    @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Token ids of each document: (num_documents,)."""
-        return np.concatenate([np.empty(0, np.int64), *(shard.lengths for shard in self.shards())])
-
     def shards(self) -> Iterator[Shard]:
         """Each shard, opened and its index checked."""
         for prefix in self.prefixes:
             yield Shard(prefix)
-
-    def document(self, index: int) -> NDArray[np.integer]:
-        """Token ids of one document, counted from 0 over all shards, (length,)."""
-        left = index
-        for shard in self.shards():
-            if 0 <= left < shard.num_documents:
-                return shard.document(left)
-            left -= shard.num_documents
-        raise IndexError(f"document {index} of {self.num_documents}")
 
     def read(self, start: int, stop: int) -> NDArray[np.integer]:
         """Tokens `start` to `stop - 1`, (stop - start,); a view of the mapped file where one shard holds them all."""

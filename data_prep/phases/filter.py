@@ -107,7 +107,7 @@ def filter_slice(work: Work, number: int) -> Json:
         "dropped": drops.as_json(),
         "held_out": {"documents": len(held), "characters": sum(held)},
         "signed": len(kept.rows) - len(held) if signatures is not None else 0,
-        "bad_rows": {"rows": bad_rows.count, "examples": bad_rows.examples},
+        "bad_rows": bad_rows.as_json(),
     }
 
 
@@ -125,6 +125,8 @@ def _save(work: Work, number: int, kept: _Kept) -> None:
 def runs_of_set(work: Work, number: int) -> HeldOutRuns:
     """The word runs of all held-out texts of a set that the plan reads, in the order of its slices."""
     parts = [part.number for part in work.plan.slices_of(number)]
+    if not work.plan.is_filtered_first(work.plan.sets[number]):  # nothing is compared with its held-out text
+        parts = []
     runs = [np.load(work.path(RUNS_PHASE, part, ".runs.npy")) for part in parts]
     sizes = [np.load(work.path(RUNS_PHASE, part, ".sizes.npy")) for part in parts]
     return HeldOutRuns(

@@ -16,8 +16,9 @@ def run_phases(work: Work, executor: Executor) -> None:
     """Everything from the plan to the finished sets, as far as it is not done."""
     plan = work.plan
     weights = {part.number: part.size for part in plan.slices}
-    slices = _longest_first(list(weights), weights)
-    executor.run(Phase(work, FILTER, filter_slice, slices, label="filter", weights=weights))
+    filtered = [part.number for part in plan.slices if plan.is_filtered_first(plan.set_of(part))]
+    filtered = _longest_first(filtered, weights)
+    executor.run(Phase(work, FILTER, filter_slice, filtered, label="filter", weights=weights))
     if plan.finds_copies:
         executor.run(Phase(work, INDEX, index_copies, [0], label="index held-out text"))
     if plan.finds_duplicates:

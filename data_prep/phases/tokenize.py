@@ -15,7 +15,7 @@ from data_prep.dedup.deduplicate import dropped_of
 from data_prep.dedup.held_out import SHINGLE
 from data_prep.dedup.word_shingles import shingles, word_hashes
 from data_prep.phases.copies import copy_index
-from data_prep.phases.filter import Drops, filters_of
+from data_prep.phases.filter import Drops, filters_of, holds_out
 from data_prep.phases.replay import draw, quota
 from data_prep.plan import CHANGED, FILTER, HELD_OUT, TOKENIZE, Json, Slice
 from data_prep.reading.documents import BadRows, Document, read_documents
@@ -59,10 +59,10 @@ def tokenize_slice(work: Work, number: int) -> Json:
 
     Returns:
         "train" and "held_out" (the figures of `Tally.as_json`, and the files' sha256 by suffix), and "dropped" (what
-        was dropped since the filters, by reason).
+        was dropped since the filters, by reason) and "bad_rows" (of a set that was not filtered first).
     """
     plan, part = work.plan, work.plan.slices[number]
-    drops, written = Drops(), _Written()
+    drops, bad_rows, written = Drops(), BadRows(), _Written()
     figures: Json = {}
     with ExitStack() as shards:
         parts = ["held_out", *(["train"] if plan.set_of(part).trains else [])]
@@ -70,7 +70,7 @@ def tokenize_slice(work: Work, number: int) -> Json:
             name: shards.enter_context(ShardWriter(work.path(TOKENIZE, number, f".{name}"), plan.dtype))
             for name in parts
         }
-        for one, ids in _encoded(work, part, drops):
+        for one, ids in _encoded(work, part, drops, bad_rows):
             writers["held_out" if one.held_out else "train"].append(ids)
             _count(written, one, ids, plan.tokenizer.num_added)
     for name, writer in writers.items():
@@ -79,18 +79,18 @@ def tokenize_slice(work: Work, number: int) -> Json:
     write_text(work.path(TOKENIZE, number, ".held_out.jsonl"), "".join(rows))
     sizes = np.array(written.sizes, np.uint64).reshape(-1, 2).T
     save_array(work.path(TOKENIZE, number, ".sizes.npy"), sizes)
-    figures["dropped"] = drops.as_json()
+    figures |= {"dropped": drops.as_json(), "bad_rows": bad_rows.as_json()}
     return figures
 
 
-def _encoded(work: Work, part: Slice, drops: Drops) -> Iterable[Encoded]:
+def _encoded(work: Work, part: Slice, drops: Drops, bad_rows: BadRows) -> Iterable[Encoded]:
     """The documents of a slice that go into shards, in its order, each encoded once."""
     share, encoder = quota(work, part), encoder_of(work)
     dtype = np.dtype(work.plan.dtype).newbyteorder("<")
     if share is None:
-        return _encode(encoder, _chosen(work, part, drops), dtype)
+        return _encode(encoder, _chosen(work, part, drops, bad_rows), dtype)
     drawn = draw(work, part, share)
-    chosen = [one for one in _chosen(work, part, drops) if one.held_out or one.document.index in drawn.rows]
+    chosen = [one for one in _chosen(work, part, drops, bad_rows) if one.held_out or one.document.index in drawn.rows]
     kept = list(_encode(encoder, (one for one in chosen if one.held_out), dtype))
     tokens = characters = 0
     train = sorted((one for one in chosen if not one.held_out), key=lambda one: drawn.places[one.document.index])
@@ -121,11 +121,12 @@ def _batches(chosen: Iterable[Chosen]) -> Iterator[list[Chosen]]:
         yield batch
 
 
-def _chosen(work: Work, part: Slice, drops: Drops) -> Iterator[Chosen]:
+def _chosen(work: Work, part: Slice, drops: Drops, bad_rows: BadRows) -> Iterator[Chosen]:
     """The documents of a slice that are left after filters, deduplication and the search for copies."""
-    plan = work.plan
-    copies = copy_index(work) if plan.set_of(part).trains and plan.held_out_texts else None
-    for document, text, held_out in _kept(work, part, drops):
+    plan, own = work.plan, work.plan.set_of(part)
+    copies = copy_index(work) if own.trains and plan.held_out_texts else None
+    kept = _kept(work, part, drops) if plan.is_filtered_first(own) else _read(work, part, drops, bad_rows)
+    for document, text, held_out in kept:
         if copies is not None and not held_out:
             origins = copies.origins(shingles(word_hashes(text), SHINGLE))
             if origins:
@@ -133,6 +134,16 @@ def _chosen(work: Work, part: Slice, drops: Drops) -> Iterator[Chosen]:
                 drops.add("benchmark" if of_benchmarks else "near_copy", document)
                 continue
         yield Chosen(document, text, held_out)
+
+
+def _read(work: Work, part: Slice, drops: Drops, bad_rows: BadRows) -> Iterator[Chosen]:
+    """The documents of a slice of a set that was not filtered first: every one that holds text."""
+    plan, one = work.plan, work.plan.set_of(part)
+    for document in read_documents(part.splits, plan.reading(part), bad_rows):
+        if document.text.strip():
+            yield Chosen(document, document.text, holds_out(plan, one, document))
+        else:
+            drops.add("empty", document)
 
 
 def _kept(work: Work, part: Slice, drops: Drops) -> Iterator[Chosen]:

@@ -84,7 +84,7 @@ def write_set(work: Work, number: int) -> Json:
     one.folder.mkdir(parents=True)
     slices = work.plan.slices_of(number)
     held_out = Counts()
-    for part in slices:
+    for part in slices if work.plan.is_filtered_first(plan) else ():
         figures = work.figures(FILTER, part.number)
         one.drop(figures["dropped"])
         one.skip(figures["bad_rows"])
@@ -170,6 +170,7 @@ def _text_manifest(plan: Plan, one: _Set) -> Json:
 def _add_slice(work: Work, one: _Set, part: Slice) -> None:
     figures = work.figures(TOKENIZE, part.number)
     one.drop(figures["dropped"])
+    one.skip(figures["bad_rows"])
     one.held_out.merge(figures["held_out"])
     count = one.taken[part.number]
     if not count:

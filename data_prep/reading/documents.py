@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from common.errors import UserError
 from data_prep.reading.file_splits import FileSplit
@@ -46,6 +47,10 @@ class BadRows:
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """How many "rows", and the first "examples"."""
+        return {"rows": self.count, "examples": self.examples}
 
     def add(self, what: str) -> None:
         """Count one."""

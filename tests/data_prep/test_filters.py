@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from common.errors import UserError
 from data_prep.config import DataConfig
 from data_prep.store import TokenStore
-from tests.helpers.preparation import prepare
+from tests.helpers.preparation import documents, prepare
 
 ENGLISH = [f"The river runs slowly past the old stone house number {n}, and nobody knows its name." for n in range(30)]
 GREEK = [
@@ -29,7 +29,7 @@ def stored(write_rows: Any, save_tokenizer: Any, folder: Path, texts: list[str],
 def texts_of(store: TokenStore) -> set[str]:
     tokenizer = AutoTokenizer.from_pretrained(store.any_manifest.tokenizer)
     shards = [store.train("el"), store.held_out("el")]
-    return {tokenizer.decode(s.document(i)[:-1]) for s in shards for i in range(s.num_documents)}
+    return {tokenizer.decode(ids[:-1]) for s in shards for ids in documents(s)}
 
 
 def test_text_is_normalised_and_mojibake_repaired(write_rows: Any, save_tokenizer: Any, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_prep.config import DataConfig
-from tests.helpers.preparation import prepare
+from tests.helpers.preparation import documents, prepare
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(300, "uint16"), (70_000, "int32")])
@@ -22,11 +22,9 @@ def test_megatron_core_reads_the_same_tokens_from_every_shard_of_a_store(
         assert len(shards.prefixes) > 2
         theirs = [IndexedDataset(str(prefix), mmap=True) for prefix in shards.prefixes]
         assert all(dataset.index.dtype == np.dtype(dtype) for dataset in theirs)
-        documents = [dataset[i].tolist() for dataset in theirs for i in range(len(dataset))]
-        assert documents == [shards.document(i).tolist() for i in range(shards.num_documents)]
-        assert shards.read(0, len(shards)).tolist() == [i for document in documents for i in document]
+        found = [dataset[i].tolist() for dataset in theirs for i in range(len(dataset))]
+        assert found == [ids.tolist() for ids in documents(shards)]
+        assert shards.read(0, len(shards)).tolist() == [i for document in found for i in document]
         held_out = IndexedDataset(str(store.sets[name].folder / "held_out"), mmap=True)
         mine = store.held_out(name)
-        assert [held_out[i].tolist() for i in range(len(held_out))] == [
-            mine.document(i).tolist() for i in range(mine.num_documents)
-        ]
+        assert [held_out[i].tolist() for i in range(len(held_out))] == [ids.tolist() for ids in documents(mine)]

@@ -16,7 +16,7 @@ from common.files import sha256_file
 from data_prep.config import DataConfig
 from data_prep.store import TokenStore
 from data_prep.tokenizer import DocumentEncoder
-from tests.helpers.preparation import changed, prepare, set_folders
+from tests.helpers.preparation import changed, documents, prepare, set_folders
 
 
 def files_of(store: TokenStore) -> dict[str, bytes]:
@@ -30,7 +30,7 @@ def files_of(store: TokenStore) -> dict[str, bytes]:
 def texts(store: TokenStore, folder: str, name: str, part: str) -> list[str]:
     shard = getattr(store, part)(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return [tokenizer.decode(shard.document(i)[:-1]) for i in range(shard.num_documents)]
+    return [tokenizer.decode(ids[:-1]) for ids in documents(shard)]
 
 
 def test_every_document_is_in_one_part_and_comes_back_as_it_was(two_languages, tokenizer, tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_every_document_is_in_one_part_and_comes_back_as_it_was(two_languages, t
     assert len(texts(store, tokenizer, "seen", "held_out")) == 5
     for name in store.sets:
         shard = store.held_out(name)
-        assert all(shard.document(i)[-1] == store.separator_id for i in range(shard.num_documents))
+        assert all(ids[-1] == store.separator_id for ids in documents(shard))
 
 
 def test_a_page_and_its_translations_are_held_out_together(two_languages, tokenizer, tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_tokens_that_are_scored_exclude_bos_and_separator(two_languages, save_to
     store = prepare(two_languages, folder, 300, tmp_path / "cache", seed=17)
     assert store.begins_with_bos
     shard = store.train("el")
-    assert all(shard.document(i)[0] == store.any_manifest.bos_id for i in range(shard.num_documents))
+    assert all(ids[0] == store.any_manifest.bos_id for ids in documents(shard))
     scored = [document.tokens for document in store.held_out_documents("el")]
     assert scored == list(store.held_out("el").lengths - 2)
 

@@ -13,7 +13,7 @@ from common.errors import UserError
 from data_prep.config import DataConfig
 from data_prep.tokenizer import DocumentEncoder, load_decoder
 from tests.data_prep.conftest import pages
-from tests.helpers.preparation import prepare
+from tests.helpers.preparation import documents, prepare
 
 MODELS = sorted((Path(mistral_common.__file__).parent / "data").glob("*.model.v[1-3]"))
 TEXTS = [
@@ -62,7 +62,7 @@ def test_a_store_is_made_with_a_sentencepiece_file_and_can_be_read_as_text(write
     store = prepare(DataConfig.model_validate(tree), str(MODELS[-1]), 32768, tmp_path / "cache", seed=17)
     shards = store.train("el")
     decode = load_decoder(store.sets["el"].folder)
-    found = {decode(shards.document(i).tolist()) for i in range(shards.num_documents)}
+    found = {decode(ids.tolist()) for ids in documents(shards)}
     assert found < {row["text"] for row in rows}
     assert len(found) == shards.num_documents > 40
     assert store.begins_with_bos

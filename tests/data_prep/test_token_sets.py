@@ -170,3 +170,22 @@ def test_a_count_of_copies_that_was_interrupted_resumes_and_is_the_same(
     stored(with_watched, keep=one.keys)
     assert len(counted) == len(set(counted)) + 1 > 4, "only the interrupted task is done again"
     assert "training sees 2 copies of text in seen" in capsys.readouterr().out
+
+
+def test_text_that_nothing_is_compared_with_is_read_once(
+    tree: Tree, stored: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases: list[str] = []
+
+    def noting(call: Any) -> Any:
+        phases.append(call.function.__name__)
+        return do_task(call)
+
+    monkeypatch.setattr("data_prep.executor.pool.do_task", noting)
+    store = stored(tree)
+    assert set(phases) == {"index_source", "tokenize_slice", "write_set", "publish"}
+    documents = [one.manifest.train.documents + one.manifest.held_out.documents for one in store.sets.values()]
+    assert documents == [60, 60]
+    phases.clear()
+    stored(cleaned(tree))
+    assert "filter_slice" in phases

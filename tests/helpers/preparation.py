@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import LlamaConfig
 
 from data_prep.config import DataConfig, ModelConfig, PreparationConfig, Stage1Tokens
 from data_prep.prepare import prepare as prepare_config
+from data_prep.shards import Shard, ShardSequence
 from data_prep.store import TokenStore
 
 
@@ -70,3 +73,9 @@ def stamps(store: TokenStore) -> dict[str, tuple[int, int]]:
 def cleaned(tree: dict[str, Any]) -> dict[str, Any]:
     """The same, with training text compared with held-out text."""
     return {**tree, "held_out": {"by": "page", "fraction": 0.1, "near_copy_threshold": 0.8}}
+
+
+def documents(shards: Shard | ShardSequence) -> list[NDArray[np.integer]]:
+    """The token ids of each document."""
+    each = shards.shards() if isinstance(shards, ShardSequence) else [shards]
+    return [shard.document(index) for shard in each for index in range(shard.num_documents)]
