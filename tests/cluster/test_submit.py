@@ -54,7 +54,7 @@ def test_submit_runs_the_whole_chain_and_status_tells_the_truth(cluster: Cluster
     assert rows["stage1"][1] == jobs["stage1"]
     assert "tokens/s," in rows["stage1"]
     assert rows["stage1"][-1] == str(folder / "jobs" / "stage1.log")
-    tokenized = re.findall(r"\((\d+) tasks done on (node\d), ", (folder / "jobs" / "tokenize.log").read_text())
+    tokenized = re.findall(r"(\d+) tasks done on (node\d), ", (folder / "jobs" / "tokenize.log").read_text())
     assert sorted(node for _, node in tokenized) == ["node1", "node2"]
     assert sum(int(number) for number, _ in tokenized) > 2
     assert [row["step"] for row in metrics(folder / "stage2")] == [1, 2, 3, 4, 5, 6]
