@@ -55,6 +55,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             run.nargs = "?"
         sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the run")
         sub.add_argument("--force", action="store_true", help="do it again, also where inputs have changed")
+        # Of ranks that `run --force` starts: do it although inputs have changed, but nothing that they do not touch.
+        sub.add_argument("--changed", action="store_true", help=argparse.SUPPRESS)
         if verb in OPTIONS:
             OPTIONS[verb](sub)
         if verb == "check" or any(step.verb == verb and step.needs_ranks for step in STEPS):
@@ -275,7 +277,8 @@ def main(arguments: list[str]) -> int:
         run = with_fetched(run)
     writes = is_first_rank() and options.verb not in WITHOUT_LOCK
     quiet = not is_first_rank() or options.verb in WITHOUT_LOCK
-    context = RunContext(run, force=options.force, redo=options.verb != "run", quiet=quiet)
+    redo = options.force and options.verb != "run"
+    context = RunContext(run, force=options.force or options.changed, redo=redo, quiet=quiet)
     with RunLock(run.folder) if writes else nullcontext():
         if writes:
             RunFolder.create(run)

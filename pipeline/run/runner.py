@@ -14,7 +14,7 @@ from pipeline.distributed.process_group import (
     under_launcher,
 )
 from pipeline.run.context import RunContext
-from pipeline.run.scoring import evaluate_checkpoint, evaluator, models_to_score
+from pipeline.run.scoring import has_work, score
 from pipeline.run.stages import check_parallel
 from pipeline.run.step import Step
 
@@ -64,8 +64,13 @@ def do_step(context: RunContext, step: Step) -> bool:
 
 def _arguments(context: RunContext, step: Step) -> list[str]:
     stage = ["--stage", step.name.removeprefix("stage")] if step.verb == "train" else []
-    force = ["--force"] if context.force else []
-    return [step.verb, str(context.folder.run_file), *stage, *force]
+    return [step.verb, str(context.folder.run_file), *stage, *_force(context)]
+
+
+def _force(context: RunContext) -> list[str]:
+    if not context.force:
+        return []
+    return ["--force" if context.redo else "--changed"]
 
 
 def finish_step(context: RunContext, step: Step, ranks: Ranks | None) -> bool:
@@ -99,15 +104,13 @@ def evaluate_named(context: RunContext, tag: str) -> None:
     """
     from pipeline.report.result_table import result_table
 
-    models = models_to_score(context, tag)  # names a mistake before any rank starts
-    if evaluator(context).missing(models) and not under_launcher():
-        force = ["--force"] if context.force else []
-        run_file = str(context.folder.run_file)
-        start_ranks(["evaluate", run_file, "--checkpoint", tag, *force], context.run.parallel.ranks)
+    if not under_launcher() and has_work(context, tag):  # names a mistake before any rank starts
+        words = ["evaluate", str(context.folder.run_file), "--checkpoint", tag, *_force(context)]
+        start_ranks(words, context.run.parallel.ranks)
         return
     ranks = join(context.run.parallel.timeout_minutes) if under_launcher() else None
-    result = evaluate_checkpoint(context, tag, ranks)
-    if is_first_rank():
+    result = score(context, tag, ranks)
+    if result is not None:
         print(f"{result_table(result)}\nwritten: {context.folder.evaluation_of(tag)}", flush=True)
     if ranks is not None:
         leave(ranks)

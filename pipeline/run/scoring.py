@@ -31,50 +31,55 @@ def held_out_keys(context: RunContext) -> dict[str, str]:
     return {name: content_key([found["held_out.bin"], found["held_out.jsonl"]]) for name, found in files.items()}
 
 
-def has_work(context: RunContext) -> bool:
-    """Whether there is anything to compute, rather than to put together."""
-    models = models_to_score(context, None)
-    return bool(_missing(context, evaluator(context), models))
-
-
-def evaluate(context: RunContext, ranks: "Ranks | None") -> Result:
-    """Score what has not been scored, and write evaluation.json."""
-    result = _score(context, None, ranks)
-    if ranks is None or ranks.is_first:
-        result.save(context.folder / EVALUATION_FILE)
-    return Result()
-
-
-def evaluate_checkpoint(context: RunContext, tag: str, ranks: "Ranks | None") -> Evaluation:
-    """Score one checkpoint, and write evaluations/TAG.json.
+def has_work(context: RunContext, tag: str | None = None) -> bool:
+    """Whether there is anything to compute, rather than to put together.
 
     Raises:
         UserError: there is no such checkpoint, it is damaged, or it is of another model, plan or tokenizer.
     """
-    result = _score(context, tag, ranks)
-    if ranks is None or ranks.is_first:
-        result.save(context.folder.evaluation_of(tag))
-    return result
+    return bool(_missing(context, evaluator(context), models_to_score(context, tag)))
 
 
-def _score(context: RunContext, tag: str | None, ranks: "Ranks | None") -> Evaluation:
+def evaluate(context: RunContext, ranks: "Ranks | None") -> Result:
+    """Score what has not been scored, and write evaluation.json."""
+    score(context, None, ranks)
+    return Result()
+
+
+def score(context: RunContext, tag: str | None, ranks: "Ranks | None") -> Evaluation | None:
+    """Score the last checkpoints, or the one that the user names, and write what came of it.
+
+    Args:
+        context: the run.
+        tag: which checkpoint; None for the last of each stage.
+        ranks: those that compute; None where everything has been computed.
+
+    Returns:
+        What was written; None on ranks other than the first.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or it is of another model, plan or tokenizer.
+    """
     from pipeline.checkpoint.store import read_manifest
     from pipeline.model.backbone import parameter_counts
 
-    models, evaluate_models = models_to_score(context, tag), evaluator(context)
+    models, scoring = models_to_score(context, tag), evaluator(context)
     if ranks is not None:
-        evaluate_models.score(models, _missing(context, evaluate_models, models), ranks)
-        ranks.wait()  # for the first rank's last file
+        scoring.score(models, _missing(context, scoring, models), ranks)
+        if not ranks.is_first:
+            return None
     upcycled = read_manifest(context.upcycled, UpcycledManifest)
     sizes = (upcycled.dense_parameters, upcycled.mlp_parameters, upcycled.hidden_size)
-    return evaluate_models.result(models, parameter_counts(*sizes, context.plan))
+    result = scoring.result(models, parameter_counts(*sizes, context.plan))
+    result.save(context.folder / EVALUATION_FILE if tag is None else context.folder.evaluation_of(tag))
+    return result
 
 
-def _missing(context: RunContext, evaluate_models: "Evaluator", models: "list[Scored]") -> dict[str, list[str]]:
+def _missing(context: RunContext, scoring: "Evaluator", models: "list[Scored]") -> dict[str, list[str]]:
     """What is to be scored: all of it where the user forces a step whose inputs did not change."""
     if context.force and context.redo:
-        return {model.label: list(evaluate_models.texts) for model in models}
-    return evaluate_models.missing(models)
+        return {model.label: list(scoring.texts) for model in models}
+    return scoring.missing(models)
 
 
 def evaluator(context: RunContext) -> "Evaluator":

@@ -74,6 +74,15 @@ def test_run_does_everything_on_two_ranks_and_a_second_run_skips_it(tmp_path: Pa
     scored = command(sys.executable, "-m", "pipeline", "evaluate", str(path), "--checkpoint", "stage1/best")
     assert f"{folder}/evaluations/stage1-best.json" in scored
 
+    # Another window makes the scores stale and nothing else; back at the first one, all scores are there still.
+    run = (sys.executable, "-m", "pipeline", "run", str(path))
+    asked = command(*run, "--set", "evaluate.window=64", code=2)
+    assert "evaluate: done in" in asked and "window was 1024, is 64" in asked
+    again = command(*run, "--set", "evaluate.window=64", "--force")
+    assert "stage2: done, skipped" in again and again.count("evaluate: stage2 ") == 3
+    back = command(*run, "--force")
+    assert "evaluate: stage2 " not in back and "bits/char, lower is better" in back
+
 
 def test_stage_2_refuses_damaged_experts_of_stage_1_by_name(tmp_path: Path) -> None:
     path = write_run(tmp_path, prepared=True)
