@@ -7,7 +7,8 @@ import sys
 if multiprocessing.parent_process() is None:  # a spawned helper process reads train.sh again: nothing to do there
     # ROOT replaces launch/ on the path, where Python put it.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    from pipeline.cli import RUN_VERBS, command_line
+    from pipeline.cli.arguments import RUN_VERBS
+    from pipeline.cli.main import command_line
 
     if not any(argument in RUN_VERBS for argument in sys.argv[1:]):
         sys.argv.insert(1, os.path.basename(sys.argv[0]).removesuffix(".sh"))  # train or check

@@ -2,7 +2,7 @@
 
 import sys
 
-from pipeline.cli import command_line
+from pipeline.cli.main import command_line
 
 if __name__ == "__main__":
     sys.exit(command_line())

@@ -17,7 +17,7 @@ import yaml
 from common.errors import UserError
 from common.files import write_json
 from pipeline.checkpoint.store import write_manifest
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import CheckpointManifest
 from pipeline.records.run_folder import RunFolder
@@ -177,7 +177,7 @@ def test_one_line_and_exit_code_2(
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["pipeline", verb[0], str(path), *verb[1:], "--force"])
     before = {p for p in base.rglob("*") if "tiny" in p.parts}
-    from pipeline.cli import command_line
+    from pipeline.cli.main import command_line
 
     capfd.readouterr()
     assert command_line() == 2

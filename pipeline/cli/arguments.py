@@ -1,0 +1,108 @@
+"""The command line: its verbs and their options. Most verbs are those of the list of steps."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.cluster import JOBS
+from pipeline.run.steps import STEP_NAMES, STEPS
+
+RUN_VERBS = {
+    "run": "every step that is not done yet, in order.\nReads the run's YAML; writes output_dir/NAME/.",
+    **{step.verb: step.help for step in STEPS},
+    "fetch": "what the run names on the hub, at a fixed revision, so that no later step needs a network.\n"
+    "Reads model and data; writes to the hub's cache and output_dir/NAME/fetched.json.",
+    "submit": "the steps that are not done to SLURM, one job after the other.\n"
+    "Reads the run's cluster section; writes output_dir/NAME/jobs/.",
+    "status": "which step is done, running, waiting or failed.\nReads the run's folder and SLURM; writes nothing.",
+    "estimate": "parameters, memory per rank, network, checkpoints and hours, before anything runs.\n"
+    "Reads RUN.yaml and the model's config; writes nothing.",
+    "check": "whether the ranks of a cluster reach each other, how fast, and whether their software is the same.\n"
+    "Reads RUN.yaml's cluster.environment if it is given; writes nothing.",
+}
+CHECKPOINT_VERBS = {
+    "checkpoint": "whether a checkpoint is sound (verify), or what it is (inspect), without a model.\n"
+    "Reads CHECKPOINT.",
+    "resize": "a checkpoint for another number of ranks, without a model.\n"
+    "Reads CHECKPOINT; writes CHECKPOINT-ranksN-epM beside it. A run does the same by itself when it resumes.",
+}
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline", description="Teach a language model new languages.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, text in RUN_VERBS.items():
+        sub = _add_verb(verbs, verb, text)
+        run = sub.add_argument("run", metavar="RUN.yaml", help="such as launch/runs/quickstart.yaml")
+        if verb == "check":
+            run.nargs = "?"
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting of the run")
+        sub.add_argument("--force", action="store_true", help="do it again, also where inputs have changed")
+        # Of ranks that `run --force` starts: do it although inputs have changed, but nothing that they do not touch.
+        sub.add_argument("--changed", action="store_true", help=argparse.SUPPRESS)
+        if verb in OPTIONS:
+            OPTIONS[verb](sub)
+        if verb == "check" or any(step.verb == verb and step.needs_ranks for step in STEPS):
+            sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher
+    for verb, text in CHECKPOINT_VERBS.items():
+        sub = _add_verb(verbs, verb, text)
+        if verb == "checkpoint":
+            sub.add_argument("action", choices=("verify", "inspect"))
+        sub.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="such as runs/NAME/stage1/step000050")
+        if verb == "resize":
+            sub.add_argument("--ranks", type=int, required=True)
+            sub.add_argument("--ep-size", type=int, required=True)
+    return parser.parse_args(arguments)
+
+
+def _add_verb(verbs: Any, verb: str, text: str) -> argparse.ArgumentParser:
+    sub: argparse.ArgumentParser = verbs.add_parser(
+        verb,
+        help=text.replace("\n", " "),
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return sub
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--from", dest="first", choices=STEP_NAMES, default=STEP_NAMES[0], help="begin with this step")
+    parser.add_argument("--until", choices=STEP_NAMES, default=STEP_NAMES[-1], help="stop after this step")
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="1 or 2; without it, both")
+
+
+def _evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="TAG", help="base, stage1, stage2/best, stage1/step000050 …")
+    parser.add_argument("--report", action="store_true", help="then write the report")
+
+
+def _submit_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="show the batch scripts, submit nothing")
+    parser.add_argument("--until", choices=JOBS, default=JOBS[-1], help="submit up to this one")
+
+
+def _estimate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=int, help="how many; the run's parallel.ranks without it")
+    parser.add_argument("--ep-size", type=int, help="the run's parallel.ep_size without it")
+    parser.add_argument("--device", help="h100, h200, a100 …, or gigabytes such as 80GB; without it the CPU")
+    parser.add_argument("--tokens-per-second", type=float, help="of all ranks; for the hours")
+
+
+def _check_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ranks", type=int, default=2, help="how many to start where no launcher did")
+    parser.add_argument("--megabytes", type=int, default=64, help="the largest message")
+
+
+OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
+    "run": _run_options,
+    "train": _train_options,
+    "evaluate": _evaluate_options,
+    "submit": _submit_options,
+    "estimate": _estimate_options,
+    "check": _check_options,
+}
