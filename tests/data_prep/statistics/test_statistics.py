@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from transformers import LlamaConfig
@@ -16,6 +17,7 @@ from common.errors import UserError
 from common.settings import load_settings
 from data_prep.config import DataConfig, PreparationConfig
 from data_prep.prepare import prepare as prepare_config
+from data_prep.shards import Shard
 from data_prep.statistics.page import write_page
 from data_prep.statistics.show_samples import inspect_sets, open_sets
 from data_prep.statistics.tally import Tally, fertility_warning, part_statistics
@@ -44,9 +46,10 @@ def test_figures_are_those_of_the_documents(store: TokenStore) -> None:
             assert part.characters_per_token == pytest.approx(part.characters / text_tokens, abs=1e-4)
             assert part.bytes_per_token == pytest.approx(part.bytes / text_tokens, abs=1e-4)
             assert sum(found.documents for found in part.lengths) == part.documents
+            parts = [shards] if isinstance(shards, Shard) else list(shards.shards())
+            lengths = np.concatenate([shard.lengths for shard in parts])
             for found in part.lengths:
-                inside = (shards.lengths >= found.least) & (shards.lengths <= found.most)
-                assert inside.sum() == found.documents
+                assert ((lengths >= found.least) & (lengths <= found.most)).sum() == found.documents
     english = store.statistics.sets["en"].train
     assert english is not None
     # Each made-up page has eight words: fertility is tokens over eight a page.
