@@ -21,7 +21,7 @@ from data_prep.make_plan import plan_of
 from data_prep.plan import Plan
 from data_prep.prepare import plan_preparation
 from tests.helpers.preparation import cleaned, config_of, set_folders, stamps
-from tests.helpers.preparation_jobs import Job, digests, write_run
+from tests.helpers.preparation_jobs import Job, digests, write_preparation_run
 
 Tree = dict[str, Any]
 
@@ -70,10 +70,7 @@ def test_kills_while_a_set_is_added_leave_the_others_alone_and_give_the_same_byt
 
 
 def test_jobs_that_add_a_set_side_by_side_give_the_bytes_of_one(tmp_path: Path) -> None:
-    from tests.helpers.tiny import save_tokenizer
-
-    save_tokenizer(tmp_path / "tokenizer")
-    run = write_run(tmp_path, str(tmp_path / "tokenizer"), documents=100)
+    run = write_preparation_run(tmp_path, documents=100)
     assert Job(run, "local", 1).wait() == [0], (tmp_path / "log.txt").read_text()
     shutil.copytree(tmp_path / "cache", tmp_path / "before")
     settings = yaml.safe_load(run.read_text())

@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-from transformers import LlamaConfig
+from tests.helpers.tiny import write_run
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = ("local", "mpi", "array")
@@ -44,29 +43,18 @@ def write_corpus(folder: Path, language: str, documents: int) -> Path:
     return path
 
 
-def write_run(folder: Path, tokenizer: str, documents: int = 300, **data: Any) -> Path:
-    """A run with every phase in it, in many small slices."""
-    LlamaConfig(vocab_size=300).save_pretrained(tokenizer)
+def write_preparation_run(folder: Path, documents: int = 300, **data: Any) -> Path:
+    """A tiny run with every phase of preparation in it, in many small slices."""
     corpus = {language: str(write_corpus(folder, language, documents)) for language in WORDS}
-    tree = {
-        "name": "jobs",
-        "cache_dir": str(folder / "cache"),
-        "model": {"path": tokenizer},
-        "data": {
-            "held_out": {"by": "page", "fraction": 0.05},
-            "slice_bytes": 40_000,
-            "replay": {"tokens": 30_000},
-            "filters": {"normalize": "NFC", "min_characters": 20, "exact_duplicates": True, "near_duplicates": {}},
-            "old": {"en": {"path": corpus["en"]}},
-            "new": {"el": {"path": corpus["el"], "max_tokens": 150_000}, "hu": {"path": corpus["hu"]}},
-            **data,
-        },
-        "experts": {"allocation": "uniform", "num_new": 2},
-        "stage1": {"tokens": 1024, "sequence_length": 16, "global_batch_size": 2},
+    sections = {
+        "held_out": {"by": "page", "fraction": 0.05},
+        "slice_bytes": 40_000,
+        "replay": {"tokens": 30_000},
+        "filters": {"normalize": "NFC", "min_characters": 20, "exact_duplicates": True, "near_duplicates": {}},
+        "old": {"en": {"path": corpus["en"]}},
+        "new": {"el": {"path": corpus["el"], "max_tokens": 150_000}, "hu": {"path": corpus["hu"]}},
     }
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    return path
+    return write_run(folder, data=sections | data)
 
 
 def digests(cache: Path) -> dict[str, str]:

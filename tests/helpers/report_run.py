@@ -136,52 +136,56 @@ def routing(pull: float) -> dict[str, Any]:
 def make_stage(folder: Path, *, steps: int, tokens: int, losses: tuple[str, ...]) -> None:
     """Rows of training and validation that fall as real ones do."""
     draw = random.Random(1)
-    rows, checks = [], []
-    is_first = "balance" in losses
-    for step in range(1, steps + 1):
-        done = step / steps
-        values = {
-            "next_token": 1.6 + (2.2 * math.exp(-4 * done) if is_first else 0.1) + draw.gauss(0, 0.08),
-            "balance": 1.04 + 0.08 * math.exp(-8 * done) + draw.gauss(0, 0.004),
-            "lpr": 0.4 + 0.7 * math.exp(-3 * done) + draw.gauss(0, 0.03),
-            "classifier": 0.69 * math.exp(-6 * done) + abs(draw.gauss(0, 0.01)),
-        }
-        shares = {"el": 0.72, "hu": 0.71, "tr": 0.7} | ({} if is_first else {"en": 0.74 + 0.2 * done})
-        warm = min(1.0, step / 4)
-        rows.append(
-            {
-                "step": step,
-                "samples": step * tokens // 256,
-                "tokens": step * tokens,
-                "loss": {kind: value if kind in losses else 0.0 for kind, value in values.items()},
-                "expert_0_share": {name: value + draw.gauss(0, 0.01) for name, value in shares.items()},
-                "load_imbalance": [1.05 + 0.12 * n * math.exp(-3 * done) + draw.uniform(0, 0.1) for n in COUNTS],
-                "lr": 5e-4 * warm * (0.55 + 0.45 * math.cos(math.pi * done)),
-                "grad_norm": 0.8 + 1.5 * math.exp(-5 * done) + abs(draw.gauss(0, 0.15)),
-                "tokens_per_second": 420 + draw.gauss(0, 12),
-                "memory_gb": 3.3,
-                "skipped": None,
-                "seconds": 4.8,
-            }
-        )
-        if step % (steps // 6) == 0:
-            sets = {
-                name: (b1 + (b0 - b1) * math.exp(-3.5 * done) if is_first else b1 + (b2 - b1) * done)
-                for name, (_, _, b0, b1, b2) in BITS.items()
-                if "udhr" not in name
-            }
-            mean = sum(sets.values()) / len(sets)
-            checks.append(
-                {
-                    "step": step,
-                    "samples": 1,
-                    "tokens": step * tokens,
-                    "sets": sets,
-                    "mean": mean,
-                    "best": step % 12 == 0,
-                }
-            )
+    rows = [_metrics_row(step, steps, tokens, losses, draw) for step in range(1, steps + 1)]
+    checks = [
+        _validation_row(step, steps, tokens, "balance" in losses)
+        for step in range(1, steps + 1)
+        if step % (steps // 6) == 0
+    ]
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in checks))
     write(folder / "best.json", {"tag": f"step{checks[-2]['step']:06d}", "bits_per_character": checks[-2]["mean"]})
+
+
+def _metrics_row(step: int, steps: int, tokens: int, losses: tuple[str, ...], draw: random.Random) -> dict[str, Any]:
+    done, is_first = step / steps, "balance" in losses
+    values = {
+        "next_token": 1.6 + (2.2 * math.exp(-4 * done) if is_first else 0.1) + draw.gauss(0, 0.08),
+        "balance": 1.04 + 0.08 * math.exp(-8 * done) + draw.gauss(0, 0.004),
+        "lpr": 0.4 + 0.7 * math.exp(-3 * done) + draw.gauss(0, 0.03),
+        "classifier": 0.69 * math.exp(-6 * done) + abs(draw.gauss(0, 0.01)),
+    }
+    shares = {"el": 0.72, "hu": 0.71, "tr": 0.7} | ({} if is_first else {"en": 0.74 + 0.2 * done})
+    return {
+        "step": step,
+        "samples": step * tokens // 256,
+        "tokens": step * tokens,
+        "loss": {kind: value if kind in losses else 0.0 for kind, value in values.items()},
+        "expert_0_share": {name: value + draw.gauss(0, 0.01) for name, value in shares.items()},
+        "load_imbalance": [1.05 + 0.12 * n * math.exp(-3 * done) + draw.uniform(0, 0.1) for n in COUNTS],
+        "lr": 5e-4 * min(1.0, step / 4) * (0.55 + 0.45 * math.cos(math.pi * done)),
+        "grad_norm": 0.8 + 1.5 * math.exp(-5 * done) + abs(draw.gauss(0, 0.15)),
+        "tokens_per_second": 420 + draw.gauss(0, 12),
+        "memory_gb": 3.3,
+        "skipped": None,
+        "seconds": 4.8,
+    }
+
+
+def _validation_row(step: int, steps: int, tokens: int, is_first: bool) -> dict[str, Any]:
+    done = step / steps
+    sets = {
+        name: (b1 + (b0 - b1) * math.exp(-3.5 * done) if is_first else b1 + (b2 - b1) * done)
+        for name, (_, _, b0, b1, b2) in BITS.items()
+        if "udhr" not in name
+    }
+    mean = sum(sets.values()) / len(sets)
+    return {
+        "step": step,
+        "samples": 1,
+        "tokens": step * tokens,
+        "sets": sets,
+        "mean": mean,
+        "best": step % 12 == 0,
+    }

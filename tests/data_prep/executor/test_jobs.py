@@ -9,17 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.preparation_jobs import BACKENDS, Job, digests, write_run
+from tests.helpers.preparation_jobs import BACKENDS, Job, digests, write_preparation_run
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """A run, and the hashes that an undisturbed job on one process gives."""
-    from tests.helpers.tiny import save_tokenizer
-
     folder = tmp_path_factory.mktemp("jobs")
-    save_tokenizer(folder / "tokenizer")
-    run = write_run(folder, str(folder / "tokenizer"))
+    run = write_preparation_run(folder)
     assert Job(run, "local", 1).wait() == [0], (folder / "log.txt").read_text()
     expected = digests(folder / "cache")
     assert sum(name.endswith(".bin") for name in expected) > 10
@@ -77,10 +74,7 @@ def test_thirty_kills_at_random_moments_end_with_the_same_files(prepared: tuple[
 
 @pytest.mark.parametrize(("backend", "ranks"), [("local", 2), ("mpi", 2), ("array", 2)])
 def test_a_bad_row_stops_every_process_with_one_line_and_code_2(backend: str, ranks: int, tmp_path: Path) -> None:
-    from tests.helpers.tiny import save_tokenizer
-
-    save_tokenizer(tmp_path / "tokenizer")
-    run = write_run(tmp_path, str(tmp_path / "tokenizer"), documents=100)
+    run = write_preparation_run(tmp_path, documents=100)
     with open(tmp_path / "hu.jsonl", "a", encoding="utf-8") as file:
         file.write("oops\n")
     codes = Job(run, backend, ranks).wait()
