@@ -104,6 +104,7 @@ def _work_out(planned: Planned, executor: PoolExecutor, keep: Mapping[str, str])
         if not is_begun and not plan.kept and not any(one.is_written for one in plan.sets):
             if executor.show:
                 print(f"tokens: {', '.join(planned.keys)}: there already, skipped", flush=True)
+            shutil.rmtree(work.folder, ignore_errors=True)  # what is left of it where its removal was interrupted
             return False
         if executor.show:
             _say_fraction(plan)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,6 +223,27 @@ def test_an_error_midway_leaves_nothing_complete(
     with pytest.raises(KeyboardInterrupt):
         prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
     assert list((tmp_path / "cache" / "tokens").glob("[!.]*")) == []
+
+
+def test_the_next_run_removes_work_whose_removal_was_interrupted(
+    two_languages, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def interrupted(folder: Path, **options: Any) -> None:
+        if not (folder / "plan.json").is_file():
+            return remove(folder, **options)
+        (folder / "plan.json").unlink()
+        raise KeyboardInterrupt
+
+    tokens = tmp_path / "cache" / "tokens"
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    assert len(list(tokens.glob(".*.work"))) == 1
+    prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    assert list(tokens.glob(".*.work")) == []
 
 
 def test_near_copies_of_held_out_and_watched_text_are_kept_out_of_training(
