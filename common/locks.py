@@ -127,7 +127,7 @@ class LockFile:
         except FileNotFoundError:
             return
         moved = _parse(aside)
-        if dead is not None and moved is not None and moved.get("token") != dead.get("token"):
+        if moved is not None and moved.get("token") != (dead or {}).get("token"):
             _create(aside, self.path)
         aside.unlink(missing_ok=True)
 

@@ -71,3 +71,22 @@ def test_a_heart_beats_and_tells_of_a_lock_that_was_taken_over(
     assert set(lost) == {lock}
     lock.release()
     assert json.loads((tmp_path / "lock").read_text()) == {"token": "theirs"}
+
+
+def test_a_lock_that_changes_hands_while_it_is_looked_at_stays_with_its_new_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.lock"
+    first, second, third = LockFile(path), LockFile(path), LockFile(path)
+    assert first.take() == "mine"
+
+    def gone_for_a_moment() -> None:
+        monkeypatch.undo()
+        first.release()
+        assert second.take() == "mine"
+
+    monkeypatch.setattr(third, "holder", gone_for_a_moment)
+    assert third.take() == "alive"
+    holder = second.holder()
+    assert holder is not None
+    assert holder["token"] == second.token

@@ -1,4 +1,4 @@
-"""Which experts a token takes, and with what weights."""
+"""The router: it selects the experts of each token, and weights their outputs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
