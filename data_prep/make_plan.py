@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,18 +25,68 @@ PACKAGES = ("tokenizers", "transformers", "sentencepiece", "rensa", "numpy")
 
 @dataclass(frozen=True)
 class Planned:
-    """What a run wants: every set with its key, and the tokenizer. `sets` has the benchmarks last."""
+    """What a run wants: every set with its key, and the tokenizer.
+
+    Attributes:
+        config: what the run says of its text.
+        encoder: the tokenizer.
+        dtype: of the shards.
+        fraction: the share of pages that is held out.
+        sets: the sets, benchmarks last.
+        keep: keys, by name, of training sets that training has begun with. Such a set is kept if it is in the cache
+            and differs from the wanted one only in the held-out texts it was cleaned of.
+    """
 
     config: PreparationConfig
     encoder: DocumentEncoder
     dtype: Literal["uint16", "int32"]
     fraction: float
     sets: list[SetPlan]
+    keep: Mapping[str, str]
 
-    @property
+    @cached_property
     def keys(self) -> dict[str, str]:
         """The wanted key of each of the run's sets, by name, without benchmarks."""
         return {one.name: one.key for one in self.sets if one.group != "benchmark"}
+
+    @cached_property
+    def kept_keys(self) -> dict[str, str]:
+        """The key of each set, by name, that the store will have: the wanted one, or that of a kept set."""
+        keys = dict(self.keys)
+        for one in self.sets:
+            kept = self.keep.get(one.name)
+            if kept is None or kept == one.key or not one.trains or not self.has(kept):
+                continue
+            if differs_only_in_cleaning(read_manifest(self.tokens / kept, SetManifest).settings, one.settings):
+                keys[one.name] = kept
+        return keys
+
+    @cached_property
+    def held_out_texts(self) -> list[HeldOutText]:
+        """All that training documents are compared with, each text once, in the order of their keys."""
+        if self.config.data.held_out.near_copy_threshold is None:
+            return []
+        found: dict[str, HeldOutText] = {}
+        for one in self.sets:
+            key = one.key if one.group == "benchmark" else self.kept_keys[one.name]
+            found.setdefault(one.text, HeldOutText(one.text, one.group == "benchmark", key))
+        return [found[text] for text in sorted(found)]
+
+    @cached_property
+    def kept_sets(self) -> list[KeptSet]:
+        """The training sets that are kept though they were not cleaned of all that is wanted."""
+        texts = [text.text for text in self.held_out_texts]
+        found: dict[str, KeptSet] = {}
+        for name, key in self.kept_keys.items():
+            if key == self.keys[name]:
+                continue
+            manifest = read_manifest(self.tokens / key, SetManifest)
+            cleaned_of = manifest.settings["cleaned_of"]
+            new = [number for number, text in enumerate(texts) if text not in cleaned_of]
+            if new:
+                record = content_key([key, [texts[number] for number in new]])
+                found[key] = KeptSet(key, [shard.name for shard in manifest.shards], new, record)
+        return list(found.values())
 
     @property
     def tokenizer_key(self) -> str:
@@ -51,30 +102,13 @@ class Planned:
         """Whether a set is in the cache."""
         return (self.tokens / key / MANIFEST).is_file()
 
-    def is_prepared(self, keep: Mapping[str, str]) -> bool:
-        """Whether all of the run's sets are in the cache, with those that `kept_keys` keeps."""
-        return all(map(self.has, kept_keys(self, keep).values()))
+    @property
+    def is_prepared(self) -> bool:
+        """Whether all of the run's sets are in the cache, with those that are kept."""
+        return all(map(self.has, self.kept_keys.values()))
 
 
-def kept_keys(planned: Planned, keep: Mapping[str, str]) -> dict[str, str]:
-    """The key of each set, by name, that the store will have.
-
-    Args:
-        planned: what the run wants.
-        keep: keys by name of training sets that training has begun with. One is kept if it is in the cache and
-            differs from the wanted one only in the held-out texts it was cleaned of.
-    """
-    keys = planned.keys
-    for one in planned.sets:
-        kept = keep.get(one.name)
-        if kept is None or kept == one.key or not one.trains or not planned.has(kept):
-            continue
-        if differs_only_in_cleaning(read_manifest(planned.tokens / kept, SetManifest).settings, one.settings):
-            keys[one.name] = kept
-    return keys
-
-
-def make_plan(config: PreparationConfig, executor: Executor) -> Planned:
+def make_plan(config: PreparationConfig, executor: Executor, keep: Mapping[str, str]) -> Planned:
     """Look at every source; files that are new or have changed are read once for their hash.
 
     Raises:
@@ -98,13 +132,13 @@ def make_plan(config: PreparationConfig, executor: Executor) -> Planned:
         sets.append(FoundSet(name, group, entry, files, slices))
     encoding: Json = {"tokenizer": encoder.spec.key, "dtype": dtype}
     replay = replay_budgets(data, config.stage1.tokens)
-    return Planned(config, encoder, dtype, fraction, with_keys(data, sets, config.seed, fraction, encoding, replay))
+    planned = with_keys(data, sets, config.seed, fraction, encoding, replay)
+    return Planned(config, encoder, dtype, fraction, planned, keep)
 
 
-def plan_of(planned: Planned, keep: Mapping[str, str]) -> Plan:
+def plan_of(planned: Planned) -> Plan:
     """What is to be done: the sets that are missing, and the kept ones whose copies have not been counted."""
-    data, kept = planned.config.data, kept_keys(planned, keep)
-    texts = _held_out_texts(planned, kept)
+    data, kept = planned.config.data, planned.kept_keys
     sets: dict[str, SetPlan] = {}
     for one in planned.sets:
         is_written = not planned.has(kept.get(one.name, one.key) if one.group != "benchmark" else one.key)
@@ -120,39 +154,10 @@ def plan_of(planned: Planned, keep: Mapping[str, str]) -> Plan:
         planned.encoder.spec,
         planned.config.tokenizer[0],
         [one for one in sets.values() if one.is_written or (reads_all and one.trains)],
-        texts,
-        [one for one in kept_sets(planned, keep) if not copies_record(planned.tokens, one.record).is_file()],
+        planned.held_out_texts,
+        [one for one in planned.kept_sets if not copies_record(planned.tokens, one.record).is_file()],
         {name: importlib.metadata.version(name) for name in PACKAGES},
     )
-
-
-def _held_out_texts(planned: Planned, kept: dict[str, str]) -> list[HeldOutText]:
-    """All that training documents are compared with, each text once, in the order of their keys."""
-    if planned.config.data.held_out.near_copy_threshold is None:
-        return []
-    found: dict[str, HeldOutText] = {}
-    for one in planned.sets:
-        key = one.key if one.group == "benchmark" else kept[one.name]
-        found.setdefault(one.text, HeldOutText(one.text, one.group == "benchmark", key))
-    return [found[text] for text in sorted(found)]
-
-
-def kept_sets(planned: Planned, keep: Mapping[str, str]) -> list[KeptSet]:
-    """The training sets that are kept though they were not cleaned of all that is wanted."""
-    keys = kept_keys(planned, keep)
-    texts = [text.text for text in _held_out_texts(planned, keys)]
-    found: dict[str, KeptSet] = {}
-    for name, wanted in planned.keys.items():
-        key = keys[name]
-        if key == wanted:
-            continue
-        manifest = read_manifest(planned.tokens / key, SetManifest)
-        cleaned_of = manifest.settings["cleaned_of"]
-        new = [number for number, text in enumerate(texts) if text not in cleaned_of]
-        if new:
-            record = content_key([key, [texts[number] for number in new]])
-            found[key] = KeptSet(key, [shard.name for shard in manifest.shards], new, record)
-    return list(found.values())
 
 
 def check_tokenizer(config: PreparationConfig, encoder: DocumentEncoder, force: bool) -> None:

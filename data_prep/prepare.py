@@ -13,8 +13,7 @@ from data_prep.config import DataConfig, PreparationConfig
 from data_prep.executor.launch import Backend, open_executor
 from data_prep.executor.pool import PoolExecutor
 from data_prep.filters import Filters
-from data_prep.make_plan import Planned, check_tokenizer, kept_sets, make_plan, plan_of
-from data_prep.make_plan import kept_keys as kept_keys  # the pipeline asks for it here
+from data_prep.make_plan import Planned, check_tokenizer, make_plan, plan_of
 from data_prep.phases.order import run_phases
 from data_prep.plan import Plan
 from data_prep.reading.sources import source_files
@@ -25,11 +24,17 @@ from data_prep.work import Work, copies_record
 SMALL_BYTES = 32 << 20  # of files: less is not worth starting processes for
 
 
-def plan_preparation(config: PreparationConfig, backend: Backend = "local") -> Planned:
-    """What a run wants of the cache: the key of each of its sets, whether they are there or not."""
+def plan_preparation(config: PreparationConfig, backend: Backend = "local", keep: Mapping[str, str] = {}) -> Planned:
+    """What a run wants of the cache: the key of each of its sets, whether they are there or not.
+
+    Args:
+        config: what the run says of its text.
+        backend: what runs the tasks: files that are new are hashed.
+        keep: see `Planned`.
+    """
     with open_executor(backend, _workers(config.data, None)) as executor:
         assert executor is not None
-        return make_plan(config, executor)
+        return make_plan(config, executor, keep)
 
 
 def prepare(
@@ -39,7 +44,6 @@ def prepare(
     *,
     force: bool = False,
     planned: Planned | None = None,
-    keep: Mapping[str, str] = {},
 ) -> TokenStore | None:
     """Prepare the sets of a run that are not in the cache; the others are left alone.
 
@@ -48,9 +52,8 @@ def prepare(
         backend: what runs the tasks.
         workers: processes on this machine; by default one per core, or only this one for little text.
         force: accept a tokenizer that has changed.
-        planned: what `plan_preparation` gave, where it is known already.
-        keep: keys, by name, of training sets that training has begun with. Such a set is taken as it is if it differs
-            from the wanted one only in the held-out texts it was cleaned of; its copies of the others are counted.
+        planned: what `plan_preparation` gave, where it is known already. A set that it keeps is taken as it is; its
+            copies of texts that it was not cleaned of are counted.
 
     Returns:
         The sets; None in an MPI rank that did tasks for another.
@@ -62,16 +65,16 @@ def prepare(
         if executor is None:
             return None
         config.cache_dir.mkdir(parents=True, exist_ok=True)
-        planned = planned or make_plan(config, executor)
+        planned = planned or make_plan(config, executor, {})
         check_tokenizer(config, planned.encoder, force)
-        has_worked = _work_out(planned, executor, keep)
-    store = TokenStore(planned.tokens, config.data, kept_keys(planned, keep))
+        has_worked = _work_out(planned, executor)
+    store = TokenStore(planned.tokens, config.data, planned.kept_keys)
     if executor.show:
         page = _write_page(store, has_worked)
         if has_worked:
             print_summary(store)
             print(f"tokens: {len(store.sets)} sets in {planned.tokens}, their figures in {page}", flush=True)
-        _say_copies(planned, keep)
+        _say_copies(planned)
     if has_worked:
         share = "" if executor.is_alone else f"{executor.tasks_done} tasks done on {os.uname().nodename}, "
         print(f"tokens: {share}peak memory of a process {executor.peak_memory / 1e9:.2f} GB", flush=True)
@@ -92,14 +95,14 @@ def _workers(data: DataConfig, wanted: int | None) -> int | None:
     return 1 if size < SMALL_BYTES else None
 
 
-def _work_out(planned: Planned, executor: PoolExecutor, keep: Mapping[str, str]) -> bool:
+def _work_out(planned: Planned, executor: PoolExecutor) -> bool:
     """Prepare what is missing; returns whether anything was."""
-    keys = [sorted({one.key for one in planned.sets}), kept_keys(planned, keep)]
+    keys = [sorted({one.key for one in planned.sets}), planned.kept_keys]
     work = Work(planned.tokens / f".{content_key(keys)}.work")  # the same for all jobs that share the work
     waiting = f"tokens: another run works in {work.folder}, waiting"
     # Jobs that claim tasks share the work.
     with locked(work.folder.with_suffix(".lock"), waiting) if executor.is_alone else nullcontext():
-        plan = plan_of(planned, keep)
+        plan = plan_of(planned)
         is_begun = (work.folder / "plan.json").is_file()
         if not is_begun and not plan.kept and not any(one.is_written for one in plan.sets):
             if executor.show:
@@ -142,12 +145,12 @@ def _write_page(store: TokenStore, has_worked: bool) -> Path:
     return path
 
 
-def _say_copies(planned: Planned, keep: Mapping[str, str]) -> None:
+def _say_copies(planned: Planned) -> None:
     """One line on the copies in kept sets of text they were not cleaned of."""
-    kept = {one.key: one for one in kept_sets(planned, keep)}
+    kept = {one.key: one for one in planned.kept_sets}
     if not kept:
         return
-    names = {key: name for name, key in kept_keys(planned, keep).items() if key in kept}
+    names = {key: name for name, key in planned.kept_keys.items() if key in kept}
     texts = {one.text: one.name for one in reversed(planned.sets)}
     counts: dict[str, int] = {}
     of_names: set[str] = set()

@@ -24,7 +24,7 @@ def open_sets(name: str, overrides: list[str]) -> dict[str, TokenSet]:
         return {Path(name).name: TokenSet(Path(name))}
     config = load_settings(PreparationConfig, name, overrides)
     planned = plan_preparation(config)
-    if not planned.is_prepared({}):
+    if not planned.is_prepared:
         raise UserError(f"{name}: not all its sets are in {planned.tokens}; prepare them: python -m data_prep {name}")
     store = TokenStore(planned.tokens, config.data, planned.keys)
     return {

@@ -1,6 +1,7 @@
 """A run's folder: what lies where, and which steps are done with which inputs."""
 
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
-from common.files import sha256_file, write_text
+from common.files import read_json, sha256_file, write_json, write_text
 from pipeline.config.run import RunConfig
 from pipeline.records.step_manifest import StepManifest
 
@@ -26,7 +27,10 @@ JOBS_FOLDER = "jobs"  # batch scripts, logs and events of SLURM's jobs
 METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 BEST_FILE = "best.json"
+INPUTS_FILE = "inputs.json"  # what the stage's result depends on, from the moment it begins
 _SETS = ("sets.", "benchmarks.")  # of a step's inputs: the texts that it reads, by name
+
+Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,38 +90,52 @@ class RunFolder:
         """By step, the manifests of those that are done, in the given order."""
         return {step: StepManifest.load(self.manifest_path(step)) for step in steps if self.has_manifest(step)}
 
-    def is_done(self, step: str, inputs: dict[str, Any], *, force: bool, may_grow: bool = False) -> bool:
+    def is_done(self, step: str, inputs: Inputs, *, force: bool, may_grow: bool = False) -> bool:
         """Whether a step is done with exactly these inputs.
 
         Args:
             step: its name.
             inputs: what it would be done with now.
-            force: whether a step that was done with others is to be done again.
+            force: whether a step that was done, or has begun, with others is to be done again.
             may_grow: whether sets that were added or removed need no ``force``: nothing is thrown away.
 
         Raises:
-            UserError: it was done with other inputs, and ``force`` is not given; the line names them.
+            UserError: it was done or has begun with other inputs, and ``force`` is not given; the line names them.
         """
-        if not self.has_manifest(step):
-            return False
-        changes = _changes(self.manifest(step).inputs, inputs)
-        if not changes:
-            return True
-        if not force and not (may_grow and all(change.adds_or_removes_a_set for change in changes)):
+        changes = self._changes(step, inputs)
+        if changes and not force and not (may_grow and all(change.adds_or_removes_a_set for change in changes)):
             lines = [str(change) for change in changes]
             raise UserError(
-                f"{step}: done in {self.path} with other inputs: {'; '.join(lines[:3])}"
-                f"{' and more' if len(lines) > 3 else ''}. Add --force to do it again, or give the run another name"
+                f"{step}: {'done' if self.has_manifest(step) else 'begun'} in {self.path} with other inputs: "
+                f"{'; '.join(lines[:3])}{' and more' if len(lines) > 3 else ''}. Add --force to do it again, or give "
+                "the run another name"
             )
-        return False
+        return self.has_manifest(step) and not changes
 
-    def finish(self, step: str, inputs: dict[str, Any], outputs: dict[str, Any], figures: dict[str, Any]) -> None:
+    def _changes(self, step: str, inputs: Inputs) -> "list[_Change]":
+        """What differs from the inputs that a step was done with or has begun with; empty if it was neither."""
+        begun = self.path / step / INPUTS_FILE
+        if self.has_manifest(step):
+            return _changes(self.manifest(step).inputs, inputs)
+        return _changes(read_json(begun), inputs) if begun.is_file() else []
+
+    def begin(self, step: str, inputs: Inputs, *, anew: bool) -> None:
+        """Record that a step that takes long begins; what it has left so far stays if its inputs were the same.
+
+        Args:
+            step: its name, also of its folder.
+            inputs: what it is done with.
+            anew: whether what it has left goes in any case.
+        """
+        folder = self.path / step
+        if anew or self._changes(step, inputs):
+            shutil.rmtree(folder, ignore_errors=True)
+        self.manifest_path(step).unlink(missing_ok=True)
+        write_json(folder / INPUTS_FILE, inputs)
+
+    def finish(self, step: str, inputs: Inputs, outputs: dict[str, Any], figures: dict[str, Any]) -> None:
         """Record that a step is done; the last thing it writes."""
         StepManifest.of(step, inputs, outputs, figures).save(self.manifest_path(step))
-
-    def forget(self, step: str) -> None:
-        """Take back that a step is done."""
-        self.manifest_path(step).unlink(missing_ok=True)
 
     def link_upcycled(self, target: Path) -> None:
         """Make ``upcycled`` a relative link to a folder in the cache."""

@@ -67,7 +67,7 @@ class RunContext:
     @cached_property
     def planned(self) -> Planned:
         """Which token sets the run wants."""
-        return plan_preparation(self.run.preparation, self.backend)
+        return plan_preparation(self.run.preparation, self.backend, self.kept)
 
     @cached_property
     def store(self) -> TokenStore:

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from common.files import content_key, sha256_file, write_json
 from common.launch_environment import is_first_rank
-from data_prep.prepare import kept_keys, prepare
+from data_prep.config import SetConfig
+from data_prep.prepare import prepare
 from pipeline.method.allocation import allocate, clamp_similarity, classifier_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import UpcycledManifest
@@ -24,20 +25,17 @@ def tokenize_inputs(context: RunContext) -> Inputs:
     """The wanted token sets, and the tokenizer."""
     planned = context.planned
     benchmarks = {one.name: one.key for one in planned.sets if one.group == "benchmark"}
-    sets = kept_keys(planned, context.kept)
-    return {"sets": sets, "benchmarks": benchmarks, "tokenizer": planned.tokenizer_key}
+    return {"sets": planned.kept_keys, "benchmarks": benchmarks, "tokenizer": planned.tokenizer_key}
 
 
 def tokens_are_there(context: RunContext) -> bool:
     """Whether the cache still holds them."""
-    return context.planned.is_prepared(context.kept)
+    return context.planned.is_prepared
 
 
 def tokenize(context: RunContext, _ranks: object) -> Result:
     """Text to token shards in the cache; tasks that srun started on several nodes share the work."""
-    store = prepare(
-        context.run.preparation, context.backend, force=context.force, planned=context.planned, keep=context.kept
-    )
+    store = prepare(context.run.preparation, context.backend, force=context.force, planned=context.planned)
     assert store is not None
     if is_first_rank():
         write_json(context.folder / STATISTICS_FILE, store.statistics.model_dump(mode="json"))
@@ -53,8 +51,8 @@ def similarity_inputs(context: RunContext) -> Inputs:
         "model": context.model_hash,
         "dtype": str(context.dtype),
         "sets": {name: context.store.keys[name] for name in (*data.old, *data.new)},
-        "old": {name: entry.language for name, entry in data.old.items()},
-        "new": {name: entry.language for name, entry in data.new.items()},
+        "old": _languages(data.old),
+        "new": _languages(data.new),
         "settings": context.run.similarity.model_dump(mode="json", exclude={"not_positive"}),
     }
 
@@ -83,9 +81,11 @@ def _measure(context: RunContext) -> Similarity:
         name: text_windows(context.store, name, settings.sequence_length, context.run.seed)
         for name in (*data.old, *data.new)
     }
-    old = {name: entry.language for name, entry in data.old.items()}
-    new = {name: entry.language for name, entry in data.new.items()}
-    return similarity_of_sets(model, windows, old, new, settings.tokens)
+    return similarity_of_sets(model, windows, _languages(data.old), _languages(data.new), settings.tokens)
+
+
+def _languages(sets: dict[str, SetConfig]) -> dict[str, str]:
+    return {name: entry.language for name, entry in sets.items()}
 
 
 def allocate_inputs(context: RunContext) -> Inputs:

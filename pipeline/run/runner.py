@@ -79,9 +79,10 @@ def finish_step(context: RunContext, step: Step, ranks: Ranks | None) -> bool:
     Returns:
         Whether it came to its end.
     """
-    inputs, started = step.inputs(context), time.monotonic()
+    started, keeps = time.monotonic(), step.keeps_manifest and is_first_rank()
+    inputs = step.inputs(context) if keeps else {}  # those of now, not of when the work has ended
     result = step.work(context, ranks)
-    if result is not None and step.keeps_manifest and is_first_rank():
+    if result is not None and keeps:
         figures = {"seconds": round(time.monotonic() - started, 1)} | result.figures
         context.folder.finish(step.name, inputs, result.outputs, figures)
     return result is not None

@@ -77,7 +77,7 @@ def score(context: RunContext, tag: str | None, ranks: "Ranks | None") -> Evalua
 
 def _missing(context: RunContext, scoring: "Evaluator", models: "list[Scored]") -> dict[str, list[str]]:
     """What is to be scored: all of it where the user forces a step whose inputs did not change."""
-    if context.force and context.redo:
+    if context.redo:
         return {model.label: list(scoring.texts) for model in models}
     return scoring.missing(models)
 

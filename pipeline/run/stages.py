@@ -1,6 +1,5 @@
 """The steps that train a stage, on ranks."""
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,17 +75,15 @@ def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | N
     assert ranks is not None
     run, stage = context.run, context.stage(number)
     target = context.folder / stage.name
-    if ranks.is_first and (context.force or run.checkpoint.resume == "never"):
-        shutil.rmtree(target, ignore_errors=True)
-        context.folder.forget(stage.name)
+    settings = stage_inputs(context, number)
+    if ranks.is_first:
+        context.folder.begin(stage.name, settings, anew=context.redo or run.checkpoint.resume == "never")
     ranks.wait()
     if ranks.is_first and run.log.wandb:
         keep_wandb_run(target)
     experts = _starting_checkpoint(context, number)
     origin = experts and ExpertsFrom(tag=experts.name, manifest=sha256_file(experts / MANIFEST))
-    identity = context.identity(number).model_copy(
-        update={"settings": content_key(stage_inputs(context, number)), "stage1": origin}
-    )
+    identity = context.identity(number).model_copy(update={"settings": content_key(settings), "stage1": origin})
     inputs = StageInputs(run, stage, context.plan, context.store, context.upcycled, target, identity, experts)
     figures = train_stage(inputs, ranks)
     finish_wandb_run()

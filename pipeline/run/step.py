@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.cluster import JobName
 from pipeline.config.run import RunConfig
+from pipeline.records.run_folder import Inputs as Inputs
 from pipeline.run.context import RunContext
 
 if TYPE_CHECKING:
     from pipeline.distributed.process_group import Ranks
-
-Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Step:
         if not self.keeps_manifest:
             return False
         done = context.folder.is_done(self.name, self.inputs(context), force=context.force, may_grow=self.may_grow)
-        done = done and not (context.force and context.redo) and self.is_there(context)
+        done = done and not (context.redo) and self.is_there(context)
         if done and not context.quiet:
             print(f"{self.name}: done, skipped", flush=True)
         return done

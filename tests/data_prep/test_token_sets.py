@@ -9,7 +9,8 @@ import pytest
 from common.files import read_json
 from data_prep.config import DataConfig
 from data_prep.executor.pool import do_task
-from data_prep.prepare import kept_keys, plan_preparation
+from data_prep.make_plan import Planned
+from data_prep.prepare import plan_preparation
 from data_prep.store import TokenStore
 from tests.data_prep.conftest import pages
 from tests.helpers.preparation import cleaned, config_of, set_folders, stamps
@@ -138,16 +139,19 @@ def test_a_set_that_differs_in_more_than_its_cleaning_is_not_kept(
     tree: Tree, watched: Tree, save_tokenizer: Any, stored: Any, tmp_path: Path
 ) -> None:
     one = stored(cleaned(tree))
-    changed = DataConfig.model_validate({**cleaned(tree), "watch": {"seen": watched}, "max_document_bytes": 5000})
-    planned = plan_preparation(config_of(changed, save_tokenizer(), 300, tmp_path / "cache", 17))
-    assert kept_keys(planned, one.keys) == planned.keys
-    same = DataConfig.model_validate({**cleaned(tree), "watch": {"seen": watched}})
-    planned = plan_preparation(config_of(same, save_tokenizer(), 300, tmp_path / "cache", 17))
-    assert kept_keys(planned, one.keys) == {**planned.keys, **one.keys}
-    assert kept_keys(planned, {"en": one.keys["en"], "el": "gone"}) == {**planned.keys, "en": one.keys["en"]}
-    assert not planned.is_prepared(one.keys)
+
+    def plan(keep: dict[str, str], **settings: object) -> Planned:
+        data = DataConfig.model_validate({**cleaned(tree), "watch": {"seen": watched}, **settings})
+        return plan_preparation(config_of(data, save_tokenizer(), 300, tmp_path / "cache", 17), keep=keep)
+
+    changed = plan(one.keys, max_document_bytes=5000)
+    assert changed.kept_keys == changed.keys
+    same = plan(one.keys)
+    assert same.kept_keys == {**same.keys, **one.keys}
+    assert plan({"en": one.keys["en"], "el": "gone"}).kept_keys == {**same.keys, "en": one.keys["en"]}
+    assert not same.is_prepared
     stored({**cleaned(tree), "watch": {"seen": watched}}, keep=one.keys)
-    assert planned.is_prepared(one.keys) and not planned.is_prepared({})
+    assert same.is_prepared and not plan({}).is_prepared
 
 
 def test_a_count_of_copies_that_was_interrupted_resumes_and_is_the_same(

@@ -89,10 +89,10 @@ def test_a_job_that_comes_late_follows_the_plan_that_is_there(
 ) -> None:
     data = DataConfig.model_validate({**tree, "watch": {"seen": watched}})
     planned = plan_preparation(config_of(data, save_tokenizer(), 300, tmp_path / "cache", 17))
-    first = plan_of(planned, {})
+    first = plan_of(planned)
     first.save(tmp_path / "plan.json")
     stored(tree)  # another run prepares two of the three sets meanwhile
-    late = plan_of(planned, {})
+    late = plan_of(planned)
     assert [one.name for one in late.sets] == ["seen"]
     late.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == first

@@ -1,7 +1,9 @@
 """What the distributed tests run on each rank: stages of a tiny run through the product's own training."""
 
+import io
 import os
 import signal
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from pipeline.method.stages import STAGES, find_stage
 from pipeline.model.backbone import moe_layers
 from pipeline.records.metrics import StepRow
 from pipeline.run.context import RunContext
+from pipeline.run.runner import finish_step
+from pipeline.run.steps import step_named
 from pipeline.training import train
 from pipeline.training.inputs import StageInputs
 from pipeline.training.resume import manifest_of, resume, save
@@ -131,6 +135,23 @@ def train_to_the_end(
         return train_stage(stage_inputs(tree, number, folder), ranks)
     finally:
         train.train_step = train_step
+
+
+def train_a_step_of(ranks: Ranks, tree: dict[str, Any], force: bool) -> str:
+    """The run's stage 1 is asked to stop in the step it takes next; returns what rank 0 printed."""
+
+    def step_with_signal(state: TrainingState) -> StepRow:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(state)
+
+    context = RunContext(parse_run(tree, "x"), force=force)
+    train.train_step = step_with_signal
+    try:
+        with redirect_stdout(io.StringIO()) as printed:
+            assert not finish_step(context, step_named("stage1"), ranks)
+    finally:
+        train.train_step = train_step
+    return printed.getvalue()
 
 
 def first_logits(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> torch.Tensor:

@@ -17,6 +17,7 @@ from pipeline.run.context import RunContext
 from pipeline.run.runner import do_step, finish_step
 from pipeline.run.steps import step_named, steps_of
 from tests.distributed.conftest import Pools
+from tests.distributed.stages import train_a_step_of
 from tests.helpers.tiny import parse_run, run_tree, save_corpus
 
 Tree = dict[str, Any]
@@ -28,7 +29,7 @@ def on_rank(ranks: Ranks, tree: Tree, name: str, force: bool) -> bool:
     return finish_step(RunContext(parse_run(tree, "x"), force=force), step_named(name), ranks)
 
 
-def run(pools: Pools, tree: Tree, *, force: bool = False) -> list[str]:
+def run(pools: Pools, tree: Tree, *, force: bool = False, until: str = "report") -> list[str]:
     """What `python -m pipeline run` does, with a rank of the pool; the names of the steps that were not done."""
     context = RunContext(parse_run(tree, "x"), force=force, quiet=True)
     RunFolder.create(context.run)
@@ -40,6 +41,8 @@ def run(pools: Pools, tree: Tree, *, force: bool = False) -> list[str]:
                 assert pools[1].run(on_rank, tree, step.name, force) == [True]
             else:
                 do_step(context, step)
+        if step.name == until:
+            break
     return ran
 
 
@@ -102,6 +105,19 @@ def test_a_changed_replay_makes_stage_2_stale_and_not_stage_1(tree: Tree, pools:
         run(pools, changed)
     assert run(pools, changed, force=True) == ["tokenize", "similarity", "allocate", "stage2", "evaluate"]
     assert len(entries(tree, "scores") - scores) == len(["en", "el", "hu"]), "stage 2 alone"
+
+
+def test_force_resumes_a_stage_that_was_stopped_unless_its_inputs_have_changed(tree: Tree, pools: Pools) -> None:
+    other = {**copy.deepcopy(tree), "name": "stopped"}
+    assert run(pools, other, until="upcycle")
+    assert pools[1].run(train_a_step_of, other, False)
+    [printed] = pools[1].run(train_a_step_of, other, True)
+    assert "resumed from" in printed and "after 1 steps" in printed
+    other["stage1"]["lr"] = 3e-3
+    with pytest.raises(UserError, match=r"stage1: begun in .* with other inputs: settings\.lr was 0\.01, is 0\.003"):
+        run(pools, other)
+    [printed] = pools[1].run(train_a_step_of, other, True)
+    assert "resumed from" not in printed
 
 
 def test_a_second_run_over_the_same_languages_shares_tokens_similarity_upcycling_and_the_base_scores(

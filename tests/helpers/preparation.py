@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from transformers import LlamaConfig
 
 from data_prep.config import DataConfig, ModelConfig, PreparationConfig, Stage1Tokens
+from data_prep.prepare import plan_preparation
 from data_prep.prepare import prepare as prepare_config
 from data_prep.shards import Shard, ShardSequence
 from data_prep.store import TokenStore
@@ -42,7 +43,7 @@ def prepare(
 ) -> TokenStore:
     """The sets, prepared on this machine."""
     config = config_of(data, tokenizer, vocab_size, cache_dir, seed, stage1_tokens)
-    store = prepare_config(config, "local", workers, keep=keep or {})
+    store = prepare_config(config, "local", workers, planned=plan_preparation(config, keep=keep or {}))
     assert store is not None
     return store
 

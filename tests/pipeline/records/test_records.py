@@ -76,6 +76,24 @@ def test_a_set_that_was_added_asks_for_force_only_where_something_would_be_throw
     assert not folder.is_done("step", {**added, "window": 2}, force=True, may_grow=True)
 
 
+def test_what_a_step_has_left_stays_when_it_begins_again_with_the_same_inputs(tmp_path: Path) -> None:
+    folder, left = RunFolder(tmp_path), tmp_path / "stage1" / "step000001"
+    folder.begin("stage1", {"lr": 1}, anew=False)
+    for inputs, anew, stays in (({"lr": 1}, False, True), ({"lr": 2}, False, False), ({"lr": 2}, True, False)):
+        left.mkdir(exist_ok=True)
+        folder.begin("stage1", inputs, anew=anew)
+        assert left.is_dir() == stays
+    folder.finish("stage1", {"lr": 2}, {}, {})
+    left.mkdir()
+    with pytest.raises(UserError, match=r"stage1: done in .*: lr was 2, is 3"):
+        folder.is_done("stage1", {"lr": 3}, force=False)
+    folder.begin("stage1", {"lr": 3}, anew=False)
+    assert not left.is_dir() and not folder.has_manifest("stage1")
+    with pytest.raises(UserError, match=r"stage1: begun in .*: lr was 3, is 4"):
+        folder.is_done("stage1", {"lr": 4}, force=False)
+    assert not folder.is_done("stage1", {"lr": 4}, force=True)
+
+
 def test_a_manifest_without_a_format_is_of_an_earlier_version(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "runs" / "old")
     path = folder.manifest_path("tokenize")
