@@ -17,6 +17,8 @@ NOT_A_RESULT = {"activation_checkpointing"}  # settings of a stage that change h
 
 def stage_inputs(context: RunContext, number: int) -> Inputs:
     """What a stage's result depends on; not how it is spread over ranks, nor when it validates or saves."""
+    from pipeline.training import sample_order
+
     run, stage = context.run, context.stage(number)
     sets = stage.sets(run.data)
     inputs = {
@@ -25,6 +27,7 @@ def stage_inputs(context: RunContext, number: int) -> Inputs:
         "tokenizer": context.store.tokenizer_key,
         "plan": stage.plan_key(context.plan),
         "weights": {name: [entry.weight, *(s.weight for s in entry.sources)] for name, entry in sets.items()},
+        "sample_order": sample_order.FORMAT,
         "temperature": run.data.temperature,
         "isolate_documents": run.data.isolate_documents,
         "seed": run.seed,

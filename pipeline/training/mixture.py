@@ -146,3 +146,40 @@ class Interleaving:
         source = np.repeat(np.arange(len(numbers)), [len(n) for n in numbers])
         order = np.lexsort((source, due))
         return source[order], np.concatenate(numbers)[order]
+
+
+class GroupedInterleaving:
+    """Old and new sources take turns as groups, and within a group the sources do.
+
+    So every batch holds each group's share to within one sample, however the sets within the groups are weighted: a
+    batch of 2 with half of it old holds one old sample, where sources that are all due together would not see to that.
+
+    Args:
+        weights: of the sources, all positive.
+        groups: of each source, which group it is in.
+    """
+
+    def __init__(self, weights: list[float], groups: list[bool]) -> None:
+        names = list(dict.fromkeys(groups))
+        self._sources = [np.array([i for i, group in enumerate(groups) if group == name]) for name in names]
+        self._within = [Interleaving([weights[i] for i in members]) for members in self._sources]
+        self._groups = Interleaving([sum(weights[i] for i in members) for members in self._sources])
+
+    def turns(self, first: int, size: int) -> Turns:
+        """Samples ``first`` to ``first + size - 1``: their sources and their numbers there, [size] each."""
+        group, number = self._groups.turns(first, size)
+        source = np.empty_like(number)
+        for index, (members, within) in enumerate(zip(self._sources, self._within, strict=True)):
+            mine = group == index
+            if mine.any():  # in a stretch of samples, a group's numbers follow one another
+                which, number[mine] = within.turns(int(number[mine][0]), int(mine.sum()))
+                source[mine] = members[which]
+        return source, number
+
+    def counts(self, num_samples: int) -> list[int]:
+        """How many of the first ``num_samples`` samples each source gives."""
+        found: dict[int, int] = {}
+        of_groups = self._groups.counts(num_samples)
+        for members, within, count in zip(self._sources, self._within, of_groups, strict=True):
+            found |= zip(members.tolist(), within.counts(count), strict=True)
+        return [found[source] for source in range(len(found))]

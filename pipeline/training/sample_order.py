@@ -17,7 +17,9 @@ from common.errors import UserError
 from data_prep.config import DataConfig
 from data_prep.store import TokenStore
 from pipeline.method.stage import Stage
-from pipeline.training.mixture import Interleaving, Source, stage_sources
+from pipeline.training.mixture import GroupedInterleaving, Source, stage_sources
+
+FORMAT = 2  # raised when the same tokens and settings give other samples
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class SampleOrder:
     """All samples of a stage, by number.
 
     A sample is ``sequence_length`` + 1 consecutive tokens of one source; the last is only a label. A source's
-    windows come in a random order, a new one in each epoch. Sources alternate as evenly as their weights allow.
+    windows come in a random order, a new one in each epoch. Old and new sources alternate as evenly as their shares
+    allow, and within the old and the new ones the sources do.
 
     Args:
         sources: where samples come from.
@@ -87,8 +90,9 @@ class SampleOrder:
                     f"data: set {source.name} has {len(source.tokens)} training tokens, less than one sample of "
                     f"{sequence_length} + 1; give it more text or a shorter sequence_length{budget}"
                 )
-        self._interleaving = Interleaving([source.weight for source in sources])
-        self.old_sources = np.array([source.is_old for source in sources])
+        is_old = [source.is_old for source in sources]
+        self._interleaving = GroupedInterleaving([source.weight for source in sources], is_old)
+        self.old_sources = np.array(is_old)
 
     def window(self, source: int, number: int) -> np.ndarray:
         """The ``number``-th sample of a source: [L + 1] token ids."""

@@ -10,7 +10,7 @@ import pytest
 from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
 from pipeline.method.stages import find_stage
-from pipeline.training.mixture import CHUNK, Interleaving
+from pipeline.training.mixture import CHUNK, GroupedInterleaving, Interleaving
 from pipeline.training.sample_order import stage_order
 from tests.helpers.preparation import prepare
 from tests.helpers.tiny import parse_run, run_tree, save_corpus
@@ -44,6 +44,24 @@ def test_shares_are_right_to_one_sample_after_any_number_of_samples(weights: lis
     for which, (weight, count) in enumerate(zip(weights, turns.counts(num_samples), strict=True)):
         assert abs(count - num_samples * weight / sum(weights)) <= 1
         assert number[source == which].tolist() == list(range(count))
+
+
+@pytest.mark.parametrize("batch", [2, 8, 10])
+@pytest.mark.parametrize("sets", [(1, 1), (1, 3), (3, 3), (2, 5)])
+def test_every_batch_holds_the_groups_shares_whatever_sets_they_are_made_of(batch: int, sets: tuple[int, int]) -> None:
+    old, new = sets
+    weights = [0.5 / old] * old + [0.5 / new] * new
+    turns = GroupedInterleaving(weights, [True] * old + [False] * new)
+    source, number = turns.turns(0, 300 * batch)
+    assert (source.reshape(300, batch) < old).sum(1).tolist() == [batch // 2] * 300
+    counts = turns.counts(300 * batch)
+    for which, (weight, count) in enumerate(zip(weights, counts, strict=True)):
+        assert abs(count - 300 * batch * weight) <= 1
+        assert number[source == which].tolist() == list(range(count))
+    for first, size in ((0, 1), (7, 5), (150 * batch + 1, CHUNK // 64)):
+        again = turns.turns(first, size)
+        np.testing.assert_array_equal(again[0], source[first : first + size])
+        np.testing.assert_array_equal(again[1], number[first : first + size])
 
 
 def stored(folder: Path, **data: Any) -> tuple[TokenStore, RunConfig]:
