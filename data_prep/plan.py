@@ -199,14 +199,7 @@ class Plan:
 
     def reading(self, part: Slice) -> Reading:
         """How a slice's rows become documents."""
-        one, by = self.set_of(part), self.data.held_out.by
-        return Reading(
-            one.entry.source_list[part.source].text_field,
-            None if by == "document" or one.group == "benchmark" else by,
-            one.trains,
-            self.data.max_document_bytes,
-            self.data.bad_rows == "skip",
-        )
+        return reading_of(self.data, self.set_of(part), part.source)
 
     @property
     def writes_training_text(self) -> bool:
@@ -231,6 +224,18 @@ class Plan:
 
 
 _ADAPTER = TypeAdapter(Plan)
+
+
+def reading_of(data: DataConfig, one: SetPlan, source: int) -> Reading:
+    """How the rows of one of a set's sources become documents."""
+    by = data.held_out.by
+    return Reading(
+        one.entry.source_list[source].text_field,
+        None if by == "document" or one.group == "benchmark" else by,
+        one.trains,
+        data.max_document_bytes,
+        data.bad_rows == "skip",
+    )
 
 
 def keys_of(part: int, rows: NDArray[np.integer]) -> NDArray[np.uint64]:

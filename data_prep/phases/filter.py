@@ -13,7 +13,7 @@ from data_prep.dedup.minhash import Signatures
 from data_prep.dedup.word_shingles import Hashes, shingles, word_hashes
 from data_prep.filters import Filters
 from data_prep.manifest import RUN_SIZES, RUNS
-from data_prep.plan import CHANGED, FILTER, HELD_OUT, Json, Plan, SetPlan, Slice
+from data_prep.plan import CHANGED, FILTER, HELD_OUT, Json, SetPlan, Slice
 from data_prep.reading.documents import EXAMPLES, BadRows, Document, read_documents
 from data_prep.work import Work
 
@@ -57,12 +57,12 @@ def filters_of(work: Work, part: Slice) -> Filters:
     return work.once(("filters", part.set), make)
 
 
-def holds_out(plan: Plan, one: SetPlan, document: Document) -> bool:
-    """Whether a document of a set, as its source has it, is held out."""
+def holds_out(seed: int, fraction: float, one: SetPlan, document: Document) -> bool:
+    """Whether a document of a set, as its source has it, is held out; of training sets this fraction of pages is."""
     if not one.trains:
         return True
     key = document.text if document.page is None else document.page
-    return is_held_out(key, plan.seed, plan.fraction)
+    return is_held_out(key, seed, fraction)
 
 
 @dataclass
@@ -89,7 +89,7 @@ def filter_slice(work: Work, number: int) -> Json:
         if reason is not None:
             drops.add(reason, document)
             continue
-        held_out = holds_out(plan, one, document)
+        held_out = holds_out(plan.seed, plan.fraction, one, document)
         kept.rows.append(document.index)
         kept.flags.append(CHANGED * changed | HELD_OUT * held_out)
         kept.characters.append(len(text))

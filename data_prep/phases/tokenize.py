@@ -141,7 +141,7 @@ def _read(work: Work, part: Slice, drops: Drops, bad_rows: BadRows) -> Iterator[
     plan, one = work.plan, work.plan.set_of(part)
     for document in read_documents(part.splits, plan.reading(part), bad_rows):
         if document.text.strip():
-            yield Chosen(document, document.text, holds_out(plan, one, document))
+            yield Chosen(document, document.text, holds_out(plan.seed, plan.fraction, one, document))
         else:
             drops.add("empty", document)
 

@@ -13,10 +13,18 @@ from pipeline.config.cluster import ClusterConfig
 
 
 class SimilarityConfig(Section):
-    """How many ``tokens`` per language are read (paper: 100,000), in samples of ``sequence_length``."""
+    """How many ``tokens`` of each set are read (paper: 100,000), drawn over the whole of its text, whatever its caps.
+
+    With ``windows: packed`` they are read in samples of ``sequence_length`` tokens of consecutive documents; with
+    ``documents`` each document is read alone, with that much context at most (the reference: 10,000). A set with less
+    than ``min_share`` of the tokens is an error. ``not_positive`` says what happens to a similarity that is not
+    positive, which can't be divided by: an error, or it is raised to a small positive value.
+    """
 
     tokens: Positive = 100_000
+    windows: Literal["packed", "documents"] = "packed"
     sequence_length: Positive = 512
+    min_share: float = Field(default=0.1, ge=0, le=1)
     not_positive: Literal["error", "clamp"] = "error"
 
 

@@ -1,6 +1,6 @@
 """How similar languages are at each layer (LayerMoE, arXiv 2505.22582, section 3.1), in one pass over the tokens."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import combinations
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.progress import progress
+from pipeline.config.run import SimilarityConfig
 from pipeline.model.backbone import decoder_layers, find_mlp
 from pipeline.records.similarity import Similarity
 
@@ -84,28 +85,54 @@ def mean_unit_vectors(
     return vectors
 
 
+def packed_windows(documents: list[np.ndarray], length: int, batch_size: int = 4) -> Iterator[np.ndarray]:
+    """Documents one after the other, in windows of ``length`` tokens, [B, L]; the rest is a batch of its own.
+
+    Args:
+        documents: token ids, [tokens] each.
+        length: tokens per window.
+        batch_size: windows per batch.
+    """
+    ids = np.concatenate(documents)
+    whole = len(ids) // length * length
+    windows = ids[:whole].reshape(-1, length)
+    for first in range(0, len(windows), batch_size):
+        yield windows[first : first + batch_size]
+    if whole < len(ids):
+        yield ids[None, whole:]
+
+
+def document_windows(documents: list[np.ndarray], length: int) -> Iterator[np.ndarray]:
+    """Each document by itself, in windows of at most ``length`` tokens, [1, L]."""
+    for ids in documents:
+        for start in range(0, len(ids), length):
+            yield ids[None, start : start + length]
+
+
+WINDOWS = {"packed": packed_windows, "documents": document_windows}
+
+
 def similarity_of_sets(
     model: nn.Module,
-    windows: Mapping[str, Iterable[np.ndarray]],
+    documents: Mapping[str, list[np.ndarray]],
     old: dict[str, str],
     new: dict[str, str],
-    tokens_per_set: int,
+    settings: SimilarityConfig,
 ) -> Similarity:
     """Measure a dense model on each set; sets of one language count together, by their tokens.
 
     Args:
         model: the dense model.
-        windows: by set, token ids [B, L], drawn over the whole of its text.
+        documents: by set, token ids of documents that are drawn over the whole of its text.
         old: by set, the language of those that the model knows.
         new: by set, the language of those to teach it.
-        tokens_per_set: how many tokens are read of each (the paper: 100,000).
+        settings: how many tokens are read of each set, and in which windows.
     """
     sums: dict[str, np.ndarray] = {}
     tokens: dict[str, int] = {}
     for name, language in {**old, **new}.items():
-        vectors = mean_unit_vectors(model.base_model, windows[name], tokens_per_set, f"similarity {name}")  # type: ignore[arg-type]
-        if vectors.tokens < tokens_per_set:
-            print(f"similarity: {name} has only {vectors.tokens:,} of {tokens_per_set:,} tokens", flush=True)
+        windows = WINDOWS[settings.windows](documents[name], settings.sequence_length)
+        vectors = mean_unit_vectors(model.base_model, windows, settings.tokens, f"similarity {name}")  # type: ignore[arg-type]
         sums[language] = sums.get(language, 0) + vectors.means() * vectors.tokens
         tokens[language] = tokens.get(language, 0) + vectors.tokens
     means = {language: total / tokens[language] for language, total in sums.items()}

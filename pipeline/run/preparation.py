@@ -2,10 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+from common.errors import UserError
 from common.files import content_key, sha256_file, write_json
 from common.launch_environment import is_first_rank
 from data_prep.config import SetConfig
 from data_prep.prepare import prepare
+from data_prep.sample import sample_documents
 from pipeline.method.allocation import allocate, clamp_similarity, classifier_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import UpcycledManifest
@@ -45,15 +47,20 @@ def tokenize(context: RunContext, _ranks: object) -> Result:
 
 
 def similarity_inputs(context: RunContext) -> Inputs:
-    """The model, the old and new sets with their languages, and the settings."""
-    data = context.run.data
+    """The model, the text of old and new sets with their languages, the tokenizer, and the settings.
+
+    What caps and replay leave of the text does not matter.
+    """
+    data, planned = context.run.data, context.planned
+    texts = {one.name: one.text for one in planned.sets if one.trains}
     return {
         "model": context.model_hash,
         "dtype": str(context.dtype),
-        "sets": {name: context.store.keys[name] for name in (*data.old, *data.new)},
+        "texts": texts,
+        "tokenizer": planned.tokenizer_key,
         "old": _languages(data.old),
         "new": _languages(data.new),
-        "settings": context.run.similarity.model_dump(mode="json", exclude={"not_positive"}),
+        "settings": context.run.similarity.model_dump(mode="json", exclude={"not_positive", "min_share"}),
     }
 
 
@@ -73,15 +80,30 @@ def _measure(context: RunContext) -> Similarity:
 
     from pipeline.method.similarity import similarity_of_sets
     from pipeline.model.backbone import load_dense
-    from pipeline.training.sample_order import text_windows
 
     settings, data = context.run.similarity, context.run.data
+    documents = {name: sample_documents(context.planned, name, settings.tokens) for name in (*data.old, *data.new)}
+    _check_sample(context, {name: sum(map(len, found)) for name, found in documents.items()})
     model = load_dense(context.dense, context.dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    windows = {
-        name: text_windows(context.store, name, settings.sequence_length, context.run.seed)
-        for name in (*data.old, *data.new)
-    }
-    return similarity_of_sets(model, windows, _languages(data.old), _languages(data.new), settings.tokens)
+    return similarity_of_sets(model, documents, _languages(data.old), _languages(data.new), settings)
+
+
+def _check_sample(context: RunContext, tokens: dict[str, int]) -> None:
+    """Say which sets have fewer tokens than the similarity is to be measured on.
+
+    Raises:
+        UserError: one has less than ``similarity.min_share`` of them.
+    """
+    settings = context.run.similarity
+    for name, found in tokens.items():
+        line = f"similarity: {name} has only {found:,} of {settings.tokens:,} tokens"
+        if found < max(2, settings.min_share * settings.tokens):
+            raise UserError(
+                f"{line}, less than similarity.min_share={settings.min_share:g} of them; give the set more text, or "
+                "lower similarity.tokens or similarity.min_share"
+            )
+        if found < settings.tokens:
+            print(f"warning: {line}", flush=True)
 
 
 def _languages(sets: dict[str, SetConfig]) -> dict[str, str]:

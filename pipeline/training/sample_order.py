@@ -5,7 +5,6 @@ the number of samples consumed. Ranks, micro-batch and accumulation only decide 
 """
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -162,15 +161,3 @@ def stage_order(store: TokenStore, data: DataConfig, stage: Stage, seed: int) ->
         seed=seed + stage.seed_offset,
         isolate=store.separator_id if data.isolate_documents else None,
     )
-
-
-def text_windows(
-    store: TokenStore, name: str, sequence_length: int, seed: int, batch_size: int = 4
-) -> Iterator[np.ndarray]:
-    """All windows of a set's training tokens once, in a random order, [B, L] at a time."""
-    tokens = store.train(name)
-    length = min(sequence_length, len(tokens) - 1)
-    windows = (len(tokens) - 1) // length
-    order = SampleOrder([Source(name, tokens, 1.0, False)], sequence_length=length, num_samples=windows, seed=seed)
-    for first in range(0, windows, batch_size):
-        yield order.read(first, min(batch_size, windows - first))[1][:, :-1]

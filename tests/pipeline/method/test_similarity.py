@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.method.similarity import mean_unit_vectors, similarity_of
+from pipeline.method.similarity import document_windows, mean_unit_vectors, packed_windows, similarity_of
 from pipeline.model.backbone import decoder_layers, load_dense
 from tests.helpers.tiny import VOCAB_SIZE, save_model
 
@@ -44,3 +44,15 @@ def test_one_new_language_is_compared_with_itself() -> None:
     means = {"en": np.array([[1.0, 0.0]]), "el": np.array([[0.6, 0.6]])}
     measured = similarity_of(means, {"en": 1, "el": 1}, ["en"], ["el"])
     assert measured.by_layer[0] == pytest.approx((0.72 + 0.6) / 2)
+
+
+def test_packed_windows_hold_every_token_once_and_documents_are_read_alone() -> None:
+    documents = [np.arange(7), np.arange(100, 105), np.arange(200, 209)]
+    packed = list(packed_windows(documents, 4, batch_size=2))
+    assert [batch.shape for batch in packed] == [(2, 4), (2, 4), (1, 4), (1, 1)]
+    np.testing.assert_array_equal(np.concatenate([batch.ravel() for batch in packed]), np.concatenate(documents))
+    alone = [batch.tolist() for batch in document_windows(documents, 6)]
+    assert alone == [
+        [[0, 1, 2, 3, 4, 5]], [[6]], [[100, 101, 102, 103, 104]],
+        [[200, 201, 202, 203, 204, 205]], [[206, 207, 208]],
+    ]  # fmt: skip
