@@ -10,9 +10,9 @@ from typing import Any
 import yaml
 
 from common.errors import UserError
-from common.files import read_json, sha256_file, write_json, write_text
+from common.files import sha256_file, write_text
 from pipeline.config.run import RunConfig
-from pipeline.records.step_manifest import StepManifest
+from pipeline.records.step_manifest import StepInputs, StepManifest
 
 RUN_FILE = "run.yaml"  # the settings, resolved
 FETCHED_FILE = "fetched.json"  # what was downloaded from the hub, at which commits
@@ -90,52 +90,29 @@ class RunFolder:
         """By step, the manifests of those that are done, in the given order."""
         return {step: StepManifest.load(self.manifest_path(step)) for step in steps if self.has_manifest(step)}
 
-    def is_done(self, step: str, inputs: Inputs, *, force: bool, may_grow: bool = False) -> bool:
-        """Whether a step is done with exactly these inputs.
-
-        Args:
-            step: its name.
-            inputs: what it would be done with now.
-            force: whether a step that was done, or has begun, with others is to be done again.
-            may_grow: whether sets that were added or removed need no ``force``: nothing is thrown away.
-
-        Raises:
-            UserError: it was done or has begun with other inputs, and ``force`` is not given; the line names them.
-        """
-        changes = self._changes(step, inputs)
-        if changes and not force and not (may_grow and all(change.adds_or_removes_a_set for change in changes)):
-            lines = [str(change) for change in changes]
-            raise UserError(
-                f"{step}: {'done' if self.has_manifest(step) else 'begun'} in {self.path} with other inputs: "
-                f"{'; '.join(lines[:3])}{' and more' if len(lines) > 3 else ''}. Add --force to do it again, or give "
-                "the run another name"
-            )
-        return self.has_manifest(step) and not changes
-
-    def _changes(self, step: str, inputs: Inputs) -> "list[_Change]":
-        """What differs from the inputs that a step was done with or has begun with; empty if it was neither."""
-        begun = self.path / step / INPUTS_FILE
+    def inputs_of(self, step: str) -> StepInputs | None:
+        """What a step was done with or has begun with; None if it was neither."""
         if self.has_manifest(step):
-            return _changes(self.manifest(step).inputs, inputs)
-        return _changes(read_json(begun), inputs) if begun.is_file() else []
+            return self.manifest(step).done_with
+        return StepInputs.load_if_there(self.path / step / INPUTS_FILE)
 
-    def begin(self, step: str, inputs: Inputs, *, anew: bool) -> None:
+    def begin(self, step: str, done_with: StepInputs, *, anew: bool) -> None:
         """Record that a step that takes long begins; what it has left so far stays if its inputs were the same.
 
         Args:
             step: its name, also of its folder.
-            inputs: what it is done with.
+            done_with: its inputs.
             anew: whether what it has left goes in any case.
         """
-        folder = self.path / step
-        if anew or self._changes(step, inputs):
+        folder, before = self.path / step, self.inputs_of(step)
+        if anew or (before is not None and before.inputs != done_with.inputs):
             shutil.rmtree(folder, ignore_errors=True)
         self.manifest_path(step).unlink(missing_ok=True)
-        write_json(folder / INPUTS_FILE, inputs)
+        done_with.save(folder / INPUTS_FILE)
 
-    def finish(self, step: str, inputs: Inputs, outputs: dict[str, Any], figures: dict[str, Any]) -> None:
+    def finish(self, step: str, done_with: StepInputs, outputs: dict[str, Any], figures: dict[str, Any]) -> None:
         """Record that a step is done; the last thing it writes."""
-        StepManifest.of(step, inputs, outputs, figures).save(self.manifest_path(step))
+        StepManifest.of(step, done_with, outputs, figures).save(self.manifest_path(step))
 
     def link_upcycled(self, target: Path) -> None:
         """Make ``upcycled`` a relative link to a folder in the cache."""
@@ -148,28 +125,3 @@ class RunFolder:
         """What later steps name a step's result by."""
         self.manifest(step)
         return sha256_file(self.manifest_path(step))[:16]
-
-
-@dataclass(frozen=True)
-class _Change:
-    """A leaf of nested dictionaries that differs; None where it is not there."""
-
-    key: str
-    before: Any
-    now: Any
-
-    def __str__(self) -> str:
-        return f"{self.key} was {self.before}, is {self.now}"
-
-    @property
-    def adds_or_removes_a_set(self) -> bool:
-        return self.key.startswith(_SETS) and (self.before is None or self.now is None)
-
-
-def _changes(before: Any, now: Any, key: str = "") -> list[_Change]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = []
-        for name in sorted({*before, *now}):
-            found += _changes(before.get(name), now.get(name), f"{key}.{name}" if key else name)
-        return found
-    return [] if before == now else [_Change(key, before, now)]

@@ -9,8 +9,20 @@ from common.errors import UserError
 from common.files import read_json
 from pipeline.records.record import Record
 
-FORMAT: Literal[2] = 2  # raised when a run folder of before cannot be read any more
+FORMAT: Literal[3] = 3  # raised when a run folder of before cannot be read any more
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
+
+
+class StepInputs(Record):
+    """What a step is done with.
+
+    Attributes:
+        inputs: all that its result depends on, as nested dictionaries.
+        run: the settings of the run, resolved: they say in the user's words why inputs have changed.
+    """
+
+    inputs: dict[str, Any]
+    run: dict[str, Any]
 
 
 class StepManifest(Record):
@@ -19,25 +31,25 @@ class StepManifest(Record):
     Attributes:
         format: of the run folder.
         step: its name.
-        inputs: all that its result depends on, as nested dictionaries.
+        done_with: its inputs.
         outputs: what later steps find its result by.
         figures: what it took and gave: ``seconds``, and what each step adds.
         versions: of Python and the packages it ran with.
     """
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     step: str
-    inputs: dict[str, Any]
+    done_with: StepInputs
     outputs: dict[str, Any]
     figures: dict[str, Any]
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, step: str, inputs: dict[str, Any], outputs: dict[str, Any], figures: dict[str, Any]) -> Self:
+    def of(cls, step: str, done_with: StepInputs, outputs: dict[str, Any], figures: dict[str, Any]) -> Self:
         """The manifest of a step that has just ended."""
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         versions["python"] = platform.python_version()
-        return cls(step=step, inputs=inputs, outputs=outputs, figures=figures, versions=versions)
+        return cls(step=step, done_with=done_with, outputs=outputs, figures=figures, versions=versions)
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from common.files import content_key
 from common.remembered_hashes import RememberedHashes
@@ -44,6 +44,11 @@ class RunContext:
     def folder(self) -> RunFolder:
         """The run's folder."""
         return RunFolder(self.run.folder)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The run's settings as nested dictionaries, by the keys of its YAML."""
+        return self.run.model_dump(mode="json", by_alias=True)
 
     @cached_property
     def dense(self) -> Path:

@@ -80,11 +80,11 @@ def finish_step(context: RunContext, step: Step, ranks: Ranks | None) -> bool:
         Whether it came to its end.
     """
     started, keeps = time.monotonic(), step.keeps_manifest and is_first_rank()
-    inputs = step.inputs(context) if keeps else {}  # those of now, not of when the work has ended
+    done_with = step.done_with(context) if keeps else None  # of now, not of when the work has ended
     result = step.work(context, ranks)
-    if result is not None and keeps:
+    if result is not None and done_with is not None:
         figures = {"seconds": round(time.monotonic() - started, 1)} | result.figures
-        context.folder.finish(step.name, inputs, result.outputs, figures)
+        context.folder.finish(step.name, done_with, result.outputs, figures)
     return result is not None
 
 

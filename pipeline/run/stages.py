@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from common.errors import UserError
 from common.files import content_key, read_json, sha256_file
 from pipeline.records.checkpoint import ExpertsFrom
+from pipeline.records.step_manifest import StepInputs
 from pipeline.run.context import RunContext
 from pipeline.run.step import Inputs, Result
 
@@ -78,15 +79,17 @@ def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | N
     assert ranks is not None
     run, stage = context.run, context.stage(number)
     target = context.folder / stage.name
-    settings = stage_inputs(context, number)
+    done_with = StepInputs(inputs=stage_inputs(context, number), run=context.settings)
     if ranks.is_first:
-        context.folder.begin(stage.name, settings, anew=context.redo or run.checkpoint.resume == "never")
+        context.folder.begin(stage.name, done_with, anew=context.redo or run.checkpoint.resume == "never")
     ranks.wait()
     if ranks.is_first and run.log.wandb:
         keep_wandb_run(target)
     experts = _starting_checkpoint(context, number)
     origin = experts and ExpertsFrom(tag=experts.name, manifest=sha256_file(experts / MANIFEST))
-    identity = context.identity(number).model_copy(update={"settings": content_key(settings), "stage1": origin})
+    identity = context.identity(number).model_copy(
+        update={"settings": content_key(done_with.inputs), "stage1": origin}
+    )
     inputs = StageInputs(run, stage, context.plan, context.store, context.upcycled, target, identity, experts)
     figures = train_stage(inputs, ranks)
     finish_wandb_run()

@@ -4,13 +4,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from common.errors import UserError
 from pipeline.config.cluster import JobName
 from pipeline.config.run import RunConfig
-from pipeline.records.run_folder import Inputs as Inputs
+from pipeline.records.step_manifest import StepInputs
+from pipeline.run.changes import differences, explain
 from pipeline.run.context import RunContext
 
 if TYPE_CHECKING:
     from pipeline.distributed.process_group import Ranks
+
+Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,25 @@ class Step:
             return True
         if not self.keeps_manifest:
             return False
-        done = context.folder.is_done(self.name, self.inputs(context), force=context.force, may_grow=self.may_grow)
-        done = done and not (context.redo) and self.is_there(context)
+        done = self._is_done_with_these_inputs(context) and not context.redo and self.is_there(context)
         if done and not context.quiet:
             print(f"{self.name}: done, skipped", flush=True)
         return done
+
+    def _is_done_with_these_inputs(self, context: RunContext) -> bool:
+        before, now = context.folder.inputs_of(self.name), self.done_with(context)
+        if before is None:
+            return False
+        is_done, changes = context.folder.has_manifest(self.name), differences(before.inputs, now.inputs)
+        if changes and not context.force and not (self.may_grow and all(c.adds_or_removes_a_set for c in changes)):
+            lines = explain(self.name, changes, before.run, now.run)
+            raise UserError(
+                f"{self.name}: {'done' if is_done else 'begun'} in {context.folder.path} with other inputs: "
+                f"{'; '.join(lines[:3])}{' and more' if len(lines) > 3 else ''}. Add --force to do it again, or give "
+                "the run another name"
+            )
+        return is_done and not changes
+
+    def done_with(self, context: RunContext) -> StepInputs:
+        """Its inputs, for its manifest."""
+        return StepInputs(inputs=self.inputs(context), run=context.settings)

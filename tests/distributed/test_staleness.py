@@ -101,7 +101,7 @@ def test_a_changed_replay_makes_stage_2_stale_and_not_stage_1(tree: Tree, pools:
     scores = entries(tree, "scores")
     changed = copy.deepcopy(tree)
     changed["data"]["replay"] = {"tokens": 2500}
-    with pytest.raises(UserError, match=r"tokenize: done in .* with other inputs: sets\.en was .*--force"):
+    with pytest.raises(UserError, match=r"tokenize: done in .* with other inputs: data\.replay is new\. Add --force"):
         run(pools, changed)
     assert run(pools, changed, force=True) == ["tokenize", "stage2", "evaluate"]
     assert len(entries(tree, "scores") - scores) == len(["en", "el", "hu"]), "stage 2 alone"
@@ -114,7 +114,7 @@ def test_force_resumes_a_stage_that_was_stopped_unless_its_inputs_have_changed(t
     [printed] = pools[1].run(train_a_step_of, other, True)
     assert "resumed from" in printed and "after 1 steps" in printed
     other["stage1"]["lr"] = 3e-3
-    with pytest.raises(UserError, match=r"stage1: begun in .* with other inputs: settings\.lr was 0\.01, is 0\.003"):
+    with pytest.raises(UserError, match=r"stage1: begun in .* with other inputs: stage1\.lr was 0\.01, is 0\.003"):
         run(pools, other)
     [printed] = pools[1].run(train_a_step_of, other, True)
     assert "resumed from" not in printed

@@ -8,7 +8,7 @@ import pytest
 from common.errors import UserError
 from pipeline.records.metrics import Best, StepRow
 from pipeline.records.run_folder import RunFolder
-from pipeline.records.step_manifest import StepManifest
+from pipeline.records.step_manifest import StepInputs, StepManifest
 
 
 def row(step: int, loss: float = 1.5) -> StepRow:
@@ -55,43 +55,25 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         Best.load(tmp_path / "best.json")
 
 
-def manifest(folder: RunFolder, inputs: dict[str, object]) -> None:
-    """A step that is done."""
-    folder.finish("step", inputs, {}, {})
-
-
-def test_a_set_that_was_added_asks_for_force_only_where_something_would_be_thrown_away(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    manifest(folder, {"sets": {"en": "a"}, "window": 1})
-    added = {"sets": {"en": "a", "fr": "b"}, "window": 1}
-    assert folder.is_done("step", {"sets": {"en": "a"}, "window": 1}, force=False)
-    assert not folder.is_done("step", added, force=False, may_grow=True)
-    assert not folder.is_done("step", {"sets": {}, "window": 1}, force=False, may_grow=True)
-    with pytest.raises(UserError, match=r"other inputs: sets\.fr was None, is b\. Add --force"):
-        folder.is_done("step", added, force=False)
-    with pytest.raises(UserError, match=r"window was 1, is 2"):
-        folder.is_done("step", {**added, "window": 2}, force=False, may_grow=True)
-    with pytest.raises(UserError, match=r"sets\.en was a, is c"):
-        folder.is_done("step", {"sets": {"en": "c"}, "window": 1}, force=False, may_grow=True)
-    assert not folder.is_done("step", {**added, "window": 2}, force=True, may_grow=True)
+def inputs(**values: object) -> StepInputs:
+    """What a step is done with."""
+    return StepInputs(inputs=values, run={})
 
 
 def test_what_a_step_has_left_stays_when_it_begins_again_with_the_same_inputs(tmp_path: Path) -> None:
     folder, left = RunFolder(tmp_path), tmp_path / "stage1" / "step000001"
-    folder.begin("stage1", {"lr": 1}, anew=False)
-    for inputs, anew, stays in (({"lr": 1}, False, True), ({"lr": 2}, False, False), ({"lr": 2}, True, False)):
+    assert folder.inputs_of("stage1") is None
+    folder.begin("stage1", inputs(lr=1), anew=False)
+    for now, anew, stays in ((inputs(lr=1), False, True), (inputs(lr=2), False, False), (inputs(lr=2), True, False)):
         left.mkdir(exist_ok=True)
-        folder.begin("stage1", inputs, anew=anew)
+        folder.begin("stage1", now, anew=anew)
         assert left.is_dir() == stays
-    folder.finish("stage1", {"lr": 2}, {}, {})
+    assert folder.inputs_of("stage1") == inputs(lr=2)
+    folder.finish("stage1", inputs(lr=2), {}, {})
     left.mkdir()
-    with pytest.raises(UserError, match=r"stage1: done in .*: lr was 2, is 3"):
-        folder.is_done("stage1", {"lr": 3}, force=False)
-    folder.begin("stage1", {"lr": 3}, anew=False)
+    folder.begin("stage1", inputs(lr=3), anew=False)
     assert not left.is_dir() and not folder.has_manifest("stage1")
-    with pytest.raises(UserError, match=r"stage1: begun in .*: lr was 3, is 4"):
-        folder.is_done("stage1", {"lr": 4}, force=False)
-    assert not folder.is_done("stage1", {"lr": 4}, force=True)
+    assert folder.inputs_of("stage1") == inputs(lr=3)
 
 
 def test_a_manifest_without_a_format_is_of_an_earlier_version(tmp_path: Path) -> None:
@@ -101,5 +83,5 @@ def test_a_manifest_without_a_format_is_of_an_earlier_version(tmp_path: Path) ->
     path.write_text('{"step": "tokenize", "inputs": {}, "outputs": {}}')
     with pytest.raises(UserError, match=r"runs/old: was made by an earlier version of this program"):
         folder.manifest("tokenize")
-    manifest(folder, {})
+    folder.finish("step", inputs(), {}, {})
     assert StepManifest.load(folder.manifest_path("step")).versions["python"]
