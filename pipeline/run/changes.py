@@ -31,7 +31,6 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "window": ("evaluate.window",),
 }
 _GROUPS = ("data.old.", "data.new.", "data.watch.", "data.benchmarks.")
-_NOT_OF_TEXT = (".temperature", ".isolate_documents", ".weight", ".language")  # how samples are drawn from it
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,15 @@ def _causes(step: str, change: Change, settings: list[Change]) -> list[Change]:
     found = [one for one in settings if any(_is_within(one.key, key) or _is_within(key, one.key) for key in keys)]
     if first not in ("sets", "benchmarks", "texts"):
         return found
-    found = [one for one in found if not one.key.endswith(_NOT_OF_TEXT)]
+    found = [one for one in found if not _is_how_it_is_drawn(one.key)]
     own = [one for one in found if not one.key.startswith(_GROUPS) or one.key.split(".")[2] == name]
     return own or found
+
+
+def _is_how_it_is_drawn(key: str) -> bool:
+    """Whether a key of ``data`` says how samples are drawn from sets, rather than what is in them."""
+    of_a_set = key.startswith(_GROUPS) and key.endswith((".weight", ".language"))
+    return of_a_set or key in ("data.temperature", "data.isolate_documents")
 
 
 def _is_within(key: str, section: str) -> bool:
