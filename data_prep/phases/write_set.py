@@ -238,6 +238,10 @@ def _check_not_empty(plan: Plan, one: _Set) -> None:
     lost = ", ".join(f"{found.documents} {reason}" for reason, found in sorted(one.dropped.items()))
     lost = f" ({lost} dropped)" if lost else ""
     bad = f", {one.bad_rows.rows} bad rows skipped" if one.bad_rows.rows else ""
+    if one.plan.trains and not one.taken:
+        raise UserError(
+            f"{where}: not one document fits its budgets (data.replay, max_tokens){lost}{bad}; give it larger ones"
+        )
     if not one.held_out.documents:
         if not one.plan.trains:
             raise UserError(f"{where}: no document with text{lost}{bad}; name another path")

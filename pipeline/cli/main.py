@@ -14,6 +14,7 @@ from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.distributed.watchdog import EXIT_STUCK, LOST_PEER
 from pipeline.records.run_folder import RunFolder
+from pipeline.run.checks import check_model
 from pipeline.run.context import RunContext
 from pipeline.run.fetch import fetch_run, with_fetched
 from pipeline.run.run_lock import RunLock
@@ -21,6 +22,7 @@ from pipeline.run.steps import STEP_NAMES, STEPS, step_named, steps_of
 
 # What a verb needs torch for is imported where the verb is done: torch reads variables that the run sets before.
 JOB_SETTINGS = "job-settings"  # of launch/run.sh: which SLURM job the command line after it stands for
+READS_MODEL = ("run", "submit", *(step.verb for step in STEPS if step.keeps_manifest))
 WITHOUT_LOCK = ("status", "check", "estimate", "fetch", "submit")  # they may be asked while the run is active
 
 
@@ -180,6 +182,8 @@ def main(arguments: list[str]) -> int:
     quiet = not is_first_rank() or options.verb in WITHOUT_LOCK
     redo = options.force and options.verb != "run"
     context = RunContext(run, force=options.force or options.changed, redo=redo, quiet=quiet)
+    if options.verb in READS_MODEL:
+        check_model(context)
     with RunLock(run.folder) if writes else nullcontext():
         if writes:
             RunFolder.create(run)

@@ -10,8 +10,8 @@ from pipeline.cluster.submitted import active_states, read_submitted, write_subm
 from pipeline.config.cluster import JOBS
 from pipeline.config.run import RunConfig
 from pipeline.records.run_folder import RunFolder
+from pipeline.run.checks import check_parallel
 from pipeline.run.context import RunContext
-from pipeline.run.stages import check_parallel
 
 
 def submit_run(context: RunContext, *, until: str, dry_run: bool) -> None:

@@ -71,8 +71,12 @@ def measure_similarity(context: RunContext, _ranks: object) -> Result:
         print(f"similarity: {cached} is there already, skipped", flush=True)
     else:
         _measure(context).save(cached)
-    Similarity.load(cached).save(context.folder / SIMILARITY_FILE)
-    return Result({"similarity": sha256_file(cached)[:16]})
+    found = Similarity.load(cached)
+    found.save(context.folder / SIMILARITY_FILE)
+    warnings = _few_tokens(context, found)
+    for line in warnings:
+        print(f"warning: {line}", flush=True)
+    return Result({"similarity": sha256_file(cached)[:16]}, {"warnings": warnings})
 
 
 def _measure(context: RunContext) -> Similarity:
@@ -89,21 +93,30 @@ def _measure(context: RunContext) -> Similarity:
 
 
 def _check_sample(context: RunContext, tokens: dict[str, int]) -> None:
-    """Say which sets have fewer tokens than the similarity is to be measured on.
+    """Check that each set has tokens enough to measure anything.
 
     Raises:
-        UserError: one has less than ``similarity.min_share`` of them.
+        UserError: one has less than ``similarity.min_share`` of those asked for.
     """
     settings = context.run.similarity
     for name, found in tokens.items():
-        line = f"similarity: {name} has only {found:,} of {settings.tokens:,} tokens"
         if found < max(2, settings.min_share * settings.tokens):
             raise UserError(
-                f"{line}, less than similarity.min_share={settings.min_share:g} of them; give the set more text, or "
-                "lower similarity.tokens or similarity.min_share"
+                f"similarity: {name} has only {found:,} of {settings.tokens:,} tokens, less than "
+                f"similarity.min_share={settings.min_share:g} of them; give the set more text, or lower "
+                "similarity.tokens or similarity.min_share"
             )
-        if found < settings.tokens:
-            print(f"warning: {line}", flush=True)
+
+
+def _few_tokens(context: RunContext, found: Similarity) -> list[str]:
+    """Lines on languages that had fewer tokens than asked for."""
+    languages = [entry.language for entry in (*context.run.data.old.values(), *context.run.data.new.values())]
+    wanted = {name: context.run.similarity.tokens * languages.count(name) for name in languages}
+    return [
+        f"similarity of {name} is measured on {found.tokens[name]:,} of {wanted[name]:,} tokens: it has no more text"
+        for name in wanted
+        if found.tokens[name] < wanted[name]
+    ]
 
 
 def _languages(sets: dict[str, SetConfig]) -> dict[str, str]:

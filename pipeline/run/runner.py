@@ -13,9 +13,9 @@ from pipeline.distributed.process_group import (
     leave,
     under_launcher,
 )
+from pipeline.run.checks import check_parallel
 from pipeline.run.context import RunContext
 from pipeline.run.scoring import has_work, score
-from pipeline.run.stages import check_parallel
 from pipeline.run.step import Step
 
 

@@ -7,6 +7,7 @@ from common.errors import UserError
 from common.files import content_key, read_json, sha256_file
 from pipeline.records.checkpoint import ExpertsFrom
 from pipeline.records.step_manifest import StepInputs
+from pipeline.run.checks import sample_warnings
 from pipeline.run.context import RunContext
 from pipeline.run.step import Inputs, Result
 
@@ -43,15 +44,15 @@ def stage_inputs(context: RunContext, number: int) -> Inputs:
 
 
 def check_stage(context: RunContext, number: int) -> None:
-    """What can be known of a stage before any rank starts.
+    """What can be known of a stage, and of those after it, before any rank starts.
 
     Raises:
         UserError: a set has less than a sample, or the checkpoint that the stage starts from is gone.
     """
     from pipeline.checkpoint.store import read_files
-    from pipeline.training.sample_order import stage_order
 
-    stage_order(context.store, context.run.data, context.stage(number), context.run.seed)
+    for line in sample_warnings(context):
+        print(f"warning: {line}", flush=True)
     experts = _starting_checkpoint(context, number)
     if experts is not None:
         try:
@@ -93,28 +94,7 @@ def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | N
     inputs = StageInputs(run, stage, context.plan, context.store, context.upcycled, target, identity, experts)
     figures = train_stage(inputs, ranks)
     finish_wandb_run()
-    return None if figures is None else Result({"checkpoint": figures["tag"]}, figures)
-
-
-def check_parallel(context: RunContext, world_size: int, device: str) -> None:
-    """What can be known of a run on so many ranks before any of them starts.
-
-    Args:
-        context: the run.
-        world_size: ranks.
-        device: cpu or cuda.
-
-    Raises:
-        UserError: ep_size, batch, DeepSpeed config or monitors do not fit.
-    """
-    from pipeline.distributed.parallel_dims import ParallelDims
-    from pipeline.method.stages import stages_of
-    from pipeline.training.ds_config import batch_shape, read_ds_config
-    from pipeline.training.monitors import check_monitors
-
-    run = context.run
-    read_ds_config(run.deepspeed)
-    check_monitors(run.log)
-    ParallelDims(world_size, run.parallel.ep_size)
-    for stage in stages_of(run):
-        batch_shape(run, stage.settings, world_size, device)
+    if figures is None:
+        return None
+    warnings = sample_warnings(context, number) if ranks.is_first else []
+    return Result({"checkpoint": figures["tag"]}, figures | {"warnings": warnings})

@@ -1,0 +1,103 @@
+"""What can be known of a run before it computes anything: settings that do not fit, and text that is too little."""
+
+from common.errors import UserError
+from pipeline.run.context import RunContext
+
+MOST_EPOCHS = 4.0  # of a text; what is read more often teaches ever less (arXiv 2305.16264)
+TOLERANCE = 0.05  # of a pass over replayed text
+
+
+def check_model(context: RunContext) -> None:
+    """Settings that have to fit the model.
+
+    Raises:
+        UserError: a sample or window is longer than the model's positions, or a layer is not one of the model's.
+    """
+    from pipeline.method.allocation import allocate
+    from pipeline.model.backbone import model_config
+
+    run, config = context.run, model_config(context.dense).get_text_config()
+    lengths = {
+        "similarity.sequence_length": run.similarity.sequence_length,
+        **{f"stage{number}.sequence_length": run.stage(number).sequence_length for number in run.stage_numbers},
+        "evaluate.window": run.evaluate.window,
+    }
+    positions = getattr(config, "max_position_embeddings", None)
+    for key, length in lengths.items():
+        if positions is not None and length > positions:
+            raise UserError(f"{key}: {length} is more than the model's {positions} positions; give at most that")
+    layers, wanted = config.num_hidden_layers, run.experts.classifier_layers
+    if run.experts.counts is not None:
+        allocate(run.experts, layers, None)
+    if isinstance(wanted, int) and wanted > layers:
+        raise UserError(f"experts.classifier_layers: {wanted}, but the model has {layers} layers; give at most that")
+    for layer in wanted if isinstance(wanted, list) else []:
+        if not 0 <= layer < layers:
+            raise UserError(
+                f"experts.classifier_layers: {layer} is not a layer of this model; give numbers from 0 to {layers - 1}"
+            )
+
+
+def check_parallel(context: RunContext, world_size: int, device: str) -> None:
+    """What can be known of a run on so many ranks before any of them starts.
+
+    Args:
+        context: the run.
+        world_size: ranks.
+        device: cpu or cuda.
+
+    Raises:
+        UserError: ep_size, batch, DeepSpeed config or monitors do not fit.
+    """
+    from pipeline.distributed.parallel_dims import ParallelDims
+    from pipeline.method.stages import stages_of
+    from pipeline.training.ds_config import batch_shape, read_ds_config
+    from pipeline.training.monitors import check_monitors
+
+    run = context.run
+    read_ds_config(run.deepspeed)
+    check_monitors(run.log)
+    ParallelDims(world_size, run.parallel.ep_size)
+    for stage in stages_of(run):
+        batch_shape(run, stage.settings, world_size, device)
+
+
+def sample_warnings(context: RunContext, only: int | None = None) -> list[str]:
+    """Lines on text that is read too often, or not often enough.
+
+    Args:
+        context: the run.
+        only: the number of the one stage that they are to be about; None for all that the run has.
+
+    Raises:
+        UserError: a set has less than one sample of a stage, this one or a later one.
+    """
+    from pipeline.method.stages import stages_of
+    from pipeline.training.sample_order import stage_order
+
+    lines = []
+    for stage in stages_of(context.run):
+        epochs = stage_order(context.store, context.run.data, stage, context.run.seed).epochs()
+        if only in (None, stage.number):
+            lines += [
+                f"stage {stage.number} reads {name} {value:.1f} times; after {MOST_EPOCHS:g} passes a text teaches "
+                f"ever less: give it more text, or lower stage{stage.number}.tokens"
+                for name, value in epochs.items()
+                if value > MOST_EPOCHS
+            ]
+            lines += _replay_warnings(context, stage.number, epochs)
+    return lines
+
+
+def _replay_warnings(context: RunContext, number: int, epochs: dict[str, float]) -> list[str]:
+    """Replayed text is meant to be read once."""
+    if context.run.data.replay is None:
+        return []
+    old = {name: value for name, value in epochs.items() if name.partition("/")[0] in context.run.data.old}
+    often = [f"{name} {value:.2f} times" for name, value in old.items() if 1 + TOLERANCE < value <= MOST_EPOCHS]
+    seldom = [f"{value:.0%} of {name}" for name, value in old.items() if value < 1 - TOLERANCE]
+    fix = f"change data.replay or stage{number}.tokens"
+    return [
+        *([f"stage {number} reads more than data.replay says: {', '.join(often)}; {fix}"] if often else []),
+        *([f"stage {number} reads less than data.replay has chosen: {', '.join(seldom)}; {fix}"] if seldom else []),
+    ]
