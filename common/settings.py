@@ -25,11 +25,11 @@ def load_settings(kind: type[Settings], path: str | Path, overrides: list[str] |
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path}: can't be read ({error}); name a run's YAML, such as launch/runs/quickstart.yaml"
+            f"{path}: can't be read ({error}); name a run's YAML, such as launch/runs/my-languages.yaml"
         ) from error
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds no keys; copy launch/runs/quickstart.yaml and change it")
+        raise UserError(f"{path}: holds no keys; copy launch/runs/my-languages.yaml and change it")
     for override in overrides or []:
         _apply_override(tree, override)
     return parse_settings(kind, tree, str(path))

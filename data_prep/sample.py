@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,10 +15,18 @@ from data_prep.plan import SetPlan, reading_of
 from data_prep.reading.documents import BadRows, Document, read_documents
 from data_prep.reading.file_splits import FileSplit
 
+
+class SampledDocument(NamedTuple):
+    """A document's text, and its token ids with BOS and separator, [tokens]."""
+
+    text: str
+    ids: NDArray[np.integer]
+
+
 SLICES = 8  # that share in giving the tokens; more are read only where these have too little text
 
 
-def sample_documents(planned: Planned, name: str, tokens: int) -> list[NDArray[np.integer]]:
+def sample_documents(planned: Planned, name: str, tokens: int) -> list[SampledDocument]:
     """Random documents of a set, those left out that the filters drop or that are held out.
 
     It depends on the set's text and filters, on the tokenizer and on the run's seed.
@@ -26,28 +35,25 @@ def sample_documents(planned: Planned, name: str, tokens: int) -> list[NDArray[n
         planned: what the run wants of its text.
         name: of an old or new set.
         tokens: how many are wanted; the last document may pass that, and there are fewer where the text has fewer.
-
-    Returns:
-        The documents' token ids, BOS and separator included.
     """
     one = next(found for found in planned.sets if found.name == name and found.trains)
     order = seeded_order(planned.config.seed, len(one.slices), "sample")
-    documents: list[NDArray[np.integer]] = []
+    documents: list[SampledDocument] = []
     total = 0
     for position, number in enumerate(order):
         share = math.ceil((tokens - total) / max(1, min(SLICES, len(order)) - position))
-        for ids in _of_slice(planned, one, number):
+        for document in _of_slice(planned, one, number):
             if share <= 0:
                 break
-            documents.append(ids)
-            share -= ids.size
-            total += ids.size
+            documents.append(document)
+            share -= document.ids.size
+            total += document.ids.size
         if total >= tokens:
             break
     return documents
 
 
-def _of_slice(planned: Planned, one: SetPlan, number: int) -> Iterator[NDArray[np.integer]]:
+def _of_slice(planned: Planned, one: SetPlan, number: int) -> Iterator[SampledDocument]:
     """The documents of a slice in a random order."""
     data, (source, splits) = planned.config.data, one.slices[number]
     filters = Filters(data.filters, one.entry, one.name)
@@ -56,7 +62,7 @@ def _of_slice(planned: Planned, one: SetPlan, number: int) -> Iterator[NDArray[n
     for document in documents:
         filtered = filters.apply(document.text)
         if filtered.reason is None:
-            yield from planned.encoder.encode([filtered.text])
+            yield SampledDocument(filtered.text, planned.encoder.encode([filtered.text])[0])
 
 
 def _read(planned: Planned, one: SetPlan, source: int, splits: list[FileSplit]) -> Iterator[Document]:

@@ -21,6 +21,7 @@ RUN_VERBS = {
     "check": "whether the ranks of a cluster reach each other, how fast, and whether their software is the same.\n"
     "Reads RUN.yaml's cluster.environment if it is given; writes nothing.",
 }
+NEW = "new"
 CHECKPOINT_VERBS = {
     "checkpoint": "whether a checkpoint is sound (verify), or what it is (inspect), without a model.\n"
     "Reads CHECKPOINT.",
@@ -46,6 +47,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             OPTIONS[verb](sub)
         if verb == "check" or any(step.verb == verb and step.needs_ranks for step in STEPS):
             sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher
+    _new_options(_add_verb(verbs, NEW, "a run for your own model and text, with values that fit both."))
     for verb, text in CHECKPOINT_VERBS.items():
         sub = _add_verb(verbs, verb, text)
         if verb == "checkpoint":
@@ -55,6 +57,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             sub.add_argument("--ranks", type=int, required=True)
             sub.add_argument("--ep-size", type=int, required=True)
     return parser.parse_args(arguments)
+
+
+def _new_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, metavar="RUN.yaml", help="the file to write; its name becomes the run's")
+    parser.add_argument("--model", required=True, metavar="PATH", help="a folder or a hub id")
+    for group, what in (("old", "the model knows"), ("new", "it is to learn")):
+        parser.add_argument(
+            f"--{group}", action="append", required=True, metavar="NAME=PATH",
+            help=f"text of a language that {what}: a file, a folder or a glob; may be given several times",
+        )  # fmt: skip
 
 
 def _add_verb(verbs: Any, verb: str, text: str) -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import EXIT_CODE, AgreedError, BusyError, OwnError, UserError
 from common.launch_environment import become_rank, is_first_rank, listen_early, set_variables
-from pipeline.cli.arguments import CHECKPOINT_VERBS, RUN_VERBS, parse
+from pipeline.cli.arguments import CHECKPOINT_VERBS, NEW, RUN_VERBS, parse
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.distributed.watchdog import EXIT_STUCK, LOST_PEER
@@ -17,6 +17,7 @@ from pipeline.records.run_folder import RunFolder
 from pipeline.run.checks import check_model
 from pipeline.run.context import RunContext
 from pipeline.run.fetch import fetch_run, with_fetched
+from pipeline.run.new_run import write_new_run
 from pipeline.run.run_lock import RunLock
 from pipeline.run.steps import STEP_NAMES, STEPS, step_named, steps_of
 
@@ -165,6 +166,9 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == [JOB_SETTINGS]:
         return _job_settings(arguments[1:])
     options = parse(arguments)
+    if options.verb == NEW:
+        write_new_run(options.path, options.model, options.old, options.new)
+        return 0
     run: RunConfig | None = None
     if options.verb in RUN_VERBS and options.run:
         run = load_run(options.run, options.set)

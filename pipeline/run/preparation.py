@@ -86,7 +86,10 @@ def _measure(context: RunContext) -> Similarity:
     from pipeline.model.backbone import load_dense
 
     settings, data = context.run.similarity, context.run.data
-    documents = {name: sample_documents(context.planned, name, settings.tokens) for name in (*data.old, *data.new)}
+    documents = {
+        name: [document.ids for document in sample_documents(context.planned, name, settings.tokens)]
+        for name in (*data.old, *data.new)
+    }
     _check_sample(context, {name: sum(map(len, found)) for name, found in documents.items()})
     model = load_dense(context.dense, context.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     return similarity_of_sets(model, documents, _languages(data.old), _languages(data.new), settings)

@@ -23,11 +23,9 @@ def sample(tree: Tree, save_tokenizer: Any, tmp_path: Path) -> Any:
         data = DataConfig.model_validate({**tree, **settings})
         planned = plan_preparation(config_of(data, tokenizer, 300, tmp_path / "cache", 17, 5000))
         documents = sample_documents(planned, "el", tokens)
-        from tokenizers import Tokenizer
-
-        decoder = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
-        texts = [decoder.decode(ids.tolist(), skip_special_tokens=True) for ids in documents]
-        return texts, sum(map(len, documents))
+        for document in documents:
+            assert document.ids.tolist() == planned.encoder.encode([document.text])[0].tolist()
+        return [document.text for document in documents], sum(len(document.ids) for document in documents)
 
     return draw
 

@@ -17,13 +17,13 @@ ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 
 
-def command(*words: str, code: int = 0, seconds: float = 280, **environment: str) -> str:
-    """Run a command in the repository; its output."""
+def command(*words: str, code: int = 0, seconds: float = 280, cwd: Path = ROOT, **environment: str) -> str:
+    """Run a command in the repository, or in another folder; its output."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     clean = {key: value for key, value in os.environ.items() if key not in names}
     path = f"{BIN}{os.pathsep}{clean.get('PATH', '')}"
     done = subprocess.run(
-        words, cwd=ROOT, env={**clean, "PATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
+        words, cwd=cwd, env={**clean, "PATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds, check=False,
     )  # fmt: skip
     assert done.returncode == code, done.stdout
