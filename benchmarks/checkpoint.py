@@ -23,6 +23,7 @@ from common.text_table import aligned
 from pipeline.config.load import load_run
 from pipeline.distributed.process_group import Ranks, join, leave
 from pipeline.method.stages import find_stage
+from pipeline.records.step_manifest import StepInputs
 from pipeline.run.context import RunContext
 from pipeline.training.inputs import StageInputs
 from pipeline.training.resume import resume, save
@@ -105,7 +106,8 @@ class Benchmark:
         self.ranks, self.folder = ranks, run.folder / "benchmark"
         identity = steps.identity(1)
         stage = find_stage(run, 1)
-        inputs = StageInputs(run, stage, steps.plan, steps.store, steps.upcycled, self.folder / "stage1", identity)
+        target, done_with = self.folder / "stage1", StepInputs(inputs={}, run={})
+        inputs = StageInputs(run, stage, steps.plan, steps.store, steps.upcycled, target, identity, done_with)
         self.state = TrainingState.start(inputs, ranks)
         train_step(self.state)
         self.raw = self.folder / "raw"

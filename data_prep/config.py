@@ -161,9 +161,10 @@ class DataConfig(Section):
 
     ``benchmarks`` are texts that no training document may contain or copy. ``bad_rows`` says whether a row that can't
     be read stops the job or is counted and skipped. A task of preparation reads about ``slice_bytes`` of text.
-    ``tokenizer`` is a folder, a hub id or a SentencePiece file. With ``temperature`` T a set's share of samples is
-    weight x tokens^(1/T) instead of weight alone. ``isolate_documents`` resets attention and positions at each
-    document of a packed sample.
+    ``tokenizer`` is a folder, a hub id or a SentencePiece file. ``separator`` is the token that ends a document, which
+    begins with the BOS that the tokenizer by itself puts in front of a text; with ``bos: none`` it does not. With
+    ``temperature`` T a set's share of samples is weight x tokens^(1/T) instead of weight alone. ``isolate_documents``
+    resets attention and positions at each document of a packed sample.
     """
 
     old: dict[str, SetConfig] = {}
@@ -178,6 +179,7 @@ class DataConfig(Section):
     slice_bytes: Positive = 64 << 20
     tokenizer: str | None = None
     separator: str = "auto"
+    bos: Literal["auto", "none"] = "auto"
     temperature: float | None = Field(default=None, gt=0)
     isolate_documents: bool = False
 
@@ -216,8 +218,9 @@ class DataConfig(Section):
                     raise ValueError(f"{group}.{name}: a set's name becomes a folder; use letters, digits, - and _")
                 names[name] = group
         for name, entry in self.watch.items():
-            if any(cap is not None for s in (entry, *entry.sources) for cap in s.caps):
-                raise ValueError(f"watch.{name}: budgets are for training text; a watch set is scored whole")
+            caps = [*entry.caps[1:], *(cap for source in entry.sources for cap in source.caps)]
+            if any(cap is not None for cap in caps):
+                raise ValueError(f"watch.{name}: of a watch set, only max_documents of the whole set can be given")
         both = {s.language for s in self.old.values()} & {s.language for s in self.new.values()}
         if both:
             raise ValueError(f"language {sorted(both)[0]!r} is both old and new; keep it in one of the two")

@@ -8,14 +8,12 @@ import importlib.metadata
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import rensa
 
 from common.files import content_key, sha256_file
 from data_prep.config import CapsConfig, DataConfig, FiltersConfig, SetConfig
-from data_prep.plan import Budget, Group, Json, SetPlan
-from data_prep.reading.file_splits import FileSplit
+from data_prep.plan import Budget, FoundSet, Group, Json, SetPlan
 from data_prep.reading.sources import compression_of, format_of
 
 FORMAT_VERSION = 3  # part of every key: raise it when the same inputs give other files
@@ -75,16 +73,6 @@ def _filters(filters: FiltersConfig, entry: SetConfig) -> Json:
     return found
 
 
-class FoundSet(NamedTuple):
-    """A set as it was found: see `SetPlan`."""
-
-    name: str
-    group: Group
-    entry: SetConfig
-    files: list[Json]
-    slices: list[tuple[int, list[FileSplit]]]
-
-
 def with_keys(
     data: DataConfig,
     sets: list[FoundSet],
@@ -103,14 +91,15 @@ def with_keys(
         encoding: what the ids depend on: the tokenizer's key and the dtype.
         replay: by old set, its part of the run's replay.
     """
-    texts = [text_settings(data, one.group, one.entry, one.files, seed, fraction) for one in sets]
+    corpora = [text_settings(data, one.group, one.entry, one.files, seed, fraction) for one in sets]
+    texts = [corpus | _part(one) for one, corpus in zip(sets, corpora, strict=True)]
     text_keys = [content_key(text) for text in texts]
     trained = [key for key, text in zip(text_keys, texts, strict=True) if text["kind"] == "train"]
     threshold = data.held_out.near_copy_threshold
     planned = []
     place = 0
-    for one, text, text_key in zip(sets, texts, text_keys, strict=True):
-        name, group, entry, files, slices = one
+    for one, corpus, text, text_key in zip(sets, corpora, texts, text_keys, strict=True):
+        name, group, entry = one.name, one.group, one.entry
         settings: Json = {"text": text}
         if group != "benchmark":
             settings |= encoding
@@ -125,10 +114,17 @@ def with_keys(
                 "cleaned_of": [] if threshold is None else sorted(set(text_keys)),
             }
             place += 1
-        planned.append(
-            SetPlan(name, group, entry, replay.get(name), text_key, content_key(settings), settings, files, slices)
-        )
+        keys = (content_key(corpus), text_key, content_key(settings))
+        planned.append(SetPlan(name, group, entry, replay.get(name), *keys, settings, one.files, one.read))
     return planned
+
+
+def _part(one: FoundSet) -> Json:
+    """Which part of a set's text is read, where it is not all of it."""
+    part: Json = {} if len(one.read) == len(one.slices) else {"slices": len(one.read)}
+    if one.group == "watch" and one.entry.max_documents is not None:
+        part["max_documents"] = one.entry.max_documents
+    return part
 
 
 def _caps(entry: CapsConfig) -> Json:

@@ -11,12 +11,13 @@ from common.errors import UserError, one_line
 from common.files import content_key, read_json, write_json
 from data_prep.config import DataConfig, PreparationConfig, SetConfig, SourceConfig
 from data_prep.executor.pool import Executor, Phase
-from data_prep.keys import FoundSet, differs_only_in_cleaning, replay_budgets, with_keys
+from data_prep.keys import differs_only_in_cleaning, replay_budgets, with_keys
 from data_prep.manifest import MANIFEST, SetManifest, read_manifest
-from data_prep.plan import Group, HeldOutText, Json, KeptSet, Plan, SetPlan
+from data_prep.plan import FoundSet, Group, HeldOutText, Json, KeptSet, Plan, SetPlan
 from data_prep.reading import hub
 from data_prep.reading.file_splits import FileIndex, FileSplit, FileToIndex, index_file, pack
 from data_prep.reading.sources import source_files
+from data_prep.slices_to_read import size_of, slices_to_read
 from data_prep.tokenizer import DocumentEncoder, dtype_of
 from data_prep.work import Work, copies_record
 
@@ -33,6 +34,7 @@ class Planned:
         dtype: of the shards.
         fraction: the share of pages that is held out.
         sets: the sets, benchmarks last.
+        corpora: by training set, all slices of its text; its budgets may need fewer.
         keep: keys, by name, of training sets that training has begun with. Such a set is kept if it is in the cache
             and differs from the wanted one only in the held-out texts it was cleaned of.
     """
@@ -42,6 +44,7 @@ class Planned:
     dtype: Literal["uint16", "int32"]
     fraction: float
     sets: list[SetPlan]
+    corpora: dict[str, list[tuple[int, list[FileSplit]]]]
     keep: Mapping[str, str]
 
     @cached_property
@@ -117,23 +120,27 @@ def make_plan(config: PreparationConfig, executor: Executor, keep: Mapping[str, 
     data = config.data
     path, revision = config.tokenizer
     vocab_size = _vocab_size(config)
-    encoder = DocumentEncoder.create(path, data.separator, vocab_size, revision)
+    begins_with_bos = data.bos == "auto"
+    encoder = DocumentEncoder.create(path, data.separator, vocab_size, revision, begins_with_bos=begins_with_bos)
     dtype = dtype_of(vocab_size)
     found = _find(data)
     cuts = _cut(found, data.slice_bytes, config.cache_dir / "sources", executor)
-    trained = [splits for one, (splits, _) in zip(found, cuts, strict=True) if one.group in ("old", "new")]
-    size = sum(split.size for splits in trained for split in splits)
-    fraction = min(data.held_out.fraction, data.held_out.max_megabytes * 2**20 / max(1, size))
+    replay = replay_budgets(data, config.stage1.tokens)
     sets = []
     for name, group, entry in _entries(data):
         mine = [(one, *cut) for one, cut in zip(found, cuts, strict=True) if (one.name, one.group) == (name, group)]
         files = [file for _, _, described in mine for file in described]
         slices = [(one.number, part) for one, splits, _ in mine for part in pack(splits, data.slice_bytes)]
-        sets.append(FoundSet(name, group, entry, files, slices))
+        whole = FoundSet(name, group, entry, files, slices, slices)
+        memory = config.cache_dir / "sources"
+        read = slices_to_read(data, whole, replay.get(name), config.seed, encoder, memory)
+        sets.append(whole._replace(read=read))
+    size = sum(size_of(one.read) for one in sets if one.group in ("old", "new"))
+    fraction = min(data.held_out.fraction, data.held_out.max_megabytes * 2**20 / max(1, size))
     encoding: Json = {"tokenizer": encoder.spec.key, "dtype": dtype}
-    replay = replay_budgets(data, config.stage1.tokens)
     planned = with_keys(data, sets, config.seed, fraction, encoding, replay)
-    return Planned(config, encoder, dtype, fraction, planned, keep)
+    corpora = {one.name: one.slices for one in sets if one.group in ("old", "new")}
+    return Planned(config, encoder, dtype, fraction, planned, corpora, keep)
 
 
 def plan_of(planned: Planned) -> Plan:

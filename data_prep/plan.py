@@ -7,7 +7,7 @@ lies in the work folder, so that any process on any machine can do any task of i
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,6 +71,17 @@ class Slice:
         return sum(split.size for split in self.splits)
 
 
+class FoundSet(NamedTuple):
+    """A set as it was found: see `SetPlan`. `slices` are all of its text, `read` those that its budgets need."""
+
+    name: str
+    group: Group
+    entry: SetConfig
+    files: list[Json]
+    slices: list[tuple[int, list[FileSplit]]]
+    read: list[tuple[int, list[FileSplit]]]
+
+
 @dataclass(frozen=True)
 class SetPlan:
     """One set as a run wants it; a benchmark is a set of which only the word runs are kept.
@@ -79,10 +90,11 @@ class SetPlan:
         name, group: what the run calls it; for messages.
         entry: its settings.
         replay: its part of the run's replay, if it has one.
-        text: the key of its text with what says which documents are held out.
+        corpus: the key of its text with what says which documents are held out.
+        text: the same, of the slices that are read.
         key, settings: its key, and what the key is made of.
         files: what its manifest says of its files: path, sha256, bytes, source.
-        slices: for each slice the number of its source, and its splits.
+        slices: for each slice that is read the number of its source, and its splits.
         is_written: whether it is prepared; else it is only read, to find copies of its documents in other sets.
     """
 
@@ -90,6 +102,7 @@ class SetPlan:
     group: Group
     entry: SetConfig
     replay: Budget | None
+    corpus: str
     text: str
     key: str
     settings: Json
@@ -109,8 +122,8 @@ class SetPlan:
 
     @property
     def budget(self) -> Budget:
-        """Its own caps, and its part of replay."""
-        return Budget(*self.entry.caps).within(self.replay)
+        """The most that it gives to training: its own caps, and its part of replay."""
+        return Budget(*self.entry.caps).within(self.replay) if self.trains else Budget()
 
 
 @dataclass(frozen=True)
@@ -226,13 +239,13 @@ class Plan:
 _ADAPTER = TypeAdapter(Plan)
 
 
-def reading_of(data: DataConfig, one: SetPlan, source: int) -> Reading:
+def reading_of(data: DataConfig, one: SetPlan | FoundSet, source: int) -> Reading:
     """How the rows of one of a set's sources become documents."""
     by = data.held_out.by
     return Reading(
         one.entry.source_list[source].text_field,
         None if by == "document" or one.group == "benchmark" else by,
-        one.trains,
+        one.group in ("old", "new"),
         data.max_document_bytes,
         data.bad_rows == "skip",
     )

@@ -37,7 +37,8 @@ def sample_documents(planned: Planned, name: str, tokens: int) -> list[SampledDo
         tokens: how many are wanted; the last document may pass that, and there are fewer where the text has fewer.
     """
     one = next(found for found in planned.sets if found.name == name and found.trains)
-    order = seeded_order(planned.config.seed, len(one.slices), "sample")
+    slices = planned.corpora[name]
+    order = seeded_order(planned.config.seed, len(slices), "sample")
     documents: list[SampledDocument] = []
     total = 0
     for position, number in enumerate(order):
@@ -55,7 +56,7 @@ def sample_documents(planned: Planned, name: str, tokens: int) -> list[SampledDo
 
 def _of_slice(planned: Planned, one: SetPlan, number: int) -> Iterator[SampledDocument]:
     """The documents of a slice in a random order."""
-    data, (source, splits) = planned.config.data, one.slices[number]
+    data, (source, splits) = planned.config.data, planned.corpora[one.name][number]
     filters = Filters(data.filters, one.entry, one.name)
     documents = list(_read(planned, one, source, splits))
     documents.sort(key=lambda document: seeded_hash(planned.config.seed, "sample", number, document.index))

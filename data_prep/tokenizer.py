@@ -55,15 +55,24 @@ class DocumentEncoder:
         self._encode = _encode_fast(definition) if spec.kind == "fast" else _encode_sentencepiece(definition)
 
     @classmethod
-    def create(cls, path: str, separator: str, vocab_size: int, revision: str | None = None) -> "DocumentEncoder":
+    def create(
+        cls, path: str, separator: str, vocab_size: int, revision: str | None = None, *, begins_with_bos: bool = True
+    ) -> "DocumentEncoder":
         """The tokenizer at a folder, hub id or SentencePiece file.
+
+        Args:
+            path: of the tokenizer.
+            separator: the token that ends a document, or "auto".
+            vocab_size: of the model.
+            revision: of a hub id.
+            begins_with_bos: whether a document begins with the BOS that the tokenizer by itself puts there.
 
         Raises:
             UserError: no tokenizer there, no such separator, or ids that the model has no embedding for.
         """
         if Path(path).is_file():
-            return cls(*_sentencepiece_spec(path, separator, vocab_size))
-        return cls(*_fast_spec(path, separator, vocab_size, revision))
+            return cls(*_sentencepiece_spec(path, separator, vocab_size, begins_with_bos))
+        return cls(*_fast_spec(path, separator, vocab_size, revision, begins_with_bos))
 
     @classmethod
     def load(cls, folder: Path, spec: TokenizerSpec) -> "DocumentEncoder":
@@ -123,7 +132,9 @@ def dtype_of(vocab_size: int) -> Literal["uint16", "int32"]:
     return "uint16" if vocab_size <= UINT16_VOCABULARY else "int32"
 
 
-def _sentencepiece_spec(path: str, separator: str, vocab_size: int) -> tuple[TokenizerSpec, bytes]:
+def _sentencepiece_spec(
+    path: str, separator: str, vocab_size: int, begins_with_bos: bool
+) -> tuple[TokenizerSpec, bytes]:
     import sentencepiece
 
     definition = Path(path).read_bytes()
@@ -136,16 +147,19 @@ def _sentencepiece_spec(path: str, separator: str, vocab_size: int) -> tuple[Tok
     vocabulary = {processor.id_to_piece(i): i for i in range(processor.get_piece_size())}
     eos = processor.id_to_piece(processor.eos_id()) if processor.eos_id() >= 0 else None
     separator = _choose_separator(separator, vocabulary, eos, path)
-    bos = processor.bos_id() if processor.bos_id() >= 0 else None  # Llama, Mistral and Gemma begin a text with it
+    has_bos = begins_with_bos and processor.bos_id() >= 0  # Llama, Mistral and Gemma begin a text with it
+    bos = processor.bos_id() if has_bos else None
     _check_vocabulary(path, len(vocabulary) - 1, vocab_size)
     return _spec("sentencepiece", separator, vocabulary[separator], bos, definition), definition
 
 
-def _fast_spec(path: str, separator: str, vocab_size: int, revision: str | None) -> tuple[TokenizerSpec, bytes]:
+def _fast_spec(
+    path: str, separator: str, vocab_size: int, revision: str | None, begins_with_bos: bool
+) -> tuple[TokenizerSpec, bytes]:
     tokenizer = _load(path, revision)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     separator = _choose_separator(separator, vocabulary, tokenizer.eos_token, path)
-    bos = _prepended_bos(tokenizer)
+    bos = _prepended_bos(tokenizer) if begins_with_bos else None
     special = set(tokenizer.all_special_ids)
     special |= {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     written = [i for i in vocabulary.values() if i not in special] + [vocabulary[separator], bos or 0]

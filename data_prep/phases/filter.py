@@ -1,5 +1,6 @@
 """The first phase: every document of a slice is read, held out or not, filtered and signed."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from data_prep.dedup.minhash import Signatures
 from data_prep.dedup.word_shingles import Hashes, shingles, word_hashes
 from data_prep.filters import Filters
 from data_prep.manifest import RUN_SIZES, RUNS
-from data_prep.plan import CHANGED, FILTER, HELD_OUT, Json, SetPlan, Slice
+from data_prep.plan import CHANGED, FILTER, HELD_OUT, Json, Plan, SetPlan, Slice
 from data_prep.reading.documents import EXAMPLES, BadRows, Document, read_documents
 from data_prep.work import Work
 
@@ -65,6 +66,14 @@ def holds_out(seed: int, fraction: float, one: SetPlan, document: Document) -> b
     return is_held_out(key, seed, fraction)
 
 
+def watched_documents(plan: Plan, part: Slice) -> int | None:
+    """How many documents a slice gives at most, if its set is to watch and has a cap: each slice gives as many."""
+    one = plan.set_of(part)
+    if one.group != "watch" or one.entry.max_documents is None:
+        return None
+    return math.ceil(one.entry.max_documents / len(one.slices))
+
+
 @dataclass
 class _Kept:
     rows: list[int] = field(default_factory=list)
@@ -84,11 +93,14 @@ def filter_slice(work: Work, number: int) -> Json:
     one, filters, near = plan.set_of(part), filters_of(work, part), plan.data.filters.near_duplicates
     signatures = Signatures(near) if one.trains and plan.finds_duplicates else None
     drops, bad_rows, kept = Drops(), BadRows(), _Kept()
+    most = watched_documents(plan, part)
     for document in read_documents(part.splits, plan.reading(part), bad_rows):
         text, changed, reason = filters.apply(document.text)
         if reason is not None:
             drops.add(reason, document)
             continue
+        if len(kept.rows) == most:
+            break
         held_out = holds_out(plan.seed, plan.fraction, one, document)
         kept.rows.append(document.index)
         kept.flags.append(CHANGED * changed | HELD_OUT * held_out)

@@ -32,25 +32,29 @@ class ExpertsConfig(Section):
     """How many experts each layer gets, and how many of them a token uses (``top_k``).
 
     ``num_new`` is the budget of new experts over all layers. ``delta`` is LayerMoE's own parameter instead.
-    ``counts``, with ``allocation: explicit``, lists the experts of each layer, the original included.
-    ``classifier_layers`` is a number, of the most similar layers, or a list of layers; 0 is none.
+    ``counts``, with ``allocation: explicit``, lists the experts of each layer, the original included. ``mola`` gives
+    the four quarters of the layers 2, 4, 6 and 8 (arXiv 2402.08562). New experts are copies of the original MLP, or
+    random with ``init: random``, an ablation of MoE-LPR's. ``classifier_layers`` is a number, of the most similar
+    layers, or a list of layers; 0 is none.
     """
 
-    allocation: Literal["layerwise", "uniform", "explicit"] = "layerwise"
+    allocation: Literal["layerwise", "uniform", "mola", "explicit"] = "layerwise"
     num_new: int | None = None
     delta: float | None = None
     counts: list[int] | None = None
     rounding: Literal["ceil", "largest_remainder"] = "ceil"
     top_k: Positive = 2
+    init: Literal["copy", "random"] = "copy"
     classifier_layers: int | list[int] = 0
 
     @model_validator(mode="after")
     def _check(self) -> "ExpertsConfig":
         given = [key for key in ("num_new", "delta", "counts") if getattr(self, key) is not None]
-        allowed = {"layerwise": ("num_new", "delta"), "uniform": ("num_new",), "explicit": ("counts",)}[
-            self.allocation
-        ]
-        if len(given) != 1 or given[0] not in allowed:
+        budgets = {"layerwise": ("num_new", "delta"), "uniform": ("num_new",), "explicit": ("counts",), "mola": ()}
+        allowed = budgets[self.allocation]
+        if given and not allowed:
+            raise ValueError(f"allocation: {self.allocation} takes no {given[0]}; leave it out")
+        if allowed and (len(given) != 1 or given[0] not in allowed):
             raise ValueError(
                 f"allocation: {self.allocation} takes exactly one of {' or '.join(allowed)}, got {given or 'none'}"
             )
@@ -98,7 +102,15 @@ class StageConfig(Section):
 
 
 class Stage1Config(StageConfig):
-    """Stage 1: new experts and routers train on the new languages (MoE-LPR section 3.2)."""
+    """Stage 1: new experts and routers train on the new languages (MoE-LPR section 3.2).
+
+    With ``old_share`` that part of the samples is of old languages, and with ``lpr_weight`` they have the LPR loss:
+    with no stage 2, that is MoE-LPR's ablation of one stage.
+    """
+
+    old_share: float = Field(default=0.0, ge=0, lt=1)
+    lpr: Literal["paper", "reference"] = "paper"
+    lpr_weight: float = Field(default=0.0, ge=0)
 
     balance_weight: float = Field(default=0.01, ge=0)
     balance_scale: Literal["paper", "reference"] = "paper"
@@ -199,8 +211,13 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
-        if not self.data.old and (self.stage2 is not None or self.experts.allocation == "layerwise"):
-            reason = "stage2 replays" if self.stage2 is not None else "allocation: layerwise compares with"
+        reasons = {
+            "stage2 replays": self.stage2 is not None,
+            "stage1.old_share reads": self.stage1.old_share > 0,
+            "allocation: layerwise compares with": self.experts.allocation == "layerwise",
+        }
+        reason = next((reason for reason, holds in reasons.items() if holds), None)
+        if not self.data.old and reason:
             raise ValueError(
                 f"data.old: no set, but {reason} old languages; add one, as old: {{en: {{path: en.jsonl}}}}"
             )

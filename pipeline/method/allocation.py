@@ -8,6 +8,8 @@ from pipeline.config.run import ExpertsConfig
 
 SMALLEST_SIMILARITY = 1e-3
 
+MOLA = (2, 4, 6, 8)  # experts of the layers in each quarter, from the bottom (MoLA-inverted, arXiv 2402.08562)
+
 
 @dataclass(frozen=True)
 class Allocation:
@@ -42,6 +44,9 @@ def allocate(experts: ExpertsConfig, num_layers: int, similarity: list[float] | 
                 f"experts.counts: {len(counts)} numbers, but the model has {num_layers} layers; give one per layer"
             )
         return Allocation(counts, None, f"explicit: {sum(counts) - num_layers} new experts")
+    if experts.allocation == "mola":
+        counts = [MOLA[4 * layer // num_layers] for layer in range(num_layers)]
+        return Allocation(counts, None, f"mola: {sum(counts) - num_layers} new experts")
     if experts.allocation == "uniform":
         shares = [1 / num_layers] * num_layers
     else:

@@ -7,12 +7,15 @@ from torch import nn
 
 from pipeline.config.run import Stage1Config
 from pipeline.method.losses import load_balancing_loss
-from pipeline.method.stage import GlobalBatch, Group, Losses, MicroBatch, Stage, mean_next_token_loss
+from pipeline.method.stage import GlobalBatch, Group, Losses, MicroBatch, Stage, mean_lpr_loss, mean_next_token_loss
 
 
 @dataclass(frozen=True)
 class Stage1(Stage):
-    """L = L_NTP + alpha L_balance, on the new languages alone; all but new experts and routers is frozen."""
+    """L = L_NTP + alpha L_balance, on the new languages alone; all but new experts and routers is frozen.
+
+    Where the run gives it a share of old samples, these may add gamma L_LPR, as in stage 2.
+    """
 
     settings: Stage1Config
 
@@ -24,21 +27,25 @@ class Stage1(Stage):
     starts_from: ClassVar[int | None] = None
 
     def shares(self) -> dict[Group, float]:
-        """All samples are of new sets."""
-        return {"new": 1.0}
+        """All samples are of new sets, except for the run's ``old_share``."""
+        old = self.settings.old_share
+        return {"old": old, "new": 1 - old} if old else {"new": 1.0}
 
     def losses(self, micro: MicroBatch, batch: GlobalBatch) -> Losses:
-        """L_NTP, and L_balance with the weight alpha."""
+        """L_NTP; L_balance with the weight alpha; and L_LPR, if it has a weight gamma."""
         balance = load_balancing_loss(
             micro.routings,
             mask_T=micro.counts_T,
             scale=self.settings.balance_scale,
             statistics=self.settings.balance_statistics,
         )  # a mean already: over this rank's tokens
-        return {
+        losses = {
             "next_token": (mean_next_token_loss(micro, batch), 1.0),
             "balance": (balance * self._share(micro, batch) / micro.world_size, self.settings.balance_weight),
         }
+        if self.settings.lpr_weight:
+            losses["lpr"] = (mean_lpr_loss(micro, batch, self.settings.lpr), self.settings.lpr_weight)
+        return losses
 
     def _share(self, micro: MicroBatch, batch: GlobalBatch) -> float:
         """The part of the global batch that the balance loss stands for: the micro-step's samples on all ranks.

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from pipeline.config.run import Stage2Config
-from pipeline.method.losses import classifier_loss, lpr_loss
-from pipeline.method.stage import GlobalBatch, Group, Losses, MicroBatch, Stage, mean_next_token_loss
+from pipeline.method.losses import classifier_loss
+from pipeline.method.stage import GlobalBatch, Group, Losses, MicroBatch, Stage, mean_lpr_loss, mean_next_token_loss
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,10 @@ class Stage2(Stage):
 
     def losses(self, micro: MicroBatch, batch: GlobalBatch) -> Losses:
         """L_NTP; L_LPR, a mean over old tokens, with the weight gamma; L_cls, over all tokens, with gamma_c."""
-        lpr = lpr_loss(micro.routings, micro.old_T & micro.counts_T, self.settings.lpr) / max(1, batch.old_tokens)
         classifier = classifier_loss(micro.routings, micro.old_T, micro.counts_T) / batch.tokens
         return {
             "next_token": (mean_next_token_loss(micro, batch), 1.0),
-            "lpr": (lpr, self.settings.lpr_weight),
+            "lpr": (mean_lpr_loss(micro, batch, self.settings.lpr), self.settings.lpr_weight),
             "classifier": (classifier, self.settings.classifier_weight),
         }
 

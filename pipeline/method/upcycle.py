@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,7 +61,14 @@ class Parity:
 
 
 def upcycle(
-    dense: Path, plan: ExpertPlan, samples: np.ndarray, target: Path, *, seed: int, model_hash: str
+    dense: Path,
+    plan: ExpertPlan,
+    samples: np.ndarray,
+    target: Path,
+    *,
+    seed: int,
+    model_hash: str,
+    init: Literal["copy", "random"] = "copy",
 ) -> UpcycledManifest:
     """Write the upcycled checkpoint; returns its manifest.
 
@@ -75,13 +82,14 @@ def upcycle(
         target: the folder to make; it appears only when all of it is written and the receipt is good.
         seed: of the routers' Xavier-normal initialisation.
         model_hash: of the dense model's files.
+        init: whether new experts are copies of the original MLP, or random; then the logits may differ.
 
     Raises:
         UserError: the model's MLPs can't become experts, or the logits differ.
     """
     dtype = getattr(torch, str(_config_dtype(dense)))
     with new_folder(target) as folder:
-        shape = _write_weights(dense, plan, folder / TAG, dtype=dtype, seed=seed)
+        shape = _write_weights(dense, plan, folder / TAG, dtype=dtype, seed=seed, init=init)
         (folder / HF_FOLDER).mkdir()
         for pattern in _HF_FILES:
             for file in dense.glob(pattern):
@@ -89,7 +97,7 @@ def upcycle(
                     shutil.copyfile(file, folder / HF_FOLDER / file.name)
         write_text(folder / "latest", TAG)
         parity = measure_parity(dense, folder, plan, samples)
-        if not parity.holds:
+        if init == "copy" and not parity.holds:
             raise UserError(
                 f"upcycle: the upcycled model's logits differ from the dense model's by "
                 f"{parity.max_abs_logit_difference:.3g} (allowed: {parity.tolerance:.3g}); nothing was written: "
@@ -113,7 +121,9 @@ def _config_dtype(dense: Path) -> str:
 
 
 @torch.no_grad()
-def _write_weights(dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+def _write_weights(
+    dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.dtype, seed: int, init: str
+) -> dict[str, Any]:
     """DeepSpeed's layout: one file per new expert, and one of everything else."""
     folder.mkdir()
     model = load_dense(dense, dtype)
@@ -130,6 +140,12 @@ def _write_weights(dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.
             prefix = next(name for name, module in model.named_modules() if module is layer)
             for file_number in range(plan.num_new[index]):
                 names = f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{file_number}"
+                if init == "random":
+                    spread = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+                    weights = {
+                        name: weight.clone().normal_(0, spread, generator=generator)
+                        for name, weight in weights.items()
+                    }
                 state = {f"{names}.{name}": weight for name, weight in weights.items()}
                 save_tensors(state, folder / expert_file(moe_layer, file_number))
                 bar.update(1)

@@ -96,19 +96,18 @@ class RunFolder:
             return self.manifest(step).done_with
         return StepInputs.load_if_there(self.path / step / INPUTS_FILE)
 
-    def begin(self, step: str, done_with: StepInputs, *, anew: bool) -> None:
-        """Record that a step that takes long begins; what it has left so far stays if its inputs were the same.
+    def make_room(self, step: str, done_with: StepInputs, *, anew: bool) -> None:
+        """Before a step that takes long: what it has left so far stays only if its inputs were the same.
 
         Args:
-            step: its name, also of its folder.
+            step: its name, also of its folder, where it keeps its inputs from its beginning on.
             done_with: its inputs.
             anew: whether what it has left goes in any case.
         """
-        folder, before = self.path / step, self.inputs_of(step)
+        before = self.inputs_of(step)
         if anew or (before is not None and before.inputs != done_with.inputs):
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(self.path / step, ignore_errors=True)
         self.manifest_path(step).unlink(missing_ok=True)
-        done_with.save(folder / INPUTS_FILE)
 
     def finish(self, step: str, done_with: StepInputs, outputs: dict[str, Any], figures: dict[str, Any]) -> None:
         """Record that a step is done; the last thing it writes."""

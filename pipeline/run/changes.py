@@ -21,6 +21,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "dtype": ("deepspeed",),
     "settings": ("{step}.{name}",),
     "experts": ("experts.{name}",),
+    "init": ("experts.init",),
     "bad_steps": ("bad_steps.{name}",),
     "not_positive": ("similarity.not_positive",),
     "similarity": _UPCYCLED,

@@ -19,6 +19,7 @@ from data_prep.reading.file_splits import FileSplit, arrow_batches
 from data_prep.reading.rows import BadRow, read_rows
 from data_prep.reading.sources import format_of, source_files
 from data_prep.sample import sample_documents
+from data_prep.slices_to_read import size_of
 from pipeline.config.load import load_run
 
 CACHE = Path("cache")  # where the run will look for the hashes of its files too
@@ -136,7 +137,7 @@ def _found(planned: Planned, name: str) -> FoundSet:
     if not sample:
         raise UserError(f"{one.where}: no document with text; name another path")
     tokens, read = sum(len(document.ids) for document in sample), sum(len(d.text.encode()) for d in sample)
-    size = sum(split.size for _, splits in one.slices for split in splits)
+    size = size_of(planned.corpora[name])
     scale = max(1.0, size / read) if tokens >= SAMPLE_TOKENS else 1.0
     given = one.entry.model_dump(include={"path", "text_field", "text_unit"}, exclude_defaults=True)
     place = ", ".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in given.items())

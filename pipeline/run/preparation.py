@@ -52,7 +52,7 @@ def similarity_inputs(context: RunContext) -> Inputs:
     What caps and replay leave of the text does not matter.
     """
     data, planned = context.run.data, context.planned
-    texts = {one.name: one.text for one in planned.sets if one.trains}
+    texts = {one.name: one.corpus for one in planned.sets if one.trains}
     return {
         "model": context.model_hash,
         "dtype": str(context.dtype),
@@ -132,7 +132,7 @@ def allocate_inputs(context: RunContext) -> Inputs:
     return {
         "model": context.model_hash,
         "similarity": context.folder.manifest("similarity").outputs["similarity"] if has_old else None,
-        "experts": context.run.experts.model_dump(mode="json"),
+        "experts": context.run.experts.model_dump(mode="json", exclude={"init"}),
         "not_positive": context.run.similarity.not_positive,
     }
 
@@ -165,8 +165,14 @@ def allocate_experts(context: RunContext, _ranks: object) -> Result:
 
 
 def upcycle_inputs(context: RunContext) -> Inputs:
-    """The model, the plan of experts, and the seed of the routers."""
-    return {"model": context.model_hash, "plan": context.plan.experts_key, "seed": context.run.seed}
+    """The model, the plan of experts, what new experts begin as, and the seed of the routers."""
+    run = context.run
+    return {
+        "model": context.model_hash,
+        "plan": context.plan.experts_key,
+        "init": run.experts.init,
+        "seed": run.seed,
+    }
 
 
 def _upcycled_name(context: RunContext) -> str:
@@ -190,7 +196,10 @@ def upcycle_model(context: RunContext, _ranks: object) -> Result:
         from pipeline.method.upcycle import upcycle
 
         samples = _parity_samples(context)
-        upcycle(context.dense, context.plan, samples, target, seed=run.seed, model_hash=context.model_hash)
+        upcycle(
+            context.dense, context.plan, samples, target,
+            seed=run.seed, model_hash=context.model_hash, init=run.experts.init,
+        )  # fmt: skip
     context.folder.link_upcycled(target)
     manifest = read_manifest(target, UpcycledManifest)
     parity = manifest.parity

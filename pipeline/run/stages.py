@@ -82,7 +82,7 @@ def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | N
     target = context.folder / stage.name
     done_with = StepInputs(inputs=stage_inputs(context, number), run=context.settings)
     if ranks.is_first:
-        context.folder.begin(stage.name, done_with, anew=context.redo or run.checkpoint.resume == "never")
+        context.folder.make_room(stage.name, done_with, anew=context.redo or run.checkpoint.resume == "never")
     ranks.wait()
     if ranks.is_first and run.log.wandb:
         keep_wandb_run(target)
@@ -91,7 +91,9 @@ def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | N
     identity = context.identity(number).model_copy(
         update={"settings": content_key(done_with.inputs), "stage1": origin}
     )
-    inputs = StageInputs(run, stage, context.plan, context.store, context.upcycled, target, identity, experts)
+    inputs = StageInputs(
+        run, stage, context.plan, context.store, context.upcycled, target, identity, done_with, experts
+    )
     figures = train_stage(inputs, ranks)
     finish_wandb_run()
     if figures is None:

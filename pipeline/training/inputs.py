@@ -8,6 +8,7 @@ from pipeline.config.run import RunConfig
 from pipeline.method.stage import Stage
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import CheckpointIdentity
+from pipeline.records.step_manifest import StepInputs
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class StageInputs:
         upcycled: folder of the upcycled checkpoint.
         folder: where checkpoints and metrics of the stage go.
         identity: what its checkpoints are of.
+        done_with: all that its result depends on.
         stage1_checkpoint: for stage 2, the folder of the stage-1 checkpoint that holds the experts.
     """
 
@@ -32,4 +34,5 @@ class StageInputs:
     upcycled: Path
     folder: Path
     identity: CheckpointIdentity
+    done_with: StepInputs
     stage1_checkpoint: Path | None = None

@@ -9,6 +9,7 @@ from pipeline.config.run import StageConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.stage import Stage
+from pipeline.records.run_folder import INPUTS_FILE
 from pipeline.training.ds_config import BatchShape, batch_shape
 from pipeline.training.engine import build_engine
 from pipeline.training.inputs import StageInputs
@@ -64,6 +65,8 @@ class TrainingState:
         _check_weights(inputs, ranks)
         engine = build_engine(inputs, dims, shape)
         inputs.folder.mkdir(parents=True, exist_ok=True)
+        if ranks.is_first:
+            inputs.done_with.save(inputs.folder / INPUTS_FILE)
         rank_log = RankLog(inputs.folder, ranks.rank, list(run.cluster.environment), writes=run.log.ranks)
         return cls(inputs, ranks, dims, shape, order, engine, SkippedSteps(run.bad_steps, engine), rank_log)
 

@@ -19,6 +19,7 @@ from pipeline.distributed.process_group import Ranks
 from pipeline.method.stages import STAGES, find_stage
 from pipeline.model.backbone import moe_layers
 from pipeline.records.metrics import StepRow
+from pipeline.records.step_manifest import StepInputs
 from pipeline.run.context import RunContext
 from pipeline.run.runner import finish_step
 from pipeline.run.steps import step_named
@@ -37,7 +38,8 @@ def stage_inputs(tree: dict[str, Any], number: int, folder: Path) -> StageInputs
     context = RunContext(run)
     stage = find_stage(run, number)
     identity = context.identity(2)
-    return StageInputs(run, stage, context.plan, context.store, context.upcycled, folder, identity)
+    done_with = StepInputs(inputs={}, run={})
+    return StageInputs(run, stage, context.plan, context.store, context.upcycled, folder, identity, done_with)
 
 
 def canonical(model: torch.nn.Module, tensor_of: Any) -> dict[str, torch.Tensor]:

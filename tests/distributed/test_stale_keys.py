@@ -84,6 +84,7 @@ FLIPS = [
     Flip("data.slice_bytes", 2000, TRAINING_PART),
     Flip("data.tokenizer", "model2", TRAINING_PART),
     Flip("data.separator", "<|endoftext|>", set()),  # which is what auto chooses
+    Flip("data.bos", "none", set()),  # the tokenizer puts none there anyway
     Flip("data.temperature", 2.0, {S1, S2}),
     Flip("data.isolate_documents", True, {S1, S2}),
     # Similarity and experts.
@@ -98,6 +99,7 @@ FLIPS = [
     Flip("experts.counts", [2, 2, 1, 4], {A}),
     Flip("experts.rounding", "largest_remainder", {A}),
     Flip("experts.top_k", 1, {A}),
+    Flip("experts.init", "random", {U}),
     Flip("experts.classifier_layers", [0], {A}),
     # Training.
     Flip("stage?.tokens", 1792, {T, S1, S2}, "stage1.tokens"),  # of which old text is replayed
@@ -116,6 +118,9 @@ FLIPS = [
     Flip("stage1.balance_weight", 0.1, {S1}),
     Flip("stage1.balance_scale", "reference", {S1}),
     Flip("stage1.balance_statistics", "local", {S1}),
+    Flip("stage1.old_share", 0.2, {S1}),
+    Flip("stage1.lpr", "reference", {S1}),
+    Flip("stage1.lpr_weight", 0.1, {S1}),
     Flip("stage2.old_share", 0.6, {S2}),
     Flip("stage2.lpr", "reference", {S2}),
     Flip("stage2.lpr_weight", 0.2, {S2}),

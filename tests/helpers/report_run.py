@@ -57,7 +57,14 @@ def make_run(folder: Path) -> Path:
         versions = {"torch": "2.13.0", "deepspeed": "0.19.8"}
         write(
             folder / "manifests" / f"{step}.json",
-            {"format": 2, "step": step, "inputs": {}, "outputs": {}, "figures": figures, "versions": versions},
+            {
+                "format": 3,
+                "step": step,
+                "done_with": {"inputs": {}, "run": {}},
+                "outputs": {},
+                "figures": figures,
+                "versions": versions,
+            },
         )
     return folder
 

@@ -10,6 +10,7 @@ from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.method.allocation import allocate
 from pipeline.method.similarity import layer_similarity
+from pipeline.method.stages import find_stage
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.training.ds_config import batch_shape
 from tests.launch.test_commands import ROOT
@@ -21,8 +22,6 @@ LLAMA = layer_similarity(
     [f"{a}&{b}" for a, b in combinations(PUBLISHED["new"], 2)],
     [f"{a}&{b}" for a in PUBLISHED["new"] for b in PUBLISHED["old"]],
 )
-# Of 24 layers, low at both ends: the papers publish no similarities of Qwen1.5-1.8B.
-QWEN = [0.2 + 0.01 * min(layer, 23 - layer) + 0.003 * layer for layer in range(24)]
 
 
 def plan_of(run: RunConfig, num_layers: int, similarity: list[float] | None) -> ExpertPlan:
@@ -48,38 +47,66 @@ def test_a_ready_run_parses_and_its_batches_divide_among_its_ranks(path: Path) -
     assert run.cluster.job("tokenize").gpus_per_node == 0
 
 
+# What the papers' scripts say: the reference's lists of experts, batches of stage 2, and the Trainer's defaults.
+PLANS = {
+    "qwen1.5-1.8b-g1": "5 4 3 5 4 3 2 3 3 2 2 2 2 2 2 2 2 3 3 4 4 4 3 3",
+    "qwen1.5-1.8b-g2": "5 5 4 5 4 3 2 3 3 3 2 2 2 2 2 3 3 3 3 3 3 3 2 2",
+}
+PAPERS = ["llama3.2-3b-g1", "moe-lpr-qwen1.5-1.8b", *PLANS]
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_papers_runs_have_the_schedule_of_their_scripts(name: str) -> None:
+    run = load_run(RUNS / f"{name}.yaml")
+    for number in (1, 2):
+        stage = run.stage(number)
+        assert (stage.lr, stage.betas, stage.eps, stage.weight_decay) == (5e-5, (0.9, 0.999), 1e-8, 0.0)
+        assert (stage.warmup_ratio, stage.min_lr_ratio, stage.gradient_clipping) == (0.0, 0.0, 1.0)
+    assert (run.stage1.global_batch_size, run.stage1.sequence_length) == (512, 1024)
+    assert run.data.bos == "none"
+    assert {entry.max_documents for entry in run.data.old.values()} == {50_000}
+    assert set(run.data.old) == {"en", "es", "zh"}
+
+
 @pytest.mark.parametrize(
-    ("name", "num_layers", "total", "languages"),
+    ("name", "num_layers", "total", "languages", "batch"),
     [
-        ("qwen1.5-1.8b-g1", 24, 72, {"el", "hu", "tr"}),
-        ("qwen1.5-1.8b-g2", 24, 72, {"bn", "hi", "ne"}),
-        ("llama3.2-3b-g1", 28, 84, {"el", "hu", "tr"}),
+        ("qwen1.5-1.8b-g1", 24, 72, {"el", "hu", "tr"}, 768),
+        ("qwen1.5-1.8b-g2", 24, 72, {"bn", "hi", "ne"}, 768),
+        ("llama3.2-3b-g1", 28, 84, {"el", "hu", "tr"}, 640),
     ],
 )
-def test_layermoes_runs_give_its_numbers_of_experts(
-    name: str, num_layers: int, total: int, languages: set[str]
+def test_layermoes_runs_are_the_published_ones(
+    name: str, num_layers: int, total: int, languages: set[str], batch: int
 ) -> None:
     run = load_run(RUNS / f"{name}.yaml")
-    similarity = LLAMA if num_layers == 28 else QWEN
-    plan = plan_of(run, num_layers, similarity)
+    plan = plan_of(run, num_layers, LLAMA if num_layers == 28 else None)
     assert sum(plan.counts) == total
+    if name in PLANS:
+        assert list(plan.counts) == [int(count) for count in PLANS[name].split()]
+        assert plan.classifier_layers == (5, 6, 10, 11, 12, 13, 23)
     assert set(run.data.new) == languages
-    assert set(run.data.old) == {"en", "es", "zh"}
-    assert (run.stage1.tokens, run.stage1.global_batch_size, run.stage1.sequence_length) == (6e9, 512, 1024)
+    assert run.stage1.tokens == 6e9
+    assert (run.similarity.tokens, run.similarity.windows, run.similarity.sequence_length) == (
+        10**5,
+        "documents",
+        10**4,
+    )
     assert run.stage2 is not None
-    assert (run.stage2.global_batch_size, run.stage2.sequence_length) == (768, 512)
-    assert run.stage1.lr == run.stage2.lr == 5e-5
+    assert (run.stage2.global_batch_size, run.stage2.sequence_length) == (batch, 512)
+    assert run.stage2.tokens * run.stage2.old_share == pytest.approx(0.138e9, rel=1e-3)
     plan.placement(run.parallel.ep_size)
+
+
+def test_mola_gives_its_quarters() -> None:
+    changes = ["experts.allocation=mola", "experts.counts=null"]
+    run = load_run(RUNS / "qwen1.5-1.8b-g1.yaml", changes)
+    assert plan_of(run, 24, None).counts == (2,) * 6 + (4,) * 6 + (6,) * 6 + (8,) * 6
 
 
 def test_llamas_plan_is_the_published_one() -> None:
     plan = plan_of(load_run(RUNS / "llama3.2-3b-g1.yaml"), 28, LLAMA)
     assert list(plan.counts) == PUBLISHED["experts_per_layer_including_the_original"]
-
-
-def test_qwens_group_1_has_the_published_classifiers() -> None:
-    plan = plan_of(load_run(RUNS / "qwen1.5-1.8b-g1.yaml"), 24, QWEN)
-    assert plan.classifier_layers == (5, 6, 10, 11, 12, 13, 23)
 
 
 def test_moe_lprs_run_gives_six_experts_a_layer() -> None:
@@ -90,3 +117,11 @@ def test_moe_lprs_run_gives_six_experts_a_layer() -> None:
     assert run.stage1.tokens == 24e9
     assert run.stage2 is not None
     assert (run.stage2.global_batch_size, run.stage2.sequence_length) == (512, 512)
+    assert set(run.data.watch) == {"fr", "pt"}
+
+
+def test_moe_lprs_ablation_of_one_stage_can_be_run() -> None:
+    changes = ["stage2=null", "stage1.old_share=0.01", "stage1.lpr_weight=0.1", "experts.init=random"]
+    run = load_run(RUNS / "moe-lpr-qwen1.5-1.8b.yaml", changes)
+    assert run.stage_numbers == [1]
+    assert find_stage(run, 1).shares() == {"old": 0.01, "new": 0.99}

@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import UserError
 from pipeline.records.metrics import Best, StepRow
-from pipeline.records.run_folder import RunFolder
+from pipeline.records.run_folder import INPUTS_FILE, RunFolder
 from pipeline.records.step_manifest import StepInputs, StepManifest
 
 
@@ -60,20 +60,20 @@ def inputs(**values: object) -> StepInputs:
     return StepInputs(inputs=values, run={})
 
 
-def test_what_a_step_has_left_stays_when_it_begins_again_with_the_same_inputs(tmp_path: Path) -> None:
+def test_what_a_step_has_left_stays_if_it_begins_again_with_the_same_inputs(tmp_path: Path) -> None:
     folder, left = RunFolder(tmp_path), tmp_path / "stage1" / "step000001"
     assert folder.inputs_of("stage1") is None
-    folder.begin("stage1", inputs(lr=1), anew=False)
-    for now, anew, stays in ((inputs(lr=1), False, True), (inputs(lr=2), False, False), (inputs(lr=2), True, False)):
-        left.mkdir(exist_ok=True)
-        folder.begin("stage1", now, anew=anew)
+    for now, anew, stays in ((inputs(lr=1), False, True), (inputs(lr=2), False, False), (inputs(lr=1), True, False)):
+        left.mkdir(parents=True, exist_ok=True)
+        inputs(lr=1).save(tmp_path / "stage1" / INPUTS_FILE)
+        assert folder.inputs_of("stage1") == inputs(lr=1)
+        folder.make_room("stage1", now, anew=anew)
         assert left.is_dir() == stays
-    assert folder.inputs_of("stage1") == inputs(lr=2)
     folder.finish("stage1", inputs(lr=2), {}, {})
-    left.mkdir()
-    folder.begin("stage1", inputs(lr=3), anew=False)
+    assert folder.inputs_of("stage1") == inputs(lr=2)
+    left.mkdir(parents=True)
+    folder.make_room("stage1", inputs(lr=3), anew=False)
     assert not left.is_dir() and not folder.has_manifest("stage1")
-    assert folder.inputs_of("stage1") == inputs(lr=3)
 
 
 def test_a_manifest_without_a_format_is_of_an_earlier_version(tmp_path: Path) -> None:
