@@ -24,8 +24,9 @@ class CapsConfig(Section):
 class PlaceConfig(CapsConfig):
     """Where text lies: ``path`` is a file, a folder or a glob; ``hub`` is a Hugging Face dataset, read as a stream.
 
-    ``hub`` takes ``config``, ``split`` and ``revision`` (a commit, so that the text stays the same). ``text_field`` is
-    the field or column with the text. A ``.txt`` file is one document, or one per line with ``text_unit: line``.
+    ``hub`` takes ``config``, ``split``, ``revision`` (a commit, so that the text stays the same) and ``data_files``
+    (those of the split that are read; without it, all). ``text_field`` is the field or column with the text. A
+    ``.txt`` file is one document, or one per line with ``text_unit: line``.
     """
 
     path: str | None = None
@@ -33,6 +34,7 @@ class PlaceConfig(CapsConfig):
     config: str | None = None
     split: str = "train"
     revision: str | None = None
+    data_files: list[str] | None = None
     text_field: str = "text"
     text_unit: Literal["file", "line"] = "file"
 
@@ -46,8 +48,8 @@ class SourceConfig(PlaceConfig):
     def _one_place(self) -> "SourceConfig":
         if (self.path is None) == (self.hub is None):
             raise ValueError("name exactly one of path and hub, as {path: el.jsonl} or {hub: owner/name}")
-        if self.path is not None and (self.config is not None or self.revision is not None):
-            raise ValueError("config and revision are of a hub dataset; give hub instead of path, or leave them out")
+        if self.path is not None and any(x is not None for x in (self.config, self.revision, self.data_files)):
+            raise ValueError("config, revision and data_files are of a hub dataset; give hub instead of path")
         return self
 
 

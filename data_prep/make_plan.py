@@ -9,13 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 from common.errors import UserError, one_line
 from common.files import content_key, read_json, write_json
-from data_prep.config import DataConfig, PreparationConfig, SetConfig, SourceConfig
+from data_prep.config import CapsConfig, DataConfig, PlaceConfig, PreparationConfig, SetConfig, SourceConfig
 from data_prep.executor.pool import Executor, Phase
 from data_prep.keys import differs_only_in_cleaning, replay_budgets, with_keys
 from data_prep.manifest import MANIFEST, SetManifest, read_manifest
 from data_prep.plan import FoundSet, Group, HeldOutText, Json, KeptSet, Plan, SetPlan
 from data_prep.reading import hub
-from data_prep.reading.file_splits import FileIndex, FileSplit, FileToIndex, index_file, pack
+from data_prep.reading.file_splits import FileIndex, FileSplit, FileToIndex, hub_split, index_file, pack
 from data_prep.reading.sources import source_files
 from data_prep.slices_to_read import size_of, slices_to_read
 from data_prep.tokenizer import DocumentEncoder, dtype_of
@@ -118,11 +118,7 @@ def make_plan(config: PreparationConfig, executor: Executor, keep: Mapping[str, 
         UserError: a source, the tokenizer or a setting can't be used.
     """
     data = config.data
-    path, revision = config.tokenizer
-    vocab_size = _vocab_size(config)
-    begins_with_bos = data.bos == "auto"
-    encoder = DocumentEncoder.create(path, data.separator, vocab_size, revision, begins_with_bos=begins_with_bos)
-    dtype = dtype_of(vocab_size)
+    encoder, dtype = make_encoder(config)
     found = _find(data)
     cuts = _cut(found, data.slice_bytes, config.cache_dir / "sources", executor)
     replay = replay_budgets(data, config.stage1.tokens)
@@ -141,6 +137,18 @@ def make_plan(config: PreparationConfig, executor: Executor, keep: Mapping[str, 
     planned = with_keys(data, sets, config.seed, fraction, encoding, replay)
     corpora = {one.name: one.slices for one in sets if one.group in ("old", "new")}
     return Planned(config, encoder, dtype, fraction, planned, corpora, keep)
+
+
+def make_encoder(config: PreparationConfig) -> tuple[DocumentEncoder, Literal["uint16", "int32"]]:
+    """The run's tokenizer, and the dtype that holds its ids.
+
+    Raises:
+        UserError: there is no such tokenizer, or the model has no embedding for its ids.
+    """
+    (path, revision), data, vocab_size = config.tokenizer, config.data, _vocab_size(config)
+    begins_with_bos = data.bos == "auto"
+    encoder = DocumentEncoder.create(path, data.separator, vocab_size, revision, begins_with_bos=begins_with_bos)
+    return encoder, dtype_of(vocab_size)
 
 
 def plan_of(planned: Planned) -> Plan:
@@ -200,7 +208,7 @@ class _Source(NamedTuple):
 def _entries(data: DataConfig) -> list[tuple[str, Group, SetConfig]]:
     """Name, group and settings of every set, benchmarks last."""
     sets: list[tuple[str, Group, SetConfig]] = [(name, data.group(name), entry) for name, entry in data.sets.items()]
-    place = {"path", "hub", "config", "split", "revision", "text_field", "text_unit"}
+    place = set(PlaceConfig.model_fields) - set(CapsConfig.model_fields)
     for name, source in data.benchmarks.items():
         sets.append((name, "benchmark", SetConfig(**source.model_dump(include=place), language=name)))
     return sets
@@ -252,9 +260,8 @@ def _of_files(one: _Source, memory: Path) -> tuple[list[FileSplit], list[Json]]:
 
 def _of_hub(one: _Source, slice_bytes: int) -> tuple[list[FileSplit], list[Json]]:
     pinned = hub.pin(hub.hub_source(one.config))
-    name = hub.name_of(pinned)
-    splits = [FileSplit(name, "hub", number, number + 1, 1, slice_bytes) for number in range(hub.count_files(pinned))]
-    return splits, [{"path": name, "sha256": hub.content_of(pinned), "bytes": 0, "source": one.number}]
+    splits = [hub_split(name, size, slice_bytes) for name, size in hub.files_of(pinned)]
+    return splits, [{"path": hub.name_of(pinned), "sha256": hub.content_of(pinned), "bytes": 0, "source": one.number}]
 
 
 def _vocab_size(config: PreparationConfig) -> int:

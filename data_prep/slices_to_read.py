@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from common.files import content_key, read_json, write_json
 from common.seeded import seeded_order
-from data_prep.config import DataConfig
+from data_prep.config import DataConfig, SetConfig
 from data_prep.filters import Filters
 from data_prep.plan import Budget, FoundSet, Json, reading_of
 from data_prep.reading.documents import BadRows, read_documents
@@ -39,7 +39,7 @@ def slices_to_read(
     one: FoundSet,
     replay: Budget | None,
     seed: int,
-    encoder: DocumentEncoder,
+    encoder: DocumentEncoder | None,
     memory: Path,
 ) -> Slices:
     """The slices of a set that its budgets need, in their order.
@@ -49,25 +49,36 @@ def slices_to_read(
         one: the set, with all its slices.
         replay: its part of the run's replay.
         seed: the run's.
-        encoder: the tokenizer.
+        encoder: the tokenizer; a set that is not trained on needs none.
         memory: the folder that keeps what was measured.
     """
     if one.group == "watch" and one.entry.max_documents is not None:
-        return _first(one.slices, seed, LEAST)
+        return first_slices(one.slices, seed)
     if one.group not in ("old", "new"):
         return one.slices
     chosen: Slices = []
-    for source, config in enumerate(one.entry.source_list):
+    for source in range(len(one.entry.source_list)):
         mine = [part for part in one.slices if part[0] == source]
-        budget = Budget(*config.caps).within(Budget(*one.entry.caps))
-        limits = [(unit, limit * MARGIN) for unit, limit in budget.limits.items()]
-        limits += [(unit, limit * MARGIN * SPREAD) for unit, limit in (replay.limits if replay else {}).items()]
+        limits = limits_of(one.entry, source, replay)
         if len(mine) > LEAST and limits:
+            assert encoder is not None
             gives = _yield(data, one, mine, seed, encoder, memory)
             needed = min(limit / max(getattr(gives, unit), 1e-12) for unit, limit in limits)
             mine = _first(mine, seed, _count(mine, seed, needed))
         chosen += mine
     return chosen
+
+
+def limits_of(entry: SetConfig, source: int, replay: Budget | None) -> list[tuple[str, float]]:
+    """Units with how much of each is to be read at most of a set's source; none where all of it is."""
+    budget = Budget(*entry.source_list[source].caps).within(Budget(*entry.caps))
+    limits = [(unit, limit * MARGIN) for unit, limit in budget.limits.items()]
+    return limits + [(unit, limit * MARGIN * SPREAD) for unit, limit in (replay.limits if replay else {}).items()]
+
+
+def first_slices(slices: Slices, seed: int) -> Slices:
+    """The slices that are read in any case."""
+    return _first(slices, seed, LEAST)
 
 
 def _count(slices: Slices, seed: int, characters: float) -> int:
@@ -92,7 +103,7 @@ def _yield(
     data: DataConfig, one: FoundSet, slices: Slices, seed: int, encoder: DocumentEncoder, memory: Path
 ) -> Yield:
     """What the text of a source gives, measured once."""
-    first = _first(slices, seed, LEAST)
+    first = first_slices(slices, seed)
     named = [content_key([[split.file, split.start, split.size] for split in splits]) for _, splits in first]
     hashes = [file["sha256"] for file in one.files if file["source"] == slices[0][0]]
     settings = [data.filters.model_dump(mode="json"), one.entry.language_label or one.entry.language]

@@ -28,8 +28,8 @@ COMPRESSED_TEXT = 4  # how many times its size a compressed file holds, for bala
 class FileSplit:
     """A part of one file: bytes `start` to `stop` of plain text, else row groups, record batches, or all.
 
-    `first_row` counts the file's rows from 1; `size` is about its bytes of text. Of a hub dataset, `file` is its name
-    and `start` the number of the data file in it.
+    `first_row` counts the file's rows from 1; `size` is about its bytes of text. Of a hub dataset, `file` names
+    one of its data files, which is read whole.
     """
 
     file: str
@@ -175,6 +175,11 @@ def _runs(file: str, kind: Format, sizes: list[int], rows: list[int], slice_byte
             splits.append(FileSplit(file, kind, start, number + 1, first_row, size))
             start, size, first_row = number + 1, 0, row
     return splits
+
+
+def hub_split(name: str, size: int | None, slice_bytes: int) -> FileSplit:
+    """A data file of a hub dataset, of so many (compressed) bytes where that is known."""
+    return FileSplit(name, "hub", 0, 1, 1, slice_bytes if size is None else size * COMPRESSED_TEXT)
 
 
 def pack(splits: list[FileSplit], slice_bytes: int) -> list[list[FileSplit]]:

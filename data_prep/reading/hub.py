@@ -19,12 +19,17 @@ from data_prep.config import DataConfig, SourceConfig
 
 
 class HubSource(NamedTuple):
-    """What identifies one split of a dataset; `revision` is None where the run does not pin it."""
+    """What identifies one split of a dataset, or some of its files.
+
+    `revision` is None where the run does not pin it; `data_files`, the files' names in the repository, where all are
+    read.
+    """
 
     hub: str
     config: str | None
     split: str
     revision: str | None
+    data_files: tuple[str, ...] | None = None
 
 
 @contextmanager
@@ -55,7 +60,8 @@ def hub_sources(data: DataConfig) -> list[HubSource]:
 def hub_source(source: SourceConfig) -> HubSource:
     """The dataset that a source names."""
     assert source.hub is not None
-    return HubSource(source.hub, source.config, source.split, source.revision)
+    files = None if source.data_files is None else tuple(source.data_files)
+    return HubSource(source.hub, source.config, source.split, source.revision, files)
 
 
 def is_folder(hub: str) -> bool:
@@ -89,21 +95,37 @@ def content_of(source: HubSource) -> str:
     """What the split's content is named by: its dataset and commit; of a folder, its files' hash."""
     folder = Path(source.hub)
     if not is_folder(source.hub):
-        return content_key([source.hub, source.revision, source.config, source.split])
+        part = [] if source.data_files is None else [source.data_files]
+        return content_key([source.hub, source.revision, source.config, source.split, *part])
     files = sorted(file for file in folder.rglob("*") if file.is_file() and ".git" not in file.parts)
-    hashes = {str(file.relative_to(folder)): sha256_file(file) for file in files}
+    names = {str(file.relative_to(folder)): file for file in files}
+    wanted = names if source.data_files is None else source.data_files
+    hashes = {name: sha256_file(names[name]) for name in wanted if name in names}
     return content_key([hashes, source.config, source.split])
 
 
-def count_files(source: HubSource) -> int:
-    """How many data files the split has: the stream's own shards, one per slice."""
-    return int(_stream(source).num_shards)
+def files_of(source: HubSource) -> list[tuple[str, int | None]]:
+    """The names of the split's data files for `read_hub`, each with its size in bytes where it lies here."""
+    name = name_of(source)
+    if source.data_files is None:
+        return [(f"{name}#{number}", None) for number in range(int(_stream(source).num_shards))]
+    folder = Path(source.hub) if is_folder(source.hub) else _cached_folder(source)
+    paths = {file: folder / file for file in source.data_files} if folder is not None else {}
+    return [
+        (f"{name}#{file}", paths[file].stat().st_size if file in paths and paths[file].is_file() else None)
+        for file in source.data_files
+    ]
 
 
-def read_hub(name: str, number: int, columns: list[str]) -> Iterator[dict[str, Any]]:
-    """The rows of one data file of a dataset; `name` is what `name_of` gave."""
-    stream = _stream(source_of(name))
-    part = stream.shard(num_shards=stream.num_shards, index=number)
+def read_hub(file: str, columns: list[str]) -> Iterator[dict[str, Any]]:
+    """The rows of one data file of a dataset, by a name that `files_of` gave."""
+    name, _, which = file.partition("#")
+    source = source_of(name)
+    if which.isdigit():
+        stream = _stream(source)
+        part = stream.shard(num_shards=stream.num_shards, index=int(which))
+    else:
+        part = _stream(source._replace(data_files=(which,)))
     known = [column for column in columns if column in (part.column_names or columns)]
     for row in part.select_columns(known) if known and part.column_names else part:
         yield dict(row)
@@ -141,4 +163,7 @@ def _stream(source: HubSource) -> Any:
     place = source.hub if cached is None else str(cached)
     revision = source.revision if cached is None and not is_folder(source.hub) else None
     with hub_failures(f"{name_of(source)}: can't be opened", "check hub, config, split and revision"):
+        if source.data_files is not None:
+            files = {source.split: list(source.data_files)}
+            return load_dataset(place, data_files=files, split=source.split, revision=revision, streaming=True)
         return load_dataset(place, source.config, split=source.split, revision=revision, streaming=True)

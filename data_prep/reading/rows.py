@@ -51,7 +51,7 @@ def _rows(split: FileSplit, path: Path, columns: list[str], text_field: str, max
     elif split.format == "arrow":
         yield from _arrow(split, columns)
     elif split.format == "hub":
-        yield from enumerate(read_hub(split.file, split.start, columns), start=1)
+        yield from enumerate(read_hub(split.file, columns), start=1)
     elif split.format == "text":
         with _open(path) as stream:
             content = stream.read(max_bytes + 1)

@@ -29,13 +29,16 @@ def fetch_run(run: RunConfig) -> None:
     for key, name, asked in _named_models(run):
         models[name] = fetched = _fetch_model(key, name, asked)
         print(f"fetch: {name} at {fetched['commit']}: {fetched['folder']}", flush=True)
-    datasets = {}
+    path = RunFolder(run.folder) / FETCHED_FILE
+    write_json(path, {"models": models, "datasets": {}})
+    datasets: dict[str, Any] = {}
+    with_model = with_fetched(run) if named_datasets(run) else run
     for source in named_datasets(run):
-        datasets[name_of(source)] = entry = fetch_dataset(source)
+        datasets[name_of(source)] = entry = fetch_dataset(source, with_model)
         print(f"fetch: {name_of(source)} at {entry['commit']}: {entry['files']} files", flush=True)
     if not models and not datasets:
         print("fetch: the run names nothing on the hub", flush=True)
-    write_json(RunFolder(run.folder) / FETCHED_FILE, {"models": models, "datasets": datasets})
+    write_json(path, {"models": models, "datasets": datasets})
 
 
 def with_fetched(run: RunConfig) -> RunConfig:

@@ -1,10 +1,16 @@
-"""The datasets of a run on the hub: only the files of the config and split that it names, at one commit."""
+"""The datasets of a run on the hub: at one commit, and only those files of a split that the run's budgets need."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from common.progress import progress
-from data_prep.config import SetConfig, SourceConfig
+from data_prep.config import DataConfig, SetConfig, SourceConfig
+from data_prep.keys import replay_budgets
+from data_prep.make_plan import make_encoder
+from data_prep.plan import FoundSet, Group
+from data_prep.reading.file_splits import hub_split
 from data_prep.reading.hub import HubSource, hub_failures, hub_source, hub_sources, is_folder, name_of
+from data_prep.slices_to_read import LEAST, first_slices, limits_of, slices_to_read
 from pipeline.config.run import RunConfig
 
 CARD_FILES = ("README.md", ".gitattributes", "dataset_infos.json")  # they say which files a config has
@@ -15,28 +21,84 @@ def named_datasets(run: RunConfig) -> list[HubSource]:
     return [source for source in hub_sources(run.data) if not is_folder(source.hub)]
 
 
-def fetch_dataset(source: HubSource) -> dict[str, Any]:
-    """Download one split's files into the hub's cache.
+def fetch_dataset(source: HubSource, run: RunConfig) -> dict[str, Any]:
+    """Download the files of one split that the run's budgets need into the hub's cache.
+
+    Args:
+        source: the split.
+        run: the run, with its model and tokenizer in folders.
+
+    Returns:
+        The "commit"; the number of "files"; and the "data_files" that were chosen, or None for all of the split.
 
     Raises:
         UserError: the hub can't be reached, or does not give it.
     """
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
 
     with hub_failures(
         f"data: the hub does not give {name_of(source)}",
         "check hub, config, split and revision, log in with: hf auth login, and fetch on a host with a network",
     ):
-        info = HfApi().dataset_info(source.hub, revision=source.revision)
+        info = HfApi().dataset_info(source.hub, revision=source.revision, files_metadata=True)
         assert info.sha is not None
-        there = {sibling.rfilename for sibling in info.siblings or []}
-        files = [name for name in CARD_FILES if name in there] + _data_files(source, info.sha)
-        with progress(len(files), f"fetch {source.hub}", "file") as bar:
-            for name in files:
-                # One by one: a listing of the whole dataset in the cache would make this part look torn.
-                hf_hub_download(source.hub, name, repo_type="dataset", revision=info.sha)
-                bar.update(1)
-    return {"commit": info.sha, "files": len(files)}
+        sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+        pinned = source._replace(revision=info.sha)
+        names = [name for name in CARD_FILES if name in sizes]
+        _download(pinned, names, sizes, show=False)
+        every = list(source.data_files or _data_files(source, info.sha))
+        chosen = _needed_files(pinned, run, every, sizes)
+        _download(pinned, chosen, sizes)
+    is_part = source.data_files is not None or len(chosen) < len(every)
+    return {"commit": info.sha, "files": len(chosen) + len(names), "data_files": chosen if is_part else None}
+
+
+def _download(source: HubSource, names: list[str], sizes: dict[str, int], *, show: bool = True) -> None:
+    from huggingface_hub import hf_hub_download
+
+    if show:
+        gigabytes = sum(sizes[name] for name in names) / 1e9
+        print(f"fetch: {name_of(source)}: {len(names)} files, {gigabytes:.2f} GB", flush=True)
+    with progress(len(names), f"fetch {source.hub}", "file", show=show) as bar:
+        for name in names:
+            # One by one: a listing of the whole dataset in the cache would make this part look torn.
+            hf_hub_download(source.hub, name, repo_type="dataset", revision=source.revision)
+            bar.update(1)
+
+
+def _needed_files(source: HubSource, run: RunConfig, files: list[str], sizes: dict[str, int]) -> list[str]:
+    """Those of a split's files that the sets which name it read; how many they are is measured on the first few."""
+    data, memory = run.data, run.cache_dir / "sources"
+    replay = replay_budgets(data, run.stage1.tokens)
+    name = name_of(source)
+    needed: set[str] = set()
+    splits = [hub_split(f"{name}#{file}", sizes[file] or None, data.slice_bytes) for file in files]
+    for set_name, entry, number in _uses(source, data):
+        slices = [(number, [split]) for split in splits]
+        group: Group = "benchmark" if set_name is None else data.group(set_name)
+        budget = replay.get(set_name or "")
+        found = FoundSet(set_name or "", group, entry, [{"source": number, "sha256": name}], slices, slices)
+        if group in ("old", "new") and len(files) > LEAST and limits_of(entry, number, budget):
+            first = [splits[0].file.partition("#")[2] for _, splits in first_slices(slices, run.seed)]
+            _download(source, first, sizes)
+            encoder, _ = make_encoder(run.preparation)
+            slices = slices_to_read(data, found, budget, run.seed, encoder, memory)
+        elif group == "watch":
+            slices = slices_to_read(data, found, None, run.seed, None, memory)
+        needed |= {splits[0].file.partition("#")[2] for _, splits in slices}
+    return [file for file in files if file in needed]
+
+
+def _uses(source: HubSource, data: DataConfig) -> Iterator[tuple[str | None, SetConfig, int]]:
+    """The sets of which a split is a source, and the source's number there; a benchmark has no name."""
+    asked = source._replace(revision=None)
+    for name, entry in data.sets.items():
+        for number, one in enumerate(entry.source_list):
+            if one.hub is not None and hub_source(one)._replace(revision=None) == asked:
+                yield name, entry, number
+    for one in data.benchmarks.values():
+        if one.hub is not None and hub_source(one)._replace(revision=None) == asked:
+            yield None, SetConfig(hub=one.hub), 0
 
 
 def _data_files(source: HubSource, commit: str) -> list[str]:
@@ -52,13 +114,17 @@ def _data_files(source: HubSource, commit: str) -> list[str]:
 
 
 def with_commits(run: RunConfig, fetched: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What changes in the run's ``data``: each hub source that was fetched has its commit as revision."""
+    """What changes in the run's ``data``: each hub source that was fetched has its commit and the chosen files."""
 
     def pinned(source: Any) -> Any:
         if source.hub is None:
             return source
         entry = fetched.get(name_of(hub_source(source)))
-        return source if entry is None else source.model_copy(update={"revision": entry["commit"]})
+        return (
+            source
+            if entry is None
+            else source.model_copy(update={"revision": entry["commit"], "data_files": entry["data_files"]})
+        )
 
     def pinned_set(entry: SetConfig) -> SetConfig:
         sources: list[SourceConfig] = [pinned(source) for source in entry.sources]

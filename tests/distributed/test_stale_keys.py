@@ -56,6 +56,7 @@ FLIPS = [
     Flip("data.*.config", "b", WATCH, "data.watch.hub.config"),
     Flip("data.*.split", "test", WATCH, "data.watch.hub.split"),
     Flip("data.*.revision", "main", set(), "data.watch.hub.revision"),  # of a folder, which has none
+    Flip("data.*.data_files", ["b-train.jsonl"], WATCH, "data.watch.hub.data_files"),
     Flip("data.*.text_field", "page", NEW, "data.new.hu.text_field"),
     Flip("data.*.text_unit", "line", WATCH, "data.watch.lines.text_unit"),
     Flip("data.*.sources", [{"path": "more/el.jsonl"}], NEW, "data.new.el.sources"),

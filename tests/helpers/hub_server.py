@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
             if not answer:
                 return 404, {"X-Error-Code": "EntryNotFound"}, b"{}"
         else:
-            siblings = [{"rfilename": names[path]} for path in files]
+            siblings = [{"rfilename": names[path], "size": path.stat().st_size} for path in files]
             answer = {"id": name, "modelId": name, "sha": folder.name, "siblings": siblings, "private": False}
         return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
 

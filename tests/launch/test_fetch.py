@@ -63,6 +63,38 @@ def test_after_fetch_every_step_runs_with_the_network_cut_off(hub: Hub, tmp_path
     assert (tmp_path / "runs" / "tiny" / "manifests" / "evaluate.json").is_file()
 
 
+def test_only_the_files_that_caps_need_are_fetched_and_read(hub: Hub, tmp_path: Path) -> None:
+    path = write_hub_run(
+        tmp_path,
+        model={"path": str(tmp_path / "model")},
+        data={
+            "new": {"el": {"hub": "tiny/text", "max_documents": 20}},
+            "watch": {"seen": {"hub": "tiny/text", "split": "test", "language": "el", "max_documents": 10}},
+        },
+    )
+    files = {}
+    for split in ("train", "test"):
+        for number in range(30):
+            texts = [" ".join(f"{split}{number}x{row}y{word}" for word in range(20)) for row in range(10)]
+            rows = [{"text": text, "page": f"{number}-{row}"} for row, text in enumerate(texts)]
+            files[f"data/{split}-{number:05d}.jsonl"] = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    hub.commit("datasets", "tiny/text", files)
+    output = command(*PIPELINE, "fetch", str(path), **variables(hub, tmp_path))
+    assert "fetch: tiny/text@" in output and ":train: 8 files, 0.00 GB" in output
+    fetched = json.loads((tmp_path / "runs" / "tiny" / "fetched.json").read_text())["datasets"]
+    assert {name: len(entry["data_files"]) for name, entry in fetched.items()} == {
+        "tiny/text@::train": 8, "tiny/text@::test": 8,
+    }  # fmt: skip
+    there = {file.name for file in (tmp_path / "hf").rglob("*.jsonl")}
+    assert there == {Path(file).name for entry in fetched.values() for file in entry["data_files"]}
+    asked = len(hub.requests)
+    command(*PIPELINE, "tokenize", str(path), **variables(hub, tmp_path))
+    assert len(hub.requests) == asked
+    statistics = json.loads((tmp_path / "runs" / "tiny" / "data_statistics.json").read_text())["sets"]
+    assert statistics["el"]["train"]["documents"] == 20
+    assert 8 <= statistics["seen"]["held_out"]["documents"] <= 16
+
+
 def test_what_was_fetched_stays_though_the_hub_moves_on(hub: Hub, tmp_path: Path) -> None:
     path = write_hub_run(tmp_path)
     files = files_of(tmp_path / "model")

@@ -83,6 +83,19 @@ def test_a_dataset_in_the_cache_of_downloads_is_read_from_there(
     assert train is not None and train.documents > 40
 
 
+def test_only_the_named_files_of_a_dataset_are_read(save_tokenizer: Any, tmp_path: Path) -> None:
+    folder = write_repository(tmp_path / "repo")
+    files = {name: [f"{name}/train-{number:05d}-of-00003.parquet" for number in (2, 0)] for name in ("el", "hu")}
+    data = data_of(str(folder))
+    new = {name: entry.model_copy(update={"data_files": files[name]}) for name, entry in data.new.items()}
+    store = prepare(data.model_copy(update={"new": new}), save_tokenizer(), 300, tmp_path / "cache", 17, workers=1)
+    whole = prepare(data, save_tokenizer("same"), 300, tmp_path / "cache", 17, workers=1)
+    for name in ("el", "hu"):
+        entry = store.sets[name].manifest
+        assert entry.train is not None and entry.train.documents + entry.held_out.documents == 40
+        assert whole.keys[name] != store.keys[name]
+
+
 def test_a_dataset_that_is_nowhere_is_named(save_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"owner/nothing: not in the cache of downloads, .* fetch it") as raised:
         prepare(data_of("owner/nothing"), save_tokenizer(), 300, tmp_path / "cache", seed=17)
@@ -95,7 +108,7 @@ def test_a_dataset_that_is_nowhere_is_named(save_tokenizer: Any, tmp_path: Path)
 
 def test_a_missing_field_of_a_dataset_is_named(save_tokenizer: Any, tmp_path: Path) -> None:
     folder = write_repository(tmp_path / "repo")
-    with pytest.raises(UserError, match=r":el:train, row 1: no text field 'content'"):
+    with pytest.raises(UserError, match=r":el:train#0, row 1: no text field 'content'"):
         prepare(data_of(str(folder), text_field="content"), save_tokenizer(), 300, tmp_path / "cache", seed=17)
 
 
