@@ -127,10 +127,15 @@ class Stage2Config(StageConfig):
 
 
 class ValidateConfig(Section):
-    """During training, every ``every_tokens``: bits per character on the head of each held-out set."""
+    """During training, every ``every_tokens``: bits per character on the head of each held-out set.
+
+    A set of an old language that has become worse than the dense model, beyond its interval, is named; where that is
+    by more than ``stop_if_forgetting`` percent, training saves and stops.
+    """
 
     every_tokens: Positive | None = None
     max_tokens_per_set: Positive = 4096
+    stop_if_forgetting: float | None = Field(default=None, ge=0)
 
 
 class EvaluateConfig(Section):

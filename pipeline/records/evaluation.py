@@ -8,6 +8,7 @@ from pipeline.records.record import Record
 
 BASE = "base"  # the dense model's name among the checkpoints
 Group = Literal["new", "old", "watch"]
+ROUNDING = 0.05  # percent
 GROUPS: tuple[Group, ...] = ("new", "old", "watch")  # in the order in which people read them
 
 
@@ -34,6 +35,18 @@ class SetScore(Record):
         return float(np.sum(self.bits) / np.sum(self.characters))
 
 
+class ValidationBase(Record):
+    """``validation_base.json``: the dense model's scores, which validations are compared with.
+
+    Attributes:
+        key: of the texts, the model and how they were scored.
+        sets: by set of an old language.
+    """
+
+    key: str
+    sets: dict[str, SetScore]
+
+
 class Change(Record):
     """Bits per character against the dense model's.
 
@@ -44,6 +57,11 @@ class Change(Record):
 
     percent: float
     interval: float | None
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether it takes more bits than the dense model, beyond the interval and beyond rounding."""
+        return self.interval is not None and self.percent > max(self.interval, ROUNDING)
 
 
 class SetResult(Record):
@@ -112,3 +130,15 @@ class Evaluation(Record):
     sets: dict[str, SetResult]
     routing: dict[str, StageRouting]
     parameters: dict[str, int]
+
+    def forgotten(self, checkpoint: str) -> dict[str, Change]:
+        """The sets of old languages, watched ones too, that a checkpoint scores worse than the dense model."""
+        old = {result.language for result in self.sets.values() if result.group == "old"}
+        return {
+            name: result.change[checkpoint]
+            for name, result in self.sets.items()
+            if result.group != "new"
+            and result.language in old
+            and checkpoint in result.change
+            and result.change[checkpoint].is_worse
+        }

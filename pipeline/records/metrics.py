@@ -45,6 +45,7 @@ class ValidationRow(Record):
         sets: bits per character by set.
         mean: over the new and old sets.
         best: whether no validation before it was as good.
+        forgotten: by set of an old language that is worse than the dense model, beyond its interval, the percent.
     """
 
     step: int
@@ -53,6 +54,7 @@ class ValidationRow(Record):
     sets: dict[str, float]
     mean: float
     best: bool
+    forgotten: dict[str, float] = {}
 
 
 class Best(Record):

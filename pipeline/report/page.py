@@ -35,7 +35,7 @@ def _render(data: RunData) -> str:
         data=data,
         sentence=summary.sentence(data),
         tiles=summary.tiles(data),
-        warnings=[line for manifest in data.manifests for line in manifest.figures.get("warnings", [])],
+        warnings=summary.warnings(data),
         results=summary.results(data.evaluation) if data.evaluation else None,
         not_evaluated=summary.NOT_EVALUATED,
         sections=sections,

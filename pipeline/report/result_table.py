@@ -11,10 +11,13 @@ def result_table(evaluation: Evaluation) -> str:
         "bits/char, lower is better; +- is a paired 95 % interval over documents",
         f"{'':6}{'':12}{'chars':>9}  " + "".join(f"{label:>9}" for label in labels) + f"{'change':>11}",
     ]
+    forgotten = evaluation.forgotten(last)
     for group in GROUPS:
         for name, entry in evaluation.sets.items():
             if entry.group == group:
-                lines.append(_row(name, entry, labels, last))
+                lines.append(_row(name, entry, labels, last) + ("  FORGOTTEN" if name in forgotten else ""))
+    if forgotten:
+        lines.append("FORGOTTEN: a language that the model knew takes more bits than before, beyond the interval")
     return "\n".join(lines)
 
 

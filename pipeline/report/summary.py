@@ -74,6 +74,17 @@ def _clause(noun: str, changes: dict[str, Change]) -> str:
     return f"the {noun} languages take {amount} ({each})"
 
 
+def warnings(data: RunData) -> list[str]:
+    """What steps have warned of, and what was forgotten."""
+    lines = [line for manifest in data.manifests for line in manifest.figures.get("warnings", [])]
+    for checkpoint in data.evaluation.checkpoints if data.evaluation else []:
+        worse = data.evaluation.forgotten(checkpoint) if data.evaluation else {}
+        if worse:
+            sets = ", ".join(f"{name} {signed(change.percent)}" for name, change in worse.items())
+            lines.append(f"{stage_label(checkpoint)} is worse than the dense model on languages that it knew: {sets}")
+    return lines
+
+
 def tiles(data: RunData) -> list[Tile]:
     """The headline's numbers; what is not known yet is left out."""
     result = []

@@ -1,7 +1,7 @@
 """TrainingState: a stage in training on one rank: its engine and samples, and how far it has come."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.checkpoint.verify import check_sound, weight_files
@@ -9,6 +9,7 @@ from pipeline.config.run import StageConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.stage import Stage
+from pipeline.records.evaluation import SetScore
 from pipeline.records.run_folder import INPUTS_FILE
 from pipeline.training.ds_config import BatchShape, batch_shape
 from pipeline.training.engine import build_engine
@@ -35,6 +36,7 @@ class TrainingState:
         best_value: the lowest mean of bits per character of any validation.
         best_tag: the checkpoint that it was measured on; empty if there is none.
         saved_tag: the newest checkpoint that was read or written; empty if there is none.
+        base_scores: by set of an old language, the dense model's scores; empty where they are not known.
     """
 
     inputs: StageInputs
@@ -49,6 +51,7 @@ class TrainingState:
     best_value: float = math.inf
     best_tag: str = ""
     saved_tag: str = ""
+    base_scores: dict[str, SetScore] = field(default_factory=dict)
 
     @classmethod
     def start(cls, inputs: StageInputs, ranks: Ranks) -> "TrainingState":

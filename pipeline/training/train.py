@@ -15,7 +15,7 @@ from pipeline.training.metrics import MetricsLog
 from pipeline.training.resume import Saves, resume
 from pipeline.training.state import TrainingState
 from pipeline.training.step import train_step
-from pipeline.training.validation import validate, validation_is_due
+from pipeline.training.validation import measure_base, validate, validation_is_due
 
 
 def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
@@ -32,6 +32,7 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
     state = TrainingState.start(inputs, ranks)
     if run.checkpoint.resume == "auto":
         resume(state)
+    measure_base(state)
     _say_start(state)
     log = MetricsLog.open(inputs.folder, state.engine.monitor, list(inputs.plan.moe_layers), state.step, ranks)
     saves = Saves(state)
@@ -47,26 +48,43 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
             bar.update(state.batch_tokens)
             if row.skipped:
                 state.say(f"step {state.step} skipped: {row.skipped}")
+            too_much_forgotten = ""
             if validation_is_due(run.validate_, state.step, settings.num_steps, state.batch_tokens):
-                _validate(state, log, saves)
+                too_much_forgotten = _validate(state, log, saves)
             last, too_many_skipped = state.step == settings.num_steps, state.skipped_steps.too_many()
             stopping, save_due = _any_rank(ranks, stop.requested, saves.due())
-            if save_due or stopping or last or too_many_skipped:
-                saves.save(must_be_written=stopping or last or too_many_skipped)
-            if too_many_skipped:
-                raise AgreedError(_skipped_steps_line(state, row))
+            must_be_written = stopping or last or too_many_skipped or bool(too_much_forgotten)
+            if save_due or must_be_written:
+                saves.save(must_be_written=must_be_written)
+            if too_many_skipped or too_much_forgotten:
+                raise AgreedError(too_much_forgotten or _skipped_steps_line(state, row))
             if stopping and not last:
                 state.say(f"stopped by a signal after {state.step} steps; run the same command again to resume")
                 return None
     return _figures(state, log, saves, time.monotonic() - started)
 
 
-def _validate(state: TrainingState, log: MetricsLog, saves: Saves) -> None:
-    """Score, and save and mark a checkpoint if it is the best so far."""
+def _validate(state: TrainingState, log: MetricsLog, saves: Saves) -> str:
+    """Score, and save and mark a checkpoint if it is the best so far.
+
+    Returns:
+        Why training has to stop; empty if it does not.
+    """
     row = validate(state)
     log.validation(row)
     if row.best and saves.save() and state.ranks.is_first:
         mark_best(state.inputs.folder, state.tag, row.mean)
+    if not row.forgotten:
+        return ""
+    worse = ", ".join(f"{name} {percent:+.1f} %" for name, percent in row.forgotten.items())
+    state.say(f"warning: after step {state.step} worse than the dense model, beyond the interval: {worse}")
+    limit = state.inputs.run.validate_.stop_if_forgetting
+    if limit is None or max(row.forgotten.values()) <= limit:
+        return ""
+    return (
+        f"stage {state.stage.number}: {worse} against the dense model, more than validate.stop_if_forgetting="
+        f"{limit:g}; stopped after step {state.step}, a checkpoint is saved. Lower lr, or raise the limit to resume"
+    )
 
 
 def _any_rank(ranks: Ranks, *flags: bool) -> list[bool]:

@@ -1,8 +1,14 @@
 """Validation during training: bits per character on the head of each held-out set."""
 
+from collections.abc import Iterable
+
+from common.files import content_key
 from pipeline.config.run import ValidateConfig
 from pipeline.evaluation.scoring import score_set
+from pipeline.records.evaluation import SetScore, ValidationBase
 from pipeline.records.metrics import ValidationRow
+from pipeline.records.run_folder import VALIDATION_BASE_FILE
+from pipeline.training.forgetting import forgotten, sets_of_old_languages
 from pipeline.training.state import TrainingState
 
 
@@ -14,11 +20,11 @@ def validation_is_due(settings: ValidateConfig, step: int, num_steps: int, batch
     return step == num_steps or (step % every == 0 and num_steps - step >= every / 2)
 
 
-def validate(state: TrainingState) -> ValidationRow:
-    """Score each set, and note in the state whether the mean over new and old sets is the best so far."""
+def score_heads(state: TrainingState, names: Iterable[str]) -> dict[str, SetScore]:
+    """Score the heads of some held-out sets."""
     run, model = state.inputs.run, state.engine.module
     model.eval()
-    sets = {
+    scores = {
         name: score_set(
             model,
             state.inputs.store,
@@ -26,13 +32,46 @@ def validate(state: TrainingState) -> ValidationRow:
             state.ranks,
             window=run.evaluate.window,
             max_tokens=run.validate_.max_tokens_per_set,
-        ).bits_per_character
-        for name in run.data.sets
+        )
+        for name in names
     }
     model.train()
-    trained_on = [sets[name] for name in (*run.data.new, *run.data.old)]
+    return scores
+
+
+def validate(state: TrainingState) -> ValidationRow:
+    """Score each set, and note in the state whether the mean over new and old sets is the best so far."""
+    data = state.inputs.run.data
+    scores = score_heads(state, data.sets)
+    sets = {name: score.bits_per_character for name, score in scores.items()}
+    trained_on = [sets[name] for name in (*data.new, *data.old)]
     mean = sum(trained_on) / len(trained_on)
     is_best = mean < state.best_value
     if is_best:
         state.best_value, state.best_tag = mean, state.tag
-    return ValidationRow(**state.progress, sets=sets, mean=mean, best=is_best)
+    return ValidationRow(
+        **state.progress, sets=sets, mean=mean, best=is_best, forgotten=forgotten(state.base_scores, scores)
+    )
+
+
+def measure_base(state: TrainingState) -> None:
+    """Note in the state how the untrained mixture, which is the dense model, scores the sets of old languages.
+
+    It is measured once for a run, before its first step, and kept in its folder. Where training began without, there
+    is nothing to compare with.
+    """
+    run, store = state.inputs.run, state.inputs.store
+    names = sets_of_old_languages(run.data)
+    if run.validate_.every_tokens is None or not names:
+        return
+    asked = [{name: store.keys[name] for name in names}, run.validate_.max_tokens_per_set, run.evaluate.window]
+    key, path = content_key([*asked, state.inputs.identity.model]), state.inputs.folder.parent / VALIDATION_BASE_FILE
+    known = ValidationBase.load_if_there(path)
+    if known is not None and known.key == key:
+        state.base_scores = known.sets
+    elif state.stage.starts_from is None and state.step == 0:
+        state.base_scores = score_heads(state, names)
+        if state.ranks.is_first:
+            ValidationBase(key=key, sets=state.base_scores).save(path)
+    else:
+        state.say("the dense model was not scored before training, so no validation says what is forgotten")
