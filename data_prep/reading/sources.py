@@ -7,10 +7,17 @@ from typing import Literal
 from common.errors import UserError
 from data_prep.config import SourceConfig
 
-Format = Literal["jsonl", "text", "lines", "parquet", "arrow", "hub"]
+Format = Literal["jsonl", "csv", "tsv", "text", "lines", "parquet", "arrow", "hub"]
 COMPRESSIONS = (".gz", ".zst")
-_FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".parquet": "parquet"}
-_SUFFIXES = {**_FORMATS, ".arrow": "arrow"}
+_SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 
 
 def compression_of(file: Path) -> str:
