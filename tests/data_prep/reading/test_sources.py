@@ -17,7 +17,7 @@ from common.files import write_json
 from data_prep.config import SourceConfig
 from data_prep.reading.documents import BadRows, Document, Reading, read_documents
 from data_prep.reading.file_splits import FileIndex, FileSplit, FileToIndex, index_file, pack
-from data_prep.reading.sources import source_files
+from data_prep.reading.sources import source_files, unread_line
 
 
 def splits_of(path: Path | str, slice_bytes: int = 1 << 20, **fields: Any) -> list[FileSplit]:
@@ -136,6 +136,26 @@ def test_a_folder_is_read_in_the_order_of_names_and_a_text_file_is_one_document(
     (tmp_path / "b.txt").write_text("two\nlines\n", encoding="utf-8-sig")
     (tmp_path / "notes.md").write_text("not text for training")
     assert read(tmp_path) == [("one", None, 1), ("δύο", None, 3), ("two\nlines\n", None, 1)]
+
+
+def test_files_of_an_unknown_format_in_a_folder_are_named_and_hidden_ones_and_those_of_datasets_are_not(
+    rows: Path, tmp_path: Path
+) -> None:
+    for name in (".notes", ".git/HEAD", "state.json", "dataset_info.json", "cache-1.arrow", "b.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert unread_line(str(tmp_path)) is None
+    for name in ("scan.pdf", "README.md", "more/notes.docx", "d.parquet.gz", "z"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    said = unread_line(str(tmp_path))
+    assert said is not None and "\n" not in said
+    assert said.startswith(
+        f"{tmp_path}: 5 files are not read (README.md, d.parquet.gz, more/notes.docx and 2 more): "
+        "their format is unknown; .jsonl, "
+    )
+    for path in (rows, tmp_path / "*.pdf", tmp_path / "nothing"):
+        assert unread_line(str(path)) is None
 
 
 def test_a_text_file_may_hold_a_document_a_line(tmp_path: Path) -> None:
