@@ -223,6 +223,11 @@ class DataConfig(Section):
             caps = [*entry.caps[1:], *(cap for source in entry.sources for cap in source.caps)]
             if any(cap is not None for cap in caps):
                 raise ValueError(f"watch.{name}: of a watch set, only max_documents of the whole set can be given")
+        for name, source in self.benchmarks.items():
+            if any(cap is not None for cap in source.caps):
+                raise ValueError(f"benchmarks.{name}: budgets are for training text; a benchmark is compared whole")
+            if source.weight is not None:
+                raise ValueError(f"benchmarks.{name}.weight: a benchmark is not trained on; leave its weight out")
         both = {s.language for s in self.old.values()} & {s.language for s in self.new.values()}
         if both:
             raise ValueError(f"language {sorted(both)[0]!r} is both old and new; keep it in one of the two")

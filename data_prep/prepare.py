@@ -16,7 +16,7 @@ from data_prep.filters import Filters
 from data_prep.make_plan import Planned, check_tokenizer, make_plan, plan_of
 from data_prep.phases.order import run_phases
 from data_prep.plan import Plan
-from data_prep.reading.sources import source_files
+from data_prep.reading.sources import source_files, unread_line
 from data_prep.statistics.summary import print_summary
 from data_prep.store import TokenStore
 from data_prep.work import Work, copies_record
@@ -111,6 +111,7 @@ def _work_out(planned: Planned, executor: PoolExecutor) -> bool:
             return False
         if executor.show:
             _say_fraction(plan)
+            _say_unread(plan)
         for one in plan.sets:
             if one.trains:
                 Filters(plan.data.filters, one.entry, one.name)  # an unknown language is named before any work is done
@@ -132,6 +133,15 @@ def _say_fraction(plan: Plan) -> None:
             f"data.held_out.max_megabytes={plan.data.held_out.max_megabytes} of text are held out",
             flush=True,
         )
+
+
+def _say_unread(plan: Plan) -> None:
+    """One line for each folder of the sets that are prepared, if it has files of an unknown format."""
+    sources = [source for one in plan.sets if one.is_written for source in one.entry.source_list]
+    for path in dict.fromkeys(source.path for source in sources if source.path is not None):
+        line = unread_line(path)
+        if line is not None:
+            print(f"tokens: {line}", flush=True)
 
 
 def _write_page(store: TokenStore, has_worked: bool) -> Path:

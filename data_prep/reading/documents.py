@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from common.errors import UserError
+from data_prep.reading.bad_row import BadRow, Fields
 from data_prep.reading.file_splits import FileSplit
-from data_prep.reading.rows import BadRow, Fields, read_rows
+from data_prep.reading.rows import read_rows
 
 EXAMPLES = 10  # places per slice that are kept of each kind of loss
 

@@ -1,9 +1,10 @@
 """A source's files cut into slices: what one task reads. Slices depend on files and settings only.
 
 A plain text file is cut into byte ranges (a row belongs to the range that its first byte lies in), a parquet file
-into runs of row groups, an arrow file into runs of record batches; a compressed file can be read from its start only,
-and is one split. Small neighbours share a slice. Each file is read once for its hash and for the row number at every
-cut, so that a task can name rows without reading what lies before.
+into runs of row groups, an arrow file into runs of record batches. A compressed file can be read from its start only,
+and so can a CSV file, whose quoted fields may hold line breaks: each is one split. Small neighbours share a slice.
+Each file is read once for its hash and for the row number at every cut, so that a task can name rows without reading
+what lies before.
 """
 
 import hashlib

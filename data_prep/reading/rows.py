@@ -10,23 +10,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from common.errors import UserError
+from data_prep.reading.bad_row import BadRow, Fields, Row, not_utf8, too_long
+from data_prep.reading.csv_rows import read_csv
 from data_prep.reading.file_splits import FileSplit, arrow_batches
 from data_prep.reading.hub import read_hub
 from data_prep.reading.sources import compression_of
 
 BATCH_ROWS = 256
-
-
-class BadRow(Exception):
-    """What is wrong with a row, and how to fix it. With `ends`, nothing after it in its file can be read."""
-
-    def __init__(self, problem: str, *, ends: bool = False) -> None:
-        super().__init__(problem)
-        self.ends = ends
-
-
-Fields = dict[str, Any]
-Row = tuple[int, Fields | BadRow]  # its number in the file, from 1, and its fields or what is wrong with it
 
 
 def read_rows(split: FileSplit, columns: list[str], text_field: str, max_bytes: int) -> Iterator[Row]:
@@ -55,8 +45,11 @@ def _rows(split: FileSplit, path: Path, columns: list[str], text_field: str, max
     elif split.format == "text":
         with _open(path) as stream:
             content = stream.read(max_bytes + 1)
-            too_long = len(content) > max_bytes
-            yield 1, _too_long(f"over {max_bytes:,}", max_bytes) if too_long else _text(content, text_field)
+            is_long = len(content) > max_bytes
+            yield 1, too_long(f"over {max_bytes:,}", max_bytes) if is_long else _text(content, text_field)
+    elif split.format in ("csv", "tsv"):
+        with _open(path) as stream:
+            yield from read_csv(stream, split.format, columns, max_bytes)
     else:
         read = _json if split.format == "jsonl" else _text
         with _open(path) as stream:
@@ -99,21 +92,17 @@ def _lines(
                 length += len(more)
             length += len(more)
             position += length - len(line)
-            yield row, _too_long(f"{length:,}", max_bytes)
+            yield row, too_long(f"{length:,}", max_bytes)
         else:
             yield row, line
         row += 1
-
-
-def _too_long(length: str, max_bytes: int) -> BadRow:
-    return BadRow(f"{length} bytes long, data.max_document_bytes is {max_bytes:,}; split the row or raise the setting")
 
 
 def _decode(content: bytes) -> str | BadRow:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8")
+        return not_utf8(error)
 
 
 def _json(line: bytes, text_field: str) -> Fields | BadRow:
@@ -167,4 +156,4 @@ def _one_row(batch: pa.RecordBatch, number: int) -> Fields | BadRow:
     try:
         return cast(Fields, batch.slice(number, 1).to_pylist()[0])
     except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8 ({error.reason} at byte {error.start}); convert it to UTF-8")
+        return not_utf8(error)

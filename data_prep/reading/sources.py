@@ -1,16 +1,25 @@
 """Where a set's text lies: a source's files, in a fixed order, and the format of each."""
 
 import glob
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 from common.errors import UserError
 from data_prep.config import SourceConfig
 
-Format = Literal["jsonl", "text", "lines", "parquet", "arrow", "hub"]
+Format = Literal["jsonl", "csv", "tsv", "text", "lines", "parquet", "arrow", "hub"]
 COMPRESSIONS = (".gz", ".zst")
-_FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".parquet": "parquet"}
-_SUFFIXES = {**_FORMATS, ".arrow": "arrow"}
+NAMES_SHOWN = 3  # of files that are not read
+_SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".txt": "text",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
 
 
 def compression_of(file: Path) -> str:
@@ -65,8 +74,31 @@ def _files_in(folder: Path) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise UserError(f"{folder}: a dataset of several splits; name one of them: {folder}/{{{','.join(splits)}}}")
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in _OF_A_DATASET)
-    found = sorted(file for file in files if format_of(file) and not file.name.startswith((".", "cache-")))
+    found = sorted(file for file in _listed(folder) if format_of(file))
     if not found:
         raise UserError(f"{folder}: no {known_formats()} file in this folder; name another path")
     return found
+
+
+def _listed(folder: Path) -> Iterator[Path]:
+    """Its files at any depth, but for hidden ones and those that `datasets` writes beside its own."""
+    for file in folder.rglob("*"):
+        if file.is_file() and file.name not in _OF_A_DATASET and not file.name.startswith((".", "cache-")):
+            yield file
+
+
+def unread_line(path: str) -> str | None:
+    """What to say of a source's files that are not read because their format is unknown; None where there are none.
+
+    Only a folder has such files: a path or glob that names one is an error.
+    """
+    folder = Path(path)
+    files = [file.relative_to(folder) for file in _listed(folder) if not format_of(file)] if folder.is_dir() else []
+    names = sorted(str(file) for file in files if not any(part.startswith(".") for part in file.parts))
+    if not names:
+        return None
+    shown = ", ".join(names[:NAMES_SHOWN])
+    if len(names) > NAMES_SHOWN:
+        shown += f" and {len(names) - NAMES_SHOWN:,} more"
+    what, why = ("1 file is", "its") if len(names) == 1 else (f"{len(names):,} files are", "their")
+    return f"{path}: {what} not read ({shown}): {why} format is unknown; {known_formats()} can be read"

@@ -212,8 +212,9 @@ def find_plan(run: RunConfig, num_layers: int) -> tuple[ExpertPlan, str]:
 
 def estimate(run: RunConfig, options: Any) -> int:
     """``python -m pipeline estimate``."""
-    ranks = options.ranks or run.parallel.ranks
-    ep_size = options.ep_size or (run.parallel.ep_size if ranks % run.parallel.ep_size == 0 else 1)
+    ranks = run.parallel.ranks if options.ranks is None else options.ranks
+    fitting = run.parallel.ep_size if ranks % run.parallel.ep_size == 0 else 1
+    ep_size = fitting if options.ep_size is None else options.ep_size
     torch.manual_seed(0)
     print(Estimate(run, ParallelDims.from_options(ranks, ep_size), options.device).text(options.tokens_per_second))
     return 0

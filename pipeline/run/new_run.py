@@ -15,8 +15,9 @@ from common.files import write_text
 from data_prep.config import DataConfig, ModelConfig, PreparationConfig, SetConfig
 from data_prep.make_plan import Planned
 from data_prep.prepare import plan_preparation
+from data_prep.reading.bad_row import BadRow
 from data_prep.reading.file_splits import FileSplit, arrow_batches
-from data_prep.reading.rows import BadRow, read_rows
+from data_prep.reading.rows import read_rows
 from data_prep.reading.sources import format_of, source_files
 from data_prep.sample import sample_documents
 from data_prep.slices_to_read import size_of
@@ -126,7 +127,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
             yield from batch.slice(0, SAMPLE_ROWS).to_pylist()
     else:
         split = FileSplit(str(file), kind, 0, file.stat().st_size, 1, 0)
-        for _, row in read_rows(split, [], "text", SAMPLE_BYTES):
+        for _, row in read_rows(split, ["text"], "text", SAMPLE_BYTES):
             if not isinstance(row, BadRow):
                 yield row
 

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from common.errors import BusyError
+from common.errors import BusyError, UserError
 from common.locks import SECONDS_BETWEEN_TRIES, Heart, Holder, LockFile
 
 EXIT_LOST_LOCK = 77
@@ -20,6 +20,7 @@ class RunLock:
 
     Raises:
         BusyError: another process holds it; says which, where and since when.
+        UserError: the folder can't be made.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,6 +52,11 @@ class RunLock:
             self._lock.release()
 
     def _take(self) -> None:
+        folder = self._lock.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: can't be made ({error.strerror}); change output_dir or name") from error
         while (state := self._lock.take()) != "mine":
             holder = self._lock.holder()
             if state == "alive" and holder is not None:

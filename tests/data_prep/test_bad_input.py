@@ -43,6 +43,19 @@ def jsonl(bad: bytes) -> Callable[[Path], Path]:
     return write
 
 
+def table(bad: bytes, kind: str = "csv") -> Callable[[Path], Path]:
+    """The same with a column of numbers, in CSV or TSV."""
+
+    def write(folder: Path) -> Path:
+        path = folder / f"el.{kind}"
+        mark = b"\t" if kind == "tsv" else b","
+        rows = [text.encode() + mark + b"%d\n" % number for number, text in enumerate(GOOD)]
+        path.write_bytes(b"text" + mark + b"n\n" + b"".join([*rows[:20], bad, *rows[20:]]))
+        return path
+
+    return write
+
+
 def truncated(suffix: str) -> Callable[[Path], Path]:
     """A compressed file that breaks off in the middle: the text repeats nothing, so that much of it is lost."""
 
@@ -94,6 +107,18 @@ ROWS: list[tuple[str, Callable[[Path], Path], list[str], int]] = [
     ("a single line of 50 MB", jsonl(b'{"text": "' + b"x" * 50_000_000 + b'"}\n'), ["row 21", "50,000,013 bytes long", "data.max_document_bytes"], 1),
     ("truncated gzip", truncated(".gz"), ["el.jsonl.gz, row ", "can't be read from here on"], 1),
     ("truncated zst", truncated(".zst"), ["el.jsonl.zst, row ", "can't be read from here on"], 1),
+    ("a CSV row with a field too many", table(b"a, b,1\n"), ["el.csv, row 21", "3 fields, the header has 2"], 1),
+    ("a CSV row with a field too few", table(b"a\n"), ["el.csv, row 21", "1 field, the header has 2"], 1),
+    ("CSV text that is not UTF-8", table(b'"two\nlines \xff",1\n'), ["el.csv, row 21", "not UTF-8", "at byte 11"], 1),
+    ("a CSV NUL", table(b"a\x00b,1\n"), ["el.csv, row 21", "NUL character, the 2."], 1),
+    ("a CSV field of 50 MB", table(b"x" * 50_000_000 + b",1\n"), ["el.csv, row 21", "50,000,003 bytes long", "data.max_document_bytes"], 1),
+    ("a CSV field of 24 MB in short lines", table(b'"' + b'a ""quote""\n' * 2_000_000 + b'",1\n'), ["el.csv, row 21", "24,000,005 bytes long", "data.max_document_bytes"], 1),
+    ("a CSV quote that is not doubled", table(b'"a" b,1\n'), ["el.csv, row 21", "not CSV (',' expected after '\"')", "fix how its fields are quoted"], 1),
+    ("a carriage return in CSV", table(b"a\rb,1\n"), ["el.csv, row 21", "not CSV (new-line character seen in unquoted field)"], 1),
+    ("a TSV quote that is not doubled", table(b'"a" b\t1\n', "tsv"), ["el.tsv, row 21", "not CSV ('\\t' expected after '\"')"], 1),
+    ("a CSV column that is missing", lambda folder: (folder / "el.csv").write_bytes(b"content,n\n" + b"x,1\n" * 40) and folder / "el.csv", ["el.csv, row 1", "no text field 'text'", "it has content, n"], 40),
+    ("a CSV column that is named twice", lambda folder: (folder / "el.csv").write_bytes(b"text,text\nx,y\n") and folder / "el.csv", ["el.csv, row 1", "because of the header: two columns are named 'text'"], 1),
+    ("CSV in UTF-16", lambda folder: (folder / "el.csv").write_bytes("text,n\nx,1\n".encode("utf-16")) and folder / "el.csv", ["el.csv, row 1", "because of the header: not UTF-8"], 1),
     ("no parquet file at all", lambda folder: (folder / "el.parquet").write_bytes(b"PAR1xxxxPAR1") and folder / "el.parquet", ["el.parquet, row 1", "can't be read"], 1),
     ("truncated parquet", parquet(GOOD, cut=20), ["el.parquet, row 1", "can't be read from here on"], 1),
     ("a parquet column that is missing", parquet(GOOD, field="content"), ["el.parquet, row 1", "no text field 'text'", "it has content"], 40),

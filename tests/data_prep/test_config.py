@@ -37,6 +37,18 @@ def test_preparation_reads_its_part_of_a_run_and_leaves_the_rest_alone(tmp_path:
             {"data": {**TREE["data"], "bad_rows": "x"}},
             "data.bad_rows: 'x' is not allowed; it should be 'stop' or 'skip'",
         ),
+        (
+            {"data": {**TREE["data"], "benchmarks": {"quiz": {"path": "quiz.jsonl", "max_documents": 5}}}},
+            "data: benchmarks.quiz: budgets are for training text; a benchmark is compared whole",
+        ),
+        (
+            {"data": {**TREE["data"], "benchmarks": {"quiz": {"path": "quiz.jsonl", "max_characters": 5}}}},
+            "data: benchmarks.quiz: budgets are for training text; a benchmark is compared whole",
+        ),
+        (
+            {"data": {**TREE["data"], "benchmarks": {"quiz": {"path": "quiz.jsonl", "weight": 2}}}},
+            "data: benchmarks.quiz.weight: a benchmark is not trained on; leave its weight out",
+        ),
         ({"seed": -1}, "seed: -1 is not allowed; it should be greater than or equal to 0"),
         ({"model": {}}, "model.path: missing; add it"),
     ],

@@ -10,6 +10,7 @@ import pytest
 from common.errors import UserError
 from data_prep.store import TokenSet
 from tests.helpers.preparation import changed, prepare, set_folders
+from tests.helpers.preparation_jobs import Job, write_preparation_run
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,22 @@ def test_the_command_tokenizes_a_run_and_turns_a_mistake_into_one_line(
     assert failed.returncode == 2
     assert failed.stderr.strip().count("\n") == 0
     assert "el.jsonl, row 1: no text field 'content'" in failed.stderr
+
+
+@pytest.mark.parametrize(("backend", "ranks"), [("local", 2), ("mpi", 2)])
+def test_files_of_a_folder_that_are_not_read_are_named_once_where_its_set_is_prepared(
+    backend: str, ranks: int, tmp_path: Path
+) -> None:
+    folder = tmp_path / "el"
+    run = write_preparation_run(tmp_path, documents=60, new={"el": {"path": str(folder)}})
+    folder.mkdir()
+    (tmp_path / "el.jsonl").rename(folder / "el.jsonl")
+    (folder / "notes.docx").write_bytes(b"x")
+    assert set(Job(run, backend, ranks).wait()) == {0}, (tmp_path / "log.txt").read_text()
+    said = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "not read" in line]
+    assert said == [
+        f"tokens: {folder}: 1 file is not read (notes.docx): its format is unknown; "
+        ".jsonl, .json, .csv, .tsv, .txt, .parquet or .arrow can be read"
+    ]
+    assert set(Job(run, backend, ranks).wait()) == {0}
+    assert (tmp_path / "log.txt").read_text().count("not read") == 1

@@ -108,7 +108,7 @@ def test_a_dataset_that_is_nowhere_is_named(save_tokenizer: Any, tmp_path: Path)
 
 def test_a_missing_field_of_a_dataset_is_named(save_tokenizer: Any, tmp_path: Path) -> None:
     folder = write_repository(tmp_path / "repo")
-    with pytest.raises(UserError, match=r":el:train#0, row 1: no text field 'content'"):
+    with pytest.raises(UserError, match=r":el:train#\d, row 1: no text field 'content'"):
         prepare(data_of(str(folder), text_field="content"), save_tokenizer(), 300, tmp_path / "cache", seed=17)
 
 

@@ -1,6 +1,8 @@
 """Files to documents, in every format. Run: pytest tests/data_prep/reading/test_sources.py"""
 
+import csv
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from common.files import write_json
 from data_prep.config import SourceConfig
 from data_prep.reading.documents import BadRows, Document, Reading, read_documents
 from data_prep.reading.file_splits import FileIndex, FileSplit, FileToIndex, index_file, pack
-from data_prep.reading.sources import source_files
+from data_prep.reading.sources import source_files, unread_line
 
 
 def splits_of(path: Path | str, slice_bytes: int = 1 << 20, **fields: Any) -> list[FileSplit]:
@@ -64,11 +66,18 @@ def write_many(folder: Path, kind: str) -> Path:
     elif kind == ".jsonl.zst":
         half = len(lines) // 2  # two frames, as parallel compressors write
         path.write_bytes(b"".join(zstandard.compress(part) for part in (lines[:half], lines[half:])))
+    elif kind in (".csv", ".tsv", ".csv.gz", ".tsv.zst"):
+        out = io.StringIO()
+        writer = csv.DictWriter(out, list(MANY[0]), delimiter="," if ".csv" in kind else "\t")
+        writer.writeheader()
+        writer.writerows(MANY)
+        compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get(path.suffix, bytes)
+        path.write_bytes(compress(out.getvalue().encode()))
     elif kind == ".parquet":
         pq.write_table(table, path, row_group_size=17)
     elif kind == ".arrow":
-        with pa.ipc.new_file(str(path), table.schema) as writer:
-            writer.write_table(table, max_chunksize=13)
+        with pa.ipc.new_file(str(path), table.schema) as arrow:
+            arrow.write_table(table, max_chunksize=13)
     else:
         from datasets import Dataset
 
@@ -76,7 +85,9 @@ def write_many(folder: Path, kind: str) -> Path:
     return path
 
 
-KINDS = [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".saved"]
+KINDS = [
+    ".jsonl", ".jsonl.gz", ".jsonl.zst", ".csv", ".csv.gz", ".tsv", ".tsv.zst", ".parquet", ".arrow", ".saved"
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -91,7 +102,8 @@ def test_every_format_gives_every_row_once_with_its_number_however_it_is_sliced(
 
 
 @pytest.mark.parametrize(
-    ("kind", "several"), [(".jsonl", True), (".parquet", True), (".arrow", True), (".jsonl.gz", False)]
+    ("kind", "several"),
+    [(".jsonl", True), (".parquet", True), (".arrow", True), (".jsonl.gz", False), (".csv", False)],
 )
 def test_what_can_be_read_in_parts_is_cut(tmp_path: Path, kind: str, several: bool) -> None:
     splits = splits_of(write_many(tmp_path / "x", kind), 2000)
@@ -124,6 +136,26 @@ def test_a_folder_is_read_in_the_order_of_names_and_a_text_file_is_one_document(
     (tmp_path / "b.txt").write_text("two\nlines\n", encoding="utf-8-sig")
     (tmp_path / "notes.md").write_text("not text for training")
     assert read(tmp_path) == [("one", None, 1), ("δύο", None, 3), ("two\nlines\n", None, 1)]
+
+
+def test_files_of_an_unknown_format_in_a_folder_are_named_and_hidden_ones_and_those_of_datasets_are_not(
+    rows: Path, tmp_path: Path
+) -> None:
+    for name in (".notes", ".git/HEAD", "state.json", "dataset_info.json", "cache-1.arrow", "b.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert unread_line(str(tmp_path)) is None
+    for name in ("scan.pdf", "README.md", "more/notes.docx", "d.parquet.gz", "z"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    said = unread_line(str(tmp_path))
+    assert said is not None and "\n" not in said
+    assert said.startswith(
+        f"{tmp_path}: 5 files are not read (README.md, d.parquet.gz, more/notes.docx and 2 more): "
+        "their format is unknown; .jsonl, "
+    )
+    for path in (rows, tmp_path / "*.pdf", tmp_path / "nothing"):
+        assert unread_line(str(path)) is None
 
 
 def test_a_text_file_may_hold_a_document_a_line(tmp_path: Path) -> None:
@@ -162,7 +194,7 @@ def test_a_path_that_is_not_there_empty_or_unknown_is_named(tmp_path: Path) -> N
         read(tmp_path / "nothing.jsonl")
     with pytest.raises(UserError, match=r"no \.jsonl, .* file in this folder"):
         read(tmp_path)
-    for name, content, error in (("a.jsonl", b"", "empty"), ("a.csv", b"x", "unknown format")):
+    for name, content, error in (("a.jsonl", b"", "empty"), ("a.docx", b"x", "unknown format")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=rf"{name}: {error}"):
             read(tmp_path / name)
