@@ -36,15 +36,14 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
     log = MetricsLog.open(inputs.folder, state.engine.monitor, list(inputs.plan.moe_layers), state.step, ranks)
     saves = Saves(state)
     total = settings.num_steps * state.batch_tokens
-    bar = progress(total, f"stage {inputs.stage.number}", "token", show=ranks.is_first)
+    before = state.step * state.batch_tokens
+    bar = progress(total, f"stage {inputs.stage.number}", "token", show=ranks.is_first, initial=before)
     with StopRequest() as stop, bar:
-        bar.update(state.step * state.batch_tokens)
         while state.step < settings.num_steps:
             state.at(f"step {state.step + 1}")
-            row = train_step(state)
+            row = train_step(state, bar.update)
             log.step(row)
             bar.set_postfix_str(_short(row), refresh=False)
-            bar.update(state.batch_tokens)
             if row.skipped:
                 state.say(f"step {state.step} skipped: {row.skipped}")
             if validation_is_due(run.validate_, state.step, settings.num_steps, state.batch_tokens):
