@@ -90,7 +90,8 @@ def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> Ranks:
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # collectives have new names
+    # DeepSpeed calls collectives by names that torch has since replaced.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning, "torch")
     # Its JIT build takes a minute, and a build that is killed leaves a lock on which later runs hang.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not under_launcher():
