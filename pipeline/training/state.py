@@ -1,6 +1,7 @@
 """TrainingState: a stage in training on one rank: its engine and samples, and how far it has come."""
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,8 @@ class TrainingState:
         best_value: the lowest mean of bits per character of any validation.
         best_tag: the checkpoint that it was measured on; empty if there is none.
         saved_tag: the newest checkpoint that was read or written; empty if there is none.
+        step_started: when the step that is being taken began, by time.monotonic().
+        step_seconds: how long the last step took; None before the first.
     """
 
     inputs: StageInputs
@@ -48,6 +51,8 @@ class TrainingState:
     best_value: float = math.inf
     best_tag: str = ""
     saved_tag: str = ""
+    step_started: float = 0.0
+    step_seconds: float | None = None
 
     @classmethod
     def start(cls, inputs: StageInputs, ranks: Ranks) -> "TrainingState":
@@ -92,6 +97,13 @@ class TrainingState:
     def tag(self) -> str:
         """The name of a checkpoint taken now."""
         return f"step{self.step:06d}"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the step ends that is being taken, if it takes as long as the last; None before the first."""
+        if self.step_seconds is None:
+            return None
+        return max(0.0, self.step_started + self.step_seconds - time.monotonic())
 
     def say(self, text: str) -> None:
         """Print a line about this stage, on rank 0."""

@@ -25,7 +25,7 @@ def train_step(state: TrainingState, advance: Callable[[int], object] = lambda _
     Returns:
         Its row of metrics, the same on all ranks except for times and memory.
     """
-    started = time.monotonic()
+    state.step_started = time.monotonic()
     _seed(state)
     batch = _global_batch(state)
     sums = StepSums([source.name for source in state.order.sources], state.inputs.plan, state.ranks.device)
@@ -38,7 +38,7 @@ def train_step(state: TrainingState, advance: Callable[[int], object] = lambda _
     learning_rate = state.engine.get_lr()[0]
     grad_norm, skipped = _optimizer_step(state, sum(figures["loss"].values()))
     state.step += 1
-    seconds = time.monotonic() - started
+    state.step_seconds = seconds = time.monotonic() - state.step_started
     return StepRow(
         **state.progress,
         **figures,
