@@ -1,9 +1,11 @@
 """Exceptions that become one line for the user, and how they do."""
 
+import signal
 import sys
 from collections.abc import Callable
 
 EXIT_CODE = 2
+EXIT_INTERRUPTED = 130  # a shell's code for a program that Ctrl-C ended
 
 
 class UserError(Exception):
@@ -28,9 +30,23 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 
 def exit_on_user_error(main: Callable[[], int]) -> int:
-    """Run ``main``; a :class:`UserError` becomes one line on stderr and exit code 2."""
+    """Run ``main``; a :class:`UserError` becomes one line on stderr and exit code 2, Ctrl-C one and 130."""
     try:
         return main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_CODE
+    except KeyboardInterrupt:
+        return interrupted()
+
+
+def interrupted() -> int:
+    """Say in one line that Ctrl-C ended the program, and return the exit code; another one ends it at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    say_ended("SIGINT")
+    return EXIT_INTERRUPTED
+
+
+def say_ended(by: str) -> None:
+    """Print a line on stderr: the work ended before it was done, by a signal."""
+    print(f"ended by {by}; the same command resumes from what is complete", file=sys.stderr, flush=True)

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 
 if multiprocessing.parent_process() is None:  # a spawned helper process reads train.sh again: nothing to do there
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of training, Ctrl-C just ends a rank
     # ROOT replaces launch/ on the path, where Python put it.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     from pipeline.cli.arguments import RUN_VERBS

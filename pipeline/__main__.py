@@ -2,7 +2,10 @@
 
 import sys
 
-from pipeline.cli.main import command_line
+try:
+    from pipeline.cli.main import command_line
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(command_line())

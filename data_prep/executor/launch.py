@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor as Pool
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Literal, cast
 
 from common.errors import UserError
@@ -76,6 +76,10 @@ def _local(workers: int) -> Iterator[PoolExecutor]:
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_begin_worker, initargs=(os.getpid(),))
     try:
         yield PoolExecutor(pool, workers)
+    except KeyboardInterrupt:
+        for worker in active_children():
+            worker.kill()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -8,10 +8,12 @@ order, or whether it was begun before. The three ways differ in who waits for wh
 import errno
 import os
 import resource
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures import Executor as Pool
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -171,7 +173,8 @@ class PoolExecutor:
         ahead = self.num_workers if self.claim else 2 * self.num_workers
         try:
             for task in tasks:
-                running.add(self.pool.submit(do_task, phase.call(task)))
+                with _interrupts_blocked():  # the pool starts workers as tasks come
+                    running.add(self.pool.submit(do_task, phase.call(task)))
                 if len(running) >= ahead:
                     finished, running = wait(running, return_when=FIRST_COMPLETED)
                     yield from (future.result() for future in finished)
@@ -186,6 +189,16 @@ class PoolExecutor:
         finally:
             for future in running:
                 future.cancel()
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Block Ctrl-C for a moment, and for good in the processes that are started meanwhile: this one ends them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _weight(phase: Phase, task: int) -> int:

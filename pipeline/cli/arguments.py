@@ -94,7 +94,9 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _submit_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="show the batch scripts, submit nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the sbatch lines and their scripts, submit nothing"
+    )
     parser.add_argument("--until", choices=JOBS, default=JOBS[-1], help="submit up to this one")
 
 

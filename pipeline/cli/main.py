@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from common.errors import EXIT_CODE, AgreedError, BusyError, OwnError, UserError
+from common.errors import EXIT_CODE, AgreedError, BusyError, OwnError, UserError, interrupted
 from common.launch_environment import become_rank, is_first_rank, listen_early, set_variables
 from pipeline.cli.arguments import CHECKPOINT_VERBS, NEW, RUN_VERBS, parse
 from pipeline.config.load import load_run
@@ -197,6 +197,8 @@ def main(arguments: list[str]) -> int:
 def command_line(*, launched: bool = False) -> int:
     """:func:`main`, with a user's mistake as one line and exit code 2: once, where all ranks see the same.
 
+    Ctrl-C is one line and exit code 130; ranks see to it themselves, see :mod:`pipeline.distributed.stop_request`.
+
     Args:
         launched: whether a launcher may have made this process a rank.
     """
@@ -214,6 +216,8 @@ def command_line(*, launched: bool = False) -> int:
             if "STEP_ERROR" in os.environ and not isinstance(error, BusyError):
                 Path(os.environ["STEP_ERROR"]).write_text(f"{line}\n", encoding="utf-8")
         return EXIT_CODE
+    except KeyboardInterrupt:
+        return interrupted()
     except RuntimeError as error:
         if not _has_joined() or not any(word in str(error) for word in LOST_PEER):
             raise

@@ -19,8 +19,11 @@ class Job:
 
     @property
     def config(self) -> JobConfig:
-        """What it asks of SLURM."""
-        return self.run.cluster.job(self.name)
+        """What it asks of SLURM. Without GPUs, the run's ranks are spread over its nodes."""
+        config = self.run.cluster.job(self.name)
+        if config.gpus_per_node or config.ranks_per_node:
+            return config
+        return config.model_copy(update={"ranks_per_node": -(-self.run.parallel.ranks // config.nodes)})
 
     @property
     def steps(self) -> list[Step]:

@@ -55,8 +55,13 @@ def rank_command(job: Job) -> str:
     return shlex.join([*words, "bash", str(ROOT / "launch" / "run.sh"), "train.sh", *job.arguments])
 
 
+def script_path(job: Job, attempt: int = 0) -> Path:
+    """Where the script lies, beside the run; further jobs of a chain have their number in the name."""
+    return job.script if not attempt else job.script.with_suffix(f".{attempt}.sh")
+
+
 def write_script(job: Job, attempt: int = 0) -> Path:
-    """Write the script beside the run; further jobs of a chain have their number in the name."""
-    path = job.script if not attempt else job.script.with_suffix(f".{attempt}.sh")
+    """Write the script; returns its path."""
+    path = script_path(job, attempt)
     write_text(path, batch_script(job, attempt))
     return path

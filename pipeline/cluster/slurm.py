@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
 from common.errors import UserError
 
@@ -29,13 +30,18 @@ def is_here() -> bool:
     return shutil.which("sbatch") is not None and shutil.which("squeue") is not None
 
 
-def submit(options: list[str], script: str) -> str:
+def sbatch_command(options: list[str], script: Path) -> list[str]:
+    """What submits a batch script."""
+    return ["sbatch", "--parsable", *options, str(script)]
+
+
+def submit(options: list[str], script: Path) -> str:
     """Hand a batch script over; returns the job's number.
 
     Raises:
         UserError: SLURM refuses it; the line holds its words.
     """
-    done = subprocess.run(["sbatch", "--parsable", *options, script], capture_output=True, text=True, check=False)
+    done = subprocess.run(sbatch_command(options, script), capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(f"{script}: sbatch refuses it: {_one_line(done.stderr)}; change the run's cluster section")
     return done.stdout.strip().split(";")[0]

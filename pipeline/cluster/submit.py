@@ -1,11 +1,12 @@
 """A run's jobs to SLURM, each waiting for the one before it."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping
 
 from common.errors import UserError
 from pipeline.cluster import slurm
 from pipeline.cluster.jobs import Job, jobs_of
-from pipeline.cluster.script import batch_script, write_script
+from pipeline.cluster.script import batch_script, script_path, write_script
 from pipeline.cluster.submitted import active_states, read_submitted, write_submitted
 from pipeline.config.cluster import JOBS
 from pipeline.config.run import RunConfig
@@ -21,21 +22,18 @@ def submit_run(context: RunContext, *, until: str, dry_run: bool) -> None:
         UserError: a step was done with other inputs, ranks do not fit, or SLURM refuses a job.
     """
     run = context.run
-    done = jobs_done(context)
+    submitted = read_submitted(run)
+    active = active_states(submitted) if slurm.is_here() else {}
+    done = jobs_done(context)  # asked after what is active: a job that ends meanwhile is one or the other
     wanted = JOBS[: JOBS.index(until) + 1]
     jobs = [job for job in jobs_of(run) if job.name in wanted and job.name not in done]
     _check(context, jobs)
     for name in done:
         print(f"{name}: done, not submitted", flush=True)
-    if dry_run:
-        for job in jobs:
-            print(f"--- {job.script}\n{batch_script(job)}", flush=True)
-        return
-    if jobs and not slurm.is_here():
+    if jobs and not dry_run and not slurm.is_here():
         raise UserError("sbatch: not found; submit on a host with SLURM's commands, or look with --dry-run")
-    submitted = read_submitted(run)
-    active = active_states(submitted)
-    _write_run(run, active)
+    if not dry_run:
+        _write_run(run, active)
     before: list[str] = []
     for job in jobs:
         known = submitted.get(job.name, [])
@@ -43,17 +41,23 @@ def submit_run(context: RunContext, *, until: str, dry_run: bool) -> None:
             print(f"{job.name}: is submitted already, job {' '.join(known)}", flush=True)
             before = known
             continue
-        before = _submit_job(job, before)
-        submitted[job.name] = before
-        write_submitted(run, submitted)
-        print(f"{job.name}: job {' '.join(before)}   log {job.log}", flush=True)
-    print(f"see: python -m pipeline status {context.folder.run_file}", flush=True)
+        before = _hand_over(job, before, _show if dry_run else _submit)
+        if not dry_run:
+            submitted[job.name] = before
+            write_submitted(run, submitted)
+            print(f"{job.name}: job {' '.join(before)}   log {job.log}", flush=True)
+    if not dry_run:
+        print(f"see: python -m pipeline status {context.folder.run_file}", flush=True)
 
 
-def _submit_job(job: Job, before: list[str]) -> list[str]:
-    """Submit a job, or the chain of jobs that stands for it; they start when one of ``before`` has ended well."""
-    job.error.unlink(missing_ok=True)
-    job.events.unlink(missing_ok=True)
+def _hand_over(job: Job, before: list[str], submit: Callable[[Job, int, list[str]], str]) -> list[str]:
+    """Submit a job, or the chain of jobs that stands for it; they start when one of ``before`` has ended well.
+
+    Args:
+        job: which.
+        before: the numbers of the jobs before it.
+        submit: is given the job, its place in the chain and sbatch's options, and returns its number.
+    """
     numbers: list[str] = []
     cluster = job.run.cluster
     for attempt in range(1 + (cluster.max_restarts if cluster.restart == "chain" else 0)):
@@ -63,11 +67,26 @@ def _submit_job(job: Job, before: list[str]) -> list[str]:
         conditions += ["?".join(f"afterok:{number}" for number in before)] if before and not numbers else []
         options = [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"] if conditions else []
         try:
-            numbers.append(slurm.submit(options, str(write_script(job, attempt))))
+            numbers.append(submit(job, attempt, options))
         except UserError:
             slurm.cancel(numbers)
             raise
     return numbers
+
+
+def _submit(job: Job, attempt: int, options: list[str]) -> str:
+    """Write a script and hand it to SLURM; its number."""
+    if attempt == 0:
+        job.error.unlink(missing_ok=True)
+        job.events.unlink(missing_ok=True)
+    return slurm.submit(options, write_script(job, attempt))
+
+
+def _show(job: Job, attempt: int, options: list[str]) -> str:
+    """Print what :func:`_submit` would do; what stands for the number that SLURM would give."""
+    script = script_path(job, attempt)
+    print(f"--- {shlex.join(slurm.sbatch_command(options, script))}\n{batch_script(job, attempt)}", flush=True)
+    return f"JOB_OF_{script.stem}"
 
 
 def _write_run(run: RunConfig, active: Mapping[str, object]) -> None:

@@ -15,10 +15,10 @@ _TIME = re.compile(r"^(\d+-)?\d+(:\d+){0,2}$")
 class JobConfig(Section):
     """What one job asks SLURM for. SLURM decides whatever has no value here.
 
-    ``ranks_per_node`` is by default the number of GPUs, or 1 without any. ``time`` is in SLURM's form: minutes,
-    hours:minutes:seconds or days-hours. ``sbatch`` are further options of sbatch. ``setup`` are shell lines that run
-    before the step, such as module load. With ``image`` the step runs inside that Apptainer image, with
-    ``image_options``.
+    ``ranks_per_node`` is by default the number of GPUs; without any, training and evaluation spread
+    ``parallel.ranks`` over the nodes. ``time`` is in SLURM's form: minutes, hours:minutes:seconds or days-hours.
+    ``sbatch`` are further options of sbatch. ``setup`` are shell lines that run before the step, such as module load.
+    With ``image`` the step runs inside that Apptainer image, with ``image_options``.
     """
 
     partition: str | None = None

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 import psutil
 
-from common.errors import EXIT_CODE
+from common.errors import EXIT_CODE, say_ended
 from common.hosts import free_port
 from pipeline.distributed.process_group import device_type
 
@@ -33,7 +34,7 @@ def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -
     """
     command = [
         str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks),
-        "--master_port", str(free_port()), "--log_level", "error", str(ROOT / "launch" / entry), *arguments,
+        "--master_port", str(free_port()), "--log_level", "critical", str(ROOT / "launch" / entry), *arguments,
     ]  # fmt: skip
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     environment = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": device_type(), **os.environ}
@@ -44,8 +45,8 @@ def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -
 def _wait(command: list[str], environment: dict[str, str]) -> None:
     """Run a command to its end.
 
-    A signal to stop, Ctrl-C too, is passed to the ranks, which save and end; DeepSpeed's launchers would leave them
-    running or kill them. A second signal ends everything at once.
+    A signal to stop, Ctrl-C too, is passed to the ranks: those in training save and end, others just end. DeepSpeed's
+    launchers would leave them running or kill them. A second signal, or one that finds no ranks, kills everything.
     """
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     received: list[int] = []
@@ -53,11 +54,11 @@ def _wait(command: list[str], environment: dict[str, str]) -> None:
     def stop(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         ranks = _ranks_below(process.pid)
-        if len(received) == 1 and ranks:
+        with suppress(psutil.Error, ProcessLookupError):  # some may have ended just now
+            if len(received) > 1 or not ranks:
+                os.killpg(process.pid, signal.SIGKILL)
             for rank in ranks:
-                rank.terminate()
-        else:
-            os.killpg(process.pid, signal.SIGTERM)
+                rank.terminate()  # also while Python starts, where SIGINT is a traceback
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -65,13 +66,24 @@ def _wait(command: list[str], environment: dict[str, str]) -> None:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if received and not code:
-        print(f"stopped by {signal.Signals(received[0]).name}; the same command resumes from there", flush=True)
-        raise SystemExit(0)
+    if received:
+        _end_stopped(code, received[0])
     if code and code != EXIT_CODE:  # for bad input one line has been printed already
         print(f"error: {' '.join(command)}: ended with code {code}; see above for why", file=sys.stderr, flush=True)
     if code:
         raise SystemExit(code if code > 0 else 128 - code)  # a shell's code for a signal
+
+
+def _end_stopped(code: int, number: int) -> None:
+    """End this process as a signal's number asked for; return if the command ended for another reason."""
+    name = signal.Signals(number).name
+    if code == 0:
+        print(f"stopped by {name}; the same command resumes from there", flush=True)
+        raise SystemExit(0)
+    # Killed above, or a rank that was not in training: DeepSpeed's launchers end with the rank's code.
+    if code in (-signal.SIGKILL, 256 - signal.SIGTERM):
+        say_ended(name)
+        raise SystemExit(128 + number)
 
 
 def _ranks_below(pid: int) -> list[psutil.Process]:

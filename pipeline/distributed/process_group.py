@@ -3,17 +3,14 @@
 import datetime
 import os
 import resource
-import signal
 import sys
 import warnings
 from dataclasses import dataclass
-from types import FrameType
 
 import torch
 import torch.distributed
 
 from common.hosts import free_port
-from common.launch_environment import EARLY_SIGNALS
 from pipeline.distributed.watchdog import Watchdog
 
 DEFAULT_TIMEOUT_MINUTES = 30.0
@@ -39,6 +36,11 @@ class Ranks:
         """Tell the watchdog how far this rank has come."""
         if self.watchdog is not None:
             self.watchdog.at(where)
+
+    def stopping(self) -> None:
+        """Tell the watchdog that this rank is about to save and end."""
+        if self.watchdog is not None:
+            self.watchdog.stopping()
 
     @property
     def is_first(self) -> bool:
@@ -90,7 +92,8 @@ def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> Ranks:
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")  # collectives have new names
+    # DeepSpeed calls collectives by names that torch has since replaced.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning, "torch")
     # Its JIT build takes a minute, and a build that is killed leaves a lock on which later runs hang.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not under_launcher():
@@ -128,25 +131,3 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-class StopRequest:
-    """Notes SIGTERM and SIGUSR1, which ask a run to save and end after its step, while its block runs.
-
-    Attributes:
-        requested: whether such a signal has come, since the process started.
-    """
-
-    def __init__(self) -> None:
-        self.requested = bool(EARLY_SIGNALS)
-
-    def __enter__(self) -> "StopRequest":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
-        self.requested = True

@@ -38,6 +38,10 @@ class Watchdog:
         """Stop watching: the rank is done."""
         self._done.set()
 
+    def stopping(self) -> None:
+        """Note that the rank is asked to save and end: its launcher, asked too, may be gone before it."""
+        self._launchers = []
+
     def at(self, where: str) -> None:
         """Note that the rank has come this far, and count its time from 0."""
         self._where, self._since = where, time.monotonic()

@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from contextlib import redirect_stdout
 from typing import Any
 
@@ -57,6 +58,8 @@ def _load_model(inputs: StageInputs, dims: ParallelDims, ds_config: dict[str, An
     stage.train_only(model)
     model.train()
     if stage.settings.activation_checkpointing:
+        # Its new name is not in every transformers that works.
+        warnings.filterwarnings("ignore", "`gradient_checkpointing_enable`", FutureWarning, "transformers")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
 

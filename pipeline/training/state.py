@@ -1,6 +1,7 @@
 """TrainingState: a stage in training on one rank: its engine and samples, and how far it has come."""
 
 import math
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,8 @@ class TrainingState:
         best_tag: the checkpoint that it was measured on; empty if there is none.
         saved_tag: the newest checkpoint that was read or written; empty if there is none.
         base_scores: by set of an old language, the dense model's scores; empty where they are not known.
+        step_started: when the step that is being taken began, by time.monotonic().
+        step_seconds: how long the last step took; None before the first.
     """
 
     inputs: StageInputs
@@ -52,6 +55,8 @@ class TrainingState:
     best_tag: str = ""
     saved_tag: str = ""
     base_scores: dict[str, SetScore] = field(default_factory=dict)
+    step_started: float = 0.0
+    step_seconds: float | None = None
 
     @classmethod
     def start(cls, inputs: StageInputs, ranks: Ranks) -> "TrainingState":
@@ -98,6 +103,13 @@ class TrainingState:
     def tag(self) -> str:
         """The name of a checkpoint taken now."""
         return f"step{self.step:06d}"
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the step ends that is being taken, if it takes as long as the last; None before the first."""
+        if self.step_seconds is None:
+            return None
+        return max(0.0, self.step_started + self.step_seconds - time.monotonic())
 
     def say(self, text: str) -> None:
         """Print a line about this stage, on rank 0."""

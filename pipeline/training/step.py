@@ -3,6 +3,7 @@
 import hashlib
 import time
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -14,25 +15,30 @@ from pipeline.training.metrics import StepSums
 from pipeline.training.state import TrainingState
 
 
-def train_step(state: TrainingState) -> StepRow:
+def train_step(state: TrainingState, advance: Callable[[int], object] = lambda _tokens: None) -> StepRow:
     """Take one optimizer step, or skip it; either way ``state.step`` counts it.
+
+    Args:
+        state: the stage in training.
+        advance: is called after each micro-step with its number of tokens, of all ranks together.
 
     Returns:
         Its row of metrics, the same on all ranks except for times and memory.
     """
-    started = time.monotonic()
+    state.step_started = time.monotonic()
     _seed(state)
     batch = _global_batch(state)
     sums = StepSums([source.name for source in state.order.sources], state.inputs.plan, state.ranks.device)
     for micro_step in range(state.shape.accumulation):
-        _micro_step(state, micro_step, batch, sums)
+        samples = _micro_step(state, micro_step, batch, sums)
+        advance(samples * batch.sequence_length)
         if micro_step < state.shape.accumulation - 1:
             state.engine.step()  # counts the micro-step; only the last one updates the weights
     figures = sums.read(state.ranks.sum(sums.pack()))
     learning_rate = state.engine.get_lr()[0]
     grad_norm, skipped = _optimizer_step(state, sum(figures["loss"].values()))
     state.step += 1
-    seconds = time.monotonic() - started
+    state.step_seconds = seconds = time.monotonic() - state.step_started
     return StepRow(
         **state.progress,
         **figures,
@@ -56,8 +62,8 @@ def _global_batch(state: TrainingState) -> GlobalBatch:
     return GlobalBatch(samples, state.settings.sequence_length, state.order.old_tokens(state.step * samples, samples))
 
 
-def _micro_step(state: TrainingState, micro_step: int, batch: GlobalBatch, sums: StepSums) -> None:
-    """Forward and backward of one micro-batch.
+def _micro_step(state: TrainingState, micro_step: int, batch: GlobalBatch, sums: StepSums) -> int:
+    """Forward and backward of one micro-batch; returns the number of samples that count, of all ranks together.
 
     Where the ranks do not divide the global batch, the last micro-step has room for more samples than are left. Its
     empty places repeat earlier samples, so that all ranks do the same work, and count for nothing.
@@ -88,6 +94,7 @@ def _micro_step(state: TrainingState, micro_step: int, batch: GlobalBatch, sums:
     total = sum(weight * loss for loss, weight in losses.values())
     # The engine averages over ranks and divides by the accumulation steps; our losses are divided already.
     state.engine.backward(total * state.ranks.world_size * state.shape.accumulation)
+    return micro.samples
 
 
 def _optimizer_step(state: TrainingState, loss: float) -> tuple[float, str | None]:

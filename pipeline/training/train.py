@@ -1,6 +1,8 @@
 """One training stage, on every rank: load, train, validate, save. Reads top to bottom."""
 
+import signal
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +10,8 @@ import torch
 from common.errors import AgreedError
 from common.progress import progress
 from pipeline.checkpoint.store import mark_best
-from pipeline.distributed.process_group import Ranks, StopRequest, peak_memory_bytes
+from pipeline.distributed.process_group import Ranks, peak_memory_bytes
+from pipeline.distributed.stop_request import StopRequest
 from pipeline.records.metrics import StepRow
 from pipeline.training.inputs import StageInputs
 from pipeline.training.metrics import MetricsLog
@@ -37,15 +40,14 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
     log = MetricsLog.open(inputs.folder, state.engine.monitor, list(inputs.plan.moe_layers), state.step, ranks)
     saves = Saves(state)
     total = settings.num_steps * state.batch_tokens
-    bar = progress(total, f"stage {inputs.stage.number}", "token", show=ranks.is_first)
-    with StopRequest() as stop, bar:
-        bar.update(state.step * state.batch_tokens)
+    before = state.step * state.batch_tokens
+    bar = progress(total, f"stage {inputs.stage.number}", "token", show=ranks.is_first, initial=before)
+    with StopRequest(partial(_answer_signal, state)) as stop, bar:
         while state.step < settings.num_steps:
             state.at(f"step {state.step + 1}")
-            row = train_step(state)
+            row = train_step(state, bar.update)
             log.step(row)
             bar.set_postfix_str(_short(row), refresh=False)
-            bar.update(state.batch_tokens)
             if row.skipped:
                 state.say(f"step {state.step} skipped: {row.skipped}")
             too_much_forgotten = ""
@@ -62,6 +64,15 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
                 state.say(f"stopped by a signal after {state.step} steps; run the same command again to resume")
                 return None
     return _figures(state, log, saves, time.monotonic() - started)
+
+
+def _answer_signal(state: TrainingState, number: int) -> None:
+    """Say at once what a signal that asks to stop leads to."""
+    state.ranks.stopping()
+    left = state.seconds_left
+    about = "" if left is None else f", about {left / 60:.0f} min" if left >= 90 else f", about {left:.0f} s"
+    again = "; again to end now" if number != signal.SIGUSR1 else ""  # SLURM sends that one, not a person
+    state.say(f"stopping after this step{about}{again}")
 
 
 def _validate(state: TrainingState, log: MetricsLog, saves: Saves) -> str:

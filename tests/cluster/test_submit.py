@@ -29,6 +29,9 @@ def test_submit_runs_the_whole_chain_and_status_tells_the_truth(cluster: Cluster
     assert list(jobs) == JOBS
     for name in JOBS:
         assert (folder / "jobs" / f"{name}.sh").read_text() in shown
+    waits = re.findall(r"^--- sbatch .*--dependency=afterok:JOB_OF_(\w+) .*/(\w+)\.sh$", shown, re.M)
+    assert waits == list(zip(JOBS[:-1], JOBS[1:], strict=True))
+    assert f"Dependency=afterok:{jobs['stage1']}(" in cluster.run("scontrol", "-o", "show", "job", jobs["stage2"])
     assert "TresPerNode=" not in cluster.run("scontrol", "-o", "show", "job", jobs["tokenize"])
     assert "TresPerNode=gres:gpu:1" in cluster.run("scontrol", "-o", "show", "job", jobs["stage1"])
 
@@ -80,3 +83,12 @@ def test_a_step_that_fails_leaves_its_successors_cancelled(cluster: Cluster, tmp
         assert " ".join(rows[name]).startswith(f"cancelled {jobs[name]} did not start, as tokenize failed")
     assert "ExitCode=2:0" in cluster.run("scontrol", "-o", "show", "job", jobs["tokenize"])
     assert "JobState=CANCELLED" in cluster.run("scontrol", "-o", "show", "job", jobs["evaluate"])
+
+
+def test_a_run_that_asks_for_nothing_trains_on_its_ranks(cluster: Cluster, tmp_path: Path) -> None:
+    """As launch/runs/quickstart.yaml: no cluster section, two ranks, ep_size 2."""
+    path = write_cluster_run(tmp_path, prepared=True)
+    cluster.run(*PIPELINE, "submit", str(path), "--until", "stage1")
+    folder = tmp_path / "runs" / "tiny"
+    wait_for("stage 1 is not done", (folder / "manifests" / "stage1.json").is_file, 120)
+    assert "on 2 ranks (ep_size 2, " in (folder / "jobs" / "stage1.log").read_text()

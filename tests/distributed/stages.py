@@ -3,14 +3,17 @@
 import io
 import os
 import signal
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import safe_get_full_grad
 
+import common.progress
 from common.errors import UserError
 from pipeline.checkpoint.store import read_files, save_checkpoint
 from pipeline.checkpoint.weights import local_expert_names
@@ -30,6 +33,8 @@ from pipeline.training.state import TrainingState
 from pipeline.training.step import train_step
 from pipeline.training.train import train_stage
 from tests.helpers.tiny import parse_run
+
+Advance = Callable[[int], object]
 
 
 def stage_inputs(tree: dict[str, Any], number: int, folder: Path) -> StageInputs:
@@ -127,10 +132,10 @@ def train_to_the_end(
 ) -> dict[str, Any] | None:
     """The product's whole loop; where asked to, rank 1 gets a SIGTERM during a step."""
 
-    def step_with_signal(state: TrainingState) -> StepRow:
+    def step_with_signal(state: TrainingState, advance: Advance) -> StepRow:
         if state.step + 1 == term_at and ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(state)
+        return train_step(state, advance)
 
     train.train_step = step_with_signal
     try:
@@ -139,12 +144,22 @@ def train_to_the_end(
         train.train_step = train_step
 
 
+def lines_of_progress(
+    ranks: Ranks, tree: dict[str, Any], number: int, folder: Path, term_at: int | None = None
+) -> list[str]:
+    """What rank 0's progress bar says in a log: a line after each micro-step, and one when it closes."""
+    seconds = {"SECONDS_BETWEEN_LINES": 0.0, "SECONDS_WORTH_A_LINE": 0.0}
+    with patch.multiple(common.progress, **seconds), redirect_stdout(io.StringIO()) as printed:
+        train_to_the_end(ranks, tree, number, folder, term_at)
+    return [line for line in printed.getvalue().splitlines() if " tokens, " in line]
+
+
 def train_a_step_of(ranks: Ranks, tree: dict[str, Any], force: bool) -> str:
     """The run's stage 1 is asked to stop in the step it takes next; returns what rank 0 printed."""
 
-    def step_with_signal(state: TrainingState) -> StepRow:
+    def step_with_signal(state: TrainingState, advance: Advance) -> StepRow:
         os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(state)
+        return train_step(state, advance)
 
     context = RunContext(parse_run(tree, "x"), force=force)
     train.train_step = step_with_signal
@@ -226,9 +241,9 @@ def train_with_bad_steps(
         factor = factors.get(current[0], 1.0) if ranks.rank == 1 else 1.0
         return {name: (loss * factor, weight) for name, (loss, weight) in result.items()}
 
-    def step(state: TrainingState) -> StepRow:
+    def step(state: TrainingState, advance: Advance) -> StepRow:
         current[0] = state.step + 1
-        row = train_step(state)
+        row = train_step(state, advance)
         weights.append(canonical(state.engine.module, lambda p: p if p.requires_grad else None))
         moments.append(_moments(state))
         return row

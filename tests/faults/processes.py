@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -27,17 +29,18 @@ def environment() -> dict[str, str]:
 
 @dataclass
 class Launch:
-    """``python -m pipeline VERB RUN.yaml …`` in a session of its own, its output in a file."""
+    """``python -m pipeline VERB RUN.yaml …``, or another program, in its own session, its output in a file."""
 
     words: list[str]
     log: Path
+    program: tuple[str, ...] = ("-m", "pipeline")
     process: subprocess.Popen[bytes] = field(init=False)
     seen: dict[int, psutil.Process] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         with open(self.log, "ab") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", *self.words],
+                [sys.executable, *self.program, *self.words],
                 cwd=ROOT, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         self.look()
@@ -116,3 +119,11 @@ def alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def wait_for(what: Callable[[], Any], launch: Launch, seconds: float = 120) -> None:
+    """Ask until the answer is true, as long as the launch lives."""
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline and launch.process.poll() is None, launch.log.read_text()[-3000:]
+        time.sleep(0.02)

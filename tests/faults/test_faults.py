@@ -1,8 +1,7 @@
 """What goes wrong around a run: two launches, dead launchers, stuck ranks, full disks. Run: pytest tests/faults"""
 
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from pipeline.checkpoint.store import complete_tags
 from pipeline.checkpoint.verify import damaged_files
 from pipeline.records.record import read_rows
 from tests.faults.disk import SmallDisk, small_disk
-from tests.faults.processes import Launch
+from tests.faults.processes import Launch, wait_for
 from tests.helpers.tiny import save_model, write_run
 
 STEPS = 400
@@ -34,24 +33,8 @@ def train(path: Path) -> Launch:
     return Launch(["run", str(path), "--until", "stage1"], path.parent / "log")
 
 
-def wait_for(what: Callable[[], Any], launch: Launch, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline and launch.process.poll() is None, launch.log.read_text()[-3000:]
-        time.sleep(0.02)
-
-
 def steps_done(path: Path) -> int:
     return len(read_rows(path.parent / "runs" / "tiny" / "stage1" / "metrics.jsonl"))
-
-
-@pytest.fixture
-def launches() -> Iterator[list[Launch]]:
-    """Whatever is started is ended, whatever fails."""
-    started: list[Launch] = []
-    yield started
-    for launch in started:
-        launch.kill()
 
 
 def test_a_second_launch_on_the_same_run_refuses_and_the_first_goes_on(tmp_path: Path, launches: list[Launch]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -113,6 +114,7 @@ def test_a_signal_to_the_command_saves_stops_all_ranks_and_the_next_run_goes_on(
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
+    assert re.search(r"^stage 1: stopping after this step, about \d+ s; again to end now$", output, re.M)
     assert "stopped by SIGINT" in output
     gone, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
