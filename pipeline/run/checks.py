@@ -4,6 +4,7 @@ from common.errors import UserError
 from pipeline.run.context import RunContext
 
 MOST_EPOCHS = 4.0  # of a text; what is read more often teaches ever less (arXiv 2305.16264)
+WITHOUT_BF16 = ("DEFAULT", "AVX2")  # what torch calls a CPU that has no such instructions
 TOLERANCE = 0.05  # of a pass over replayed text
 
 
@@ -60,6 +61,24 @@ def check_parallel(context: RunContext, world_size: int, device: str) -> None:
     ParallelDims(world_size, run.parallel.ep_size)
     for stage in stages_of(run):
         batch_shape(run, stage.settings, world_size, device)
+
+
+def warn_of_slow_bf16(context: RunContext) -> None:
+    """One line where a CPU has no instructions for bf16, so that each product is converted to fp32 and back."""
+    import torch
+
+    from pipeline.distributed.process_group import device_type
+
+    if (
+        device_type() == "cpu"
+        and context.dtype == torch.bfloat16
+        and torch.backends.cpu.get_cpu_capability() in WITHOUT_BF16
+    ):
+        print(
+            f"warning: {context.run.deepspeed} asks for bf16, which this CPU computes several times slower than fp32: "
+            "--set deepspeed=ds_configs/fp32_zero1.json",
+            flush=True,
+        )
 
 
 def sample_warnings(context: RunContext, only: int | None = None) -> list[str]:

@@ -13,6 +13,7 @@ from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.run_folder import PLAN_FILE, SIMILARITY_FILE, STATISTICS_FILE
 from pipeline.records.similarity import Similarity
+from pipeline.run.checks import warn_of_slow_bf16
 from pipeline.run.context import RunContext
 from pipeline.run.step import Inputs, Result
 
@@ -90,6 +91,7 @@ def _measure(context: RunContext) -> Similarity:
         name: [document.ids for document in sample_documents(context.planned, name, settings.tokens)]
         for name in (*data.old, *data.new)
     }
+    warn_of_slow_bf16(context)
     _check_sample(context, {name: sum(map(len, found)) for name, found in documents.items()})
     model = load_dense(context.dense, context.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     return similarity_of_sets(model, documents, _languages(data.old), _languages(data.new), settings)

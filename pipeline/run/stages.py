@@ -7,7 +7,7 @@ from common.errors import UserError
 from common.files import content_key, read_json, sha256_file
 from pipeline.records.checkpoint import ExpertsFrom
 from pipeline.records.step_manifest import StepInputs
-from pipeline.run.checks import sample_warnings
+from pipeline.run.checks import sample_warnings, warn_of_slow_bf16
 from pipeline.run.context import RunContext
 from pipeline.run.step import Inputs, Result
 
@@ -51,6 +51,7 @@ def check_stage(context: RunContext, number: int) -> None:
     """
     from pipeline.checkpoint.store import read_files
 
+    warn_of_slow_bf16(context)
     for line in sample_warnings(context):
         print(f"warning: {line}", flush=True)
     experts = _starting_checkpoint(context, number)

@@ -31,6 +31,15 @@ def test_bos_comes_first_where_the_tokenizer_prepends_one(save_tokenizer) -> Non
     assert (encoder.spec.separator, encoder.spec.num_added) == ("<|end_of_text|>", 2)
 
 
+def test_no_bos_comes_first_where_none_is_wanted(save_tokenizer) -> None:
+    folder = save_tokenizer(special=("<s>", "<|end_of_text|>"), prepends="<s>")
+    with_bos = DocumentEncoder.create(folder, "auto", 300)
+    encoder = DocumentEncoder.create(folder, "auto", 300, begins_with_bos=False)
+    assert list(encoder.encode(["a fox"])[0]) == list(with_bos.encode(["a fox"])[0])[1:]
+    assert (encoder.spec.bos_id, encoder.spec.num_added) == (None, 1)
+    assert encoder.spec.key != with_bos.spec.key
+
+
 def test_a_text_that_spells_a_special_token_stays_text(save_tokenizer) -> None:
     encoder = DocumentEncoder.create(save_tokenizer(), "auto", 300)
     [ids] = encoder.encode(["the token <|endoftext|> ends a document"])

@@ -108,6 +108,18 @@ def test_losses_are_parts_of_the_global_batchs_mean(run: RunConfig, model: Any) 
     )
 
 
+def test_stage_1_may_review_old_languages_with_their_loss(run: RunConfig, model: Any) -> None:
+    settings = run.stage1.model_copy(update={"old_share": 0.2, "lpr_weight": 0.3, "lpr": "reference"})
+    stage = STAGES[1](settings)
+    assert stage.shares() == {"old": 0.2, "new": 0.8}
+    assert list(stage.sets(run.data)) == ["en", "el", "hu"]
+    batch, micro = GlobalBatch(samples=4, sequence_length=8, old_tokens=5), micro_batch(model, counts=6)
+    loss, weight = stage.losses(micro, batch)["lpr"]
+    torch.testing.assert_close(loss, lpr_loss(micro.routings, micro.old_T & micro.counts_T, "reference") / 5)
+    assert weight == 0.3
+    assert "lpr" not in find_stage(run, 1).losses(micro, batch)
+
+
 def test_local_balance_statistics_weigh_this_ranks_own_samples(run: RunConfig, model: Any) -> None:
     settings = run.stage1.model_copy(update={"balance_statistics": "local"})
     batch, micro = GlobalBatch(samples=4, sequence_length=8, old_tokens=5), micro_batch(model, counts=0)

@@ -45,6 +45,16 @@ def test_step_0_logits_equal_the_dense_models(family: str, tmp_path: Path) -> No
     assert manifest.parity["max_abs_logit_difference"] < 1e-5
 
 
+def test_random_experts_are_no_copies_and_the_receipt_says_by_how_much(tmp_path: Path) -> None:
+    dense, plan = save_model(tmp_path / "dense"), plan_of([3, 2, 1, 4])
+    manifest = upcycle(dense, plan, SAMPLES, tmp_path / "upcycled", seed=1, model_hash="x", init="random")
+    assert not manifest.parity["holds"] and manifest.parity["max_abs_logit_difference"] > 0.01
+    model = load_upcycled(tmp_path / "upcycled", plan, torch.float32)
+    first, *others = [p for name, p in model.named_parameters() if "deepspeed_experts" in name and "gate_up" in name]
+    assert all(not torch.equal(first, other) for other in others)
+    assert float(first.std()) == pytest.approx(0.02, rel=0.1)  # as the model's configuration initialises
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_equal_experts_of_either_bias_or_activation_act_as_the_mlp(family: str, tmp_path: Path) -> None:
     options = {"mlp_bias": True} if family == "llama" else {}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from common.errors import UserError
-from pipeline.run.checks import check_model, sample_warnings
+from pipeline.run.checks import check_model, sample_warnings, warn_of_slow_bf16
 from pipeline.run.context import RunContext
 from pipeline.run.stages import check_stage
 from tests.helpers.tiny import do_steps, parse_run, run_tree
@@ -79,3 +79,21 @@ def test_a_similarity_of_too_few_tokens_is_an_error_that_a_setting_overrules(
     warnings = run.folder.manifest("similarity").figures["warnings"]
     assert [line.split(" is ")[0] for line in warnings] == [f"similarity of {name}" for name in ("en", "el", "hu")]
     assert all(f"warning: {line}" in capsys.readouterr().out for line in warnings[:1])
+
+
+@pytest.mark.parametrize(
+    ("capability", "precision", "warns"), [("AVX2", "bf16", True), ("AVX512", "bf16", False), ("AVX2", "fp32", False)]
+)
+def test_bf16_on_a_cpu_that_has_no_instructions_for_it_is_a_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    capability: str,
+    precision: str,
+    warns: bool,
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    run = context(tmp_path, deepspeed=f"ds_configs/{precision}_zero1.json")
+    capsys.readouterr()
+    warn_of_slow_bf16(run)
+    assert ("several times slower than fp32: --set deepspeed=ds_configs/fp32" in capsys.readouterr().out) == warns
