@@ -23,6 +23,7 @@ import psutil
 SECONDS_BETWEEN_BEATS = 5.0
 BEATS_TO_WAIT = 4
 SECONDS_BETWEEN_TRIES = 0.5
+SECONDS_OF_A_TURN = 0.02
 
 Holder = dict[str, Any]
 State = Literal["mine", "alive", "unknown"]
@@ -42,6 +43,7 @@ class LockFile:
         self._since, self._beats = time.strftime("%Y-%m-%d %H:%M:%S"), 0
         self._watched: Holder | None = None
         self._watched_since = 0.0
+        self._turn, self._turn_since = 0, 0.0
 
     def take(self) -> State:
         """Take it if nobody holds it, or its holder is dead.
@@ -120,16 +122,31 @@ class LockFile:
         return "unknown" if waited < BEATS_TO_WAIT * SECONDS_BETWEEN_BEATS else "dead"
 
     def _remove(self, dead: Holder | None) -> None:
-        """Move a dead holder's file away, unless another process was faster and the file is its."""
-        aside = self.path.with_name(f".{self.path.name}.dead.{self.token}")
+        """Delete a dead holder's file, if it is still there; processes that want to take turns.
+
+        One that looked before another took the lock must not delete the new file: so it looks again in its turn.
+        """
+        turn = self.path.with_name(f".{self.path.name}.turn")
         try:
-            os.rename(self.path, aside)
-        except FileNotFoundError:
+            turn.mkdir()
+        except FileExistsError:
+            self._wait_for(turn)
             return
-        moved = _parse(aside)
-        if moved is not None and moved.get("token") != (dead or {}).get("token"):
-            _create(aside, self.path)
-        aside.unlink(missing_ok=True)
+        try:
+            if self.holder() == dead:
+                self.path.unlink(missing_ok=True)
+        finally:
+            turn.rmdir()
+
+    def _wait_for(self, turn: Path) -> None:
+        """Wait a moment for another process's turn; one that was killed in its turn is not waited for."""
+        time.sleep(SECONDS_OF_A_TURN)
+        with contextlib.suppress(FileNotFoundError):
+            began = turn.stat().st_ctime_ns
+            if began != self._turn:
+                self._turn, self._turn_since = began, time.monotonic()
+            elif time.monotonic() - self._turn_since > BEATS_TO_WAIT * SECONDS_BETWEEN_BEATS:
+                turn.rmdir()
 
 
 class Heart:

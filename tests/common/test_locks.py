@@ -90,3 +90,13 @@ def test_a_lock_that_changes_hands_while_it_is_looked_at_stays_with_its_new_hold
     holder = second.holder()
     assert holder is not None
     assert holder["token"] == second.token
+
+
+def test_a_process_that_was_killed_while_it_removed_a_dead_holder_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "SECONDS_BETWEEN_BEATS", 0.02)
+    (tmp_path / "lock").write_text("damaged")
+    (tmp_path / ".lock.turn").mkdir()
+    assert LockFile(tmp_path / "lock").take() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]

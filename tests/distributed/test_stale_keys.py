@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from pipeline.config.run import RunConfig
 from pipeline.run.changes import differences, explain
 from pipeline.run.context import RunContext
-from pipeline.run.steps import STEPS
+from pipeline.run.steps import STEPS, step_named
 from tests.distributed.conftest import Pools
 from tests.distributed.test_staleness import run
 from tests.helpers.tiny import do_steps, parse_run, run_tree, save_corpus, save_model
@@ -162,8 +162,16 @@ def test_every_key_is_in_the_table() -> None:
     assert missing == []
 
 
+class Finished(NamedTuple):
+    """A run that is done: its settings, and each step's inputs."""
+
+    tree: Tree
+    context: RunContext
+    inputs: dict[str, Tree]
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, pools: Pools) -> Tree:
+def finished(tmp_path_factory: pytest.TempPathFactory, pools: Pools) -> Finished:
     """A run with every kind of set, trained and evaluated."""
     folder = tmp_path_factory.mktemp("keys")
     corpus, more = save_corpus(folder / "text", ["en", "el", "hu", "tr"]), folder / "more"
@@ -193,7 +201,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, pools: Pools) -> Tree:
         similarity={"tokens": 300},
     )
     assert run(pools, tree) == [T, S, A, U, S1, S2, E]
-    return tree
+    context = RunContext(parse_run(tree, "x"), quiet=True)
+    return Finished(tree, context, {step.name: step.inputs(context) for step in STEPS if step.keeps_manifest})
 
 
 def save_hub(folder: Path, rows: tuple[str, str]) -> None:
@@ -223,32 +232,23 @@ def with_value(tree: Tree, key: str, value: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("flip", FLIPS, ids=lambda flip: flip.changed or flip.key)
-def test_a_key_makes_those_steps_stale_that_read_it_and_no_others(finished: Tree, flip: Flip, tmp_path: Path) -> None:
-    folder = Path(finished["cache_dir"]).parent
-    tree = copy.deepcopy(finished) | {"output_dir": str(tmp_path / "runs")}
+def test_a_key_makes_those_steps_stale_that_read_it_and_no_others(
+    finished: Finished, flip: Flip, tmp_path: Path
+) -> None:
+    folder, key = Path(finished.tree["cache_dir"]).parent, flip.changed or flip.key
+    tree = copy.deepcopy(finished.tree) | {"output_dir": str(tmp_path / "runs")}
     ignore = shutil.ignore_patterns("step*")  # checkpoints
     shutil.copytree(folder / "runs", tmp_path / "runs", symlinks=True, ignore=ignore)
-    before = parse_run(tree, "x")
-    key = flip.changed or flip.key
     for changed, value in {**flip.also, key: flip.value}.items():
         with_value(tree, changed, value, folder)
-    if key not in ("name", "output_dir", "cache_dir"):
-        check(before, parse_run(tree, "x"), flip)
-
-
-def check(before: RunConfig, now: RunConfig, flip: Flip) -> None:
-    """The steps whose inputs differ are those expected, and the line names the key."""
-    then = do_steps(RunContext(before, force=True, quiet=True), T)
-    inputs = {step.name: step.inputs(then) for step in STEPS if step.keeps_manifest}
-    context = do_steps(RunContext(now, force=True, quiet=True), T)
+    if key in ("name", "output_dir", "cache_dir"):  # another run
+        return
+    context = do_steps(RunContext(parse_run(tree, "x"), force=True, quiet=True), T)
     stale = set()
-    for step in STEPS:
-        if not step.keeps_manifest:
-            continue
-        changes = differences(inputs[step.name], step.inputs(context))
+    for name, inputs in finished.inputs.items():
+        changes = differences(inputs, step_named(name).inputs(context))
         if changes:
-            stale.add(step.name)
-            lines = explain(step.name, changes, then.settings, context.settings)
-            key = flip.changed or flip.key
-            assert any(key in line or key.startswith(line.split(" ")[0]) for line in lines), (step.name, lines)
+            stale.add(name)
+            lines = explain(name, changes, finished.context.settings, context.settings)
+            assert any(key in line or key.startswith(line.split(" ")[0]) for line in lines), (name, lines)
     assert stale == flip.stale

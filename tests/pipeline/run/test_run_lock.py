@@ -122,13 +122,13 @@ def test_a_damaged_lock_is_no_holder(content: str, tmp_path: Path) -> None:
         pass
 
 
-def hold(folder: Path, started: Any, results: Any) -> None:
+def hold(folder: Path, started: Any, results: Any, all_have_tried: Any) -> None:
     os.environ.pop(TOKEN_VARIABLE, None)
     started.wait(60)
     try:
         with RunLock(folder):
             results.put("held")
-            threading.Event().wait(1.0)
+            all_have_tried.wait(60)
     except UserError:
         results.put("refused")
 
@@ -137,11 +137,12 @@ def test_of_many_at_once_over_a_dead_holder_exactly_one_gets_it(tmp_path: Path) 
     me = identity(os.getpid())
     holder_elsewhere(tmp_path, **me | {"started": me["started"] - 100})
     context = multiprocessing.get_context("fork")
-    started, results = context.Barrier(6), context.Queue()
-    children = [context.Process(target=hold, args=(tmp_path, started, results)) for _ in range(6)]
+    started, results, all_have_tried = context.Barrier(6), context.Queue(), context.Event()
+    children = [context.Process(target=hold, args=(tmp_path, started, results, all_have_tried)) for _ in range(6)]
     for child in children:
         child.start()
     outcomes = sorted(results.get(timeout=90) for _ in children)
+    all_have_tried.set()
     for child in children:
         child.join()
     assert outcomes == ["held"] + ["refused"] * 5
