@@ -173,7 +173,7 @@ class PoolExecutor:
         ahead = self.num_workers if self.claim else 2 * self.num_workers
         try:
             for task in tasks:
-                with _interrupts_blocked():  # the pool starts workers as tasks come
+                with _interrupts_later():  # the pool starts workers as tasks come
                     running.add(self.pool.submit(do_task, phase.call(task)))
                 if len(running) >= ahead:
                     finished, running = wait(running, return_when=FIRST_COMPLETED)
@@ -192,13 +192,18 @@ class PoolExecutor:
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Block Ctrl-C for a moment, and for good in the processes that are started meanwhile: this one ends them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _interrupts_later() -> Iterator[None]:
+    """Hold Ctrl-C back until the block is through; processes started in it never see it: this one ends them."""
+    held_back: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _frame: held_back.append(number))  # other threads may get it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process inherits this from its parent
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+    if held_back:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _weight(phase: Phase, task: int) -> int:
