@@ -136,7 +136,8 @@ class LockFile:
             if self.holder() == dead:
                 self.path.unlink(missing_ok=True)
         finally:
-            turn.rmdir()
+            with contextlib.suppress(FileNotFoundError):  # a process that waited long took this one for dead
+                turn.rmdir()
 
     def _wait_for(self, turn: Path) -> None:
         """Wait a moment for another process's turn; one that was killed in its turn is not waited for."""

@@ -92,7 +92,7 @@ def with_keys(
         replay: by old set, its part of the run's replay.
     """
     corpora = [text_settings(data, one.group, one.entry, one.files, seed, fraction) for one in sets]
-    texts = [corpus | _part(one) for one, corpus in zip(sets, corpora, strict=True)]
+    texts = [corpus | _part(one, seed) for one, corpus in zip(sets, corpora, strict=True)]
     text_keys = [content_key(text) for text in texts]
     trained = [key for key, text in zip(text_keys, texts, strict=True) if text["kind"] == "train"]
     threshold = data.held_out.near_copy_threshold
@@ -119,9 +119,12 @@ def with_keys(
     return planned
 
 
-def _part(one: FoundSet) -> Json:
-    """Which part of a set's text is read, where it is not all of it."""
-    part: Json = {} if len(one.read) == len(one.slices) else {"slices": len(one.read)}
+def _part(one: FoundSet, seed: int) -> Json:
+    """Which part of a set's text is read, where it is not all of it: so many slices of each source, by the seed."""
+    part: Json = {}
+    if len(one.read) < len(one.slices):
+        sources = [source for source, _ in one.read]
+        part = {"slices": [sources.count(source) for source in range(len(one.entry.source_list))], "seed": seed}
     if one.group == "watch" and one.entry.max_documents is not None:
         part["max_documents"] = one.entry.max_documents
     return part

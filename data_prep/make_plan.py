@@ -13,7 +13,7 @@ from data_prep.config import CapsConfig, DataConfig, PlaceConfig, PreparationCon
 from data_prep.executor.pool import Executor, Phase
 from data_prep.keys import differs_only_in_cleaning, replay_budgets, with_keys
 from data_prep.manifest import MANIFEST, SetManifest, read_manifest
-from data_prep.plan import FoundSet, Group, HeldOutText, Json, KeptSet, Plan, SetPlan
+from data_prep.plan import FoundSet, Group, HeldOutText, Json, KeptSet, Plan, SetPlan, Slices
 from data_prep.reading import hub
 from data_prep.reading.file_splits import FileIndex, FileSplit, FileToIndex, hub_split, index_file, pack
 from data_prep.reading.sources import source_files
@@ -44,7 +44,7 @@ class Planned:
     dtype: Literal["uint16", "int32"]
     fraction: float
     sets: list[SetPlan]
-    corpora: dict[str, list[tuple[int, list[FileSplit]]]]
+    corpora: dict[str, Slices]
     keep: Mapping[str, str]
 
     @cached_property
@@ -120,7 +120,8 @@ def make_plan(config: PreparationConfig, executor: Executor, keep: Mapping[str, 
     data = config.data
     encoder, dtype = make_encoder(config)
     found = _find(data)
-    cuts = _cut(found, data.slice_bytes, config.cache_dir / "sources", executor)
+    memory = config.cache_dir / "sources"
+    cuts = _cut(found, data.slice_bytes, memory, executor)
     replay = replay_budgets(data, config.stage1.tokens)
     sets = []
     for name, group, entry in _entries(data):
@@ -128,7 +129,6 @@ def make_plan(config: PreparationConfig, executor: Executor, keep: Mapping[str, 
         files = [file for _, _, described in mine for file in described]
         slices = [(one.number, part) for one, splits, _ in mine for part in pack(splits, data.slice_bytes)]
         whole = FoundSet(name, group, entry, files, slices, slices)
-        memory = config.cache_dir / "sources"
         read = slices_to_read(data, whole, replay.get(name), config.seed, encoder, memory)
         sets.append(whole._replace(read=read))
     size = sum(size_of(one.read) for one in sets if one.group in ("old", "new"))

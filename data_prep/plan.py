@@ -25,6 +25,7 @@ CHANGED, HELD_OUT = 1, 2  # flags of a document that the filters keep
 UNITS = ("documents", "tokens", "characters")  # what a budget limits
 Group = Literal["old", "new", "watch", "benchmark"]
 Json = dict[str, Any]
+Slices = list[tuple[int, list[FileSplit]]]  # for each slice the number of its source, and its splits
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class FoundSet(NamedTuple):
     group: Group
     entry: SetConfig
     files: list[Json]
-    slices: list[tuple[int, list[FileSplit]]]
-    read: list[tuple[int, list[FileSplit]]]
+    slices: Slices
+    read: Slices
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class SetPlan:
     key: str
     settings: Json
     files: list[Json]
-    slices: list[tuple[int, list[FileSplit]]]
+    slices: Slices
     is_written: bool = True
 
     @property

@@ -15,15 +15,14 @@ from data_prep.plan import SetPlan, reading_of
 from data_prep.reading.documents import BadRows, Document, read_documents
 from data_prep.reading.file_splits import FileSplit
 
+SLICES = 8  # that share in giving the tokens; more are read only where these have too little text
+
 
 class SampledDocument(NamedTuple):
     """A document's text, and its token ids with BOS and separator, [tokens]."""
 
     text: str
     ids: NDArray[np.integer]
-
-
-SLICES = 8  # that share in giving the tokens; more are read only where these have too little text
 
 
 def sample_documents(planned: Planned, name: str, tokens: int) -> list[SampledDocument]:

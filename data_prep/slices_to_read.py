@@ -4,7 +4,7 @@ What a byte of its text gives is measured on the beginning of a few slices. A so
 number of slices grows in powers of two, so that another budget seldom changes which text is read.
 """
 
-from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,9 +12,8 @@ from common.files import content_key, read_json, write_json
 from common.seeded import seeded_order
 from data_prep.config import DataConfig, SetConfig
 from data_prep.filters import Filters
-from data_prep.plan import Budget, FoundSet, Json, reading_of
+from data_prep.plan import Budget, FoundSet, Json, Slices, reading_of
 from data_prep.reading.documents import BadRows, read_documents
-from data_prep.reading.file_splits import FileSplit
 from data_prep.tokenizer import DocumentEncoder
 
 LEAST = 8  # slices that are read in any case
@@ -22,8 +21,6 @@ PROBE_CHARACTERS = 1 << 20  # read of each of the first slices, to learn what th
 PROBE_DOCUMENTS = 50  # tokenized of each of these
 MARGIN = 2.0  # read so many times what the budgets take: some of it are copies or held out
 SPREAD = 8.0  # replay is drawn from so many times its size
-
-Slices = list[tuple[int, list[FileSplit]]]
 
 
 class Yield(NamedTuple):
@@ -62,9 +59,9 @@ def slices_to_read(
         limits = limits_of(one.entry, source, replay)
         if len(mine) > LEAST and limits:
             assert encoder is not None
-            gives = _yield(data, one, mine, seed, encoder, memory)
+            gives = _yield(data, one, first_slices(mine, seed), encoder, memory)
             needed = min(limit / max(getattr(gives, unit), 1e-12) for unit, limit in limits)
-            mine = _first(mine, seed, _count(mine, seed, needed))
+            mine = _enough(mine, seed, needed)
         chosen += mine
     return chosen
 
@@ -78,36 +75,39 @@ def limits_of(entry: SetConfig, source: int, replay: Budget | None) -> list[tupl
 
 def first_slices(slices: Slices, seed: int) -> Slices:
     """The slices that are read in any case."""
-    return _first(slices, seed, LEAST)
+    return _in_order(slices, _seeded(slices, seed)[:LEAST])
 
 
-def _count(slices: Slices, seed: int, characters: float) -> int:
-    """A power of two of slices that hold so many characters, or all."""
-    count = LEAST
-    while count < len(slices) and size_of(_first(slices, seed, count)) < characters:
+def _enough(slices: Slices, seed: int, characters: float) -> Slices:
+    """The first slices of the seeded order that hold so many characters: a power of two of them, or all."""
+    order, count = _seeded(slices, seed), LEAST
+    while count < len(order) and size_of(_in_order(slices, order[:count])) < characters:
         count *= 2
-    return min(count, len(slices))
+    return _in_order(slices, order[:count])
 
 
-def _first(slices: Slices, seed: int, count: int) -> Slices:
-    """The first slices of the seeded order, in the order of the text."""
-    return [slices[position] for position in sorted(seeded_order(seed, len(slices), "read")[:count])]
+def _seeded(slices: Slices, seed: int) -> list[int]:
+    return seeded_order(seed, len(slices), "read")
 
 
-def size_of(slices: Iterable[tuple[int, list[FileSplit]]]) -> int:
+def _in_order(slices: Slices, positions: list[int]) -> Slices:
+    """Those at some positions, in the order of the text."""
+    return [slices[position] for position in sorted(positions)]
+
+
+def size_of(slices: Slices) -> int:
     """About how many bytes of text some slices hold."""
     return sum(split.size for _, splits in slices for split in splits)
 
 
-def _yield(
-    data: DataConfig, one: FoundSet, slices: Slices, seed: int, encoder: DocumentEncoder, memory: Path
-) -> Yield:
-    """What the text of a source gives, measured once."""
-    first = first_slices(slices, seed)
-    named = [content_key([[split.file, split.start, split.size] for split in splits]) for _, splits in first]
-    hashes = [file["sha256"] for file in one.files if file["source"] == slices[0][0]]
-    settings = [data.filters.model_dump(mode="json"), one.entry.language_label or one.entry.language]
-    path = memory / f"yield-{content_key([named, hashes, settings, encoder.spec.key, data.max_document_bytes])}.json"
+def _yield(data: DataConfig, one: FoundSet, first: Slices, encoder: DocumentEncoder, memory: Path) -> Yield:
+    """What the text of a source gives, measured once on its first slices."""
+    source = first[0][0]
+    named = [[(split.file, split.start, split.size) for split in splits] for _, splits in first]
+    hashes = [file["sha256"] for file in one.files if file["source"] == source]
+    filters = [data.filters.model_dump(mode="json"), one.entry.language_label or one.entry.language]
+    key = content_key([named, hashes, filters, asdict(reading_of(data, one, source)), encoder.spec.key])
+    path = memory / f"yield-{key}.json"
     if not path.is_file():
         write_json(path, _probe(data, one, first, encoder)._asdict())
     found: Json = read_json(path)

@@ -154,6 +154,8 @@ def _kept(work: Work, part: Slice, drops: Drops) -> Iterator[Chosen]:
     duplicates = dropped_of(work, part) if plan.set_of(part).trains and plan.finds_duplicates else {}
     filters = filters_of(work, part)
     for document in read_documents(part.splits, plan.reading(part), BadRows()):  # bad rows have been counted
+        if not rows or document.index > rows[-1]:  # nothing after it is kept, such as past a watch set's cap
+            break
         flag = flags.get(document.index)
         if flag is None:
             continue

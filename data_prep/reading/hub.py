@@ -106,21 +106,29 @@ def content_of(source: HubSource) -> str:
 
 def files_of(source: HubSource) -> list[tuple[str, int | None]]:
     """The names of the split's data files for `read_hub`, each with its size in bytes where it lies here."""
-    name = name_of(source)
     if source.data_files is None:
-        return [(f"{name}#{number}", None) for number in range(int(_stream(source).num_shards))]
+        return [(file_name(source, str(number)), None) for number in range(int(_stream(source).num_shards))]
     folder = Path(source.hub) if is_folder(source.hub) else _cached_folder(source)
     paths = {file: folder / file for file in source.data_files} if folder is not None else {}
     return [
-        (f"{name}#{file}", paths[file].stat().st_size if file in paths and paths[file].is_file() else None)
+        (file_name(source, file), paths[file].stat().st_size if file in paths and paths[file].is_file() else None)
         for file in source.data_files
     ]
 
 
+def file_name(source: HubSource, file: str) -> str:
+    """The name of one of the split's data files for `read_hub`."""
+    return f"{name_of(source)}#{file}"
+
+
+def data_file(name: str) -> str:
+    """The data file that `file_name` named."""
+    return name.partition("#")[2]
+
+
 def read_hub(file: str, columns: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of one data file of a dataset, by a name that `files_of` gave."""
-    name, _, which = file.partition("#")
-    source = source_of(name)
+    source, which = source_of(file.partition("#")[0]), data_file(file)
     if which.isdigit():
         stream = _stream(source)
         part = stream.shard(num_shards=stream.num_shards, index=int(which))

@@ -166,9 +166,6 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == [JOB_SETTINGS]:
         return _job_settings(arguments[1:])
     options = parse(arguments)
-    if options.verb == NEW:
-        write_new_run(options.path, options.model, options.old, options.new)
-        return 0
     run: RunConfig | None = None
     if options.verb in RUN_VERBS and options.run:
         run = load_run(options.run, options.set)
@@ -176,6 +173,9 @@ def main(arguments: list[str]) -> int:
     from pipeline.distributed.process_group import device_type  # imports torch, which reads the variables
 
     device_type()
+    if options.verb == NEW:
+        write_new_run(options.path, options.model, options.old, options.new)
+        return 0
     if options.verb in CHECKPOINT_VERBS:
         return _checkpoint(options)
     if run is None or options.verb == "check":

@@ -1,5 +1,6 @@
 """ExpertPlan: how many experts each layer has, which rank holds them, and what they were copied from."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -70,12 +71,8 @@ class ExpertPlan(BaseModel):
             raise UserError(f"expert plan: a round does not list {len(self.counts)} layers; allocate again")
         if sum(self.num_new) < 1:
             raise UserError("expert plan: no layer has a new expert; raise experts.num_new")
+        check_layers(self.classifier_layers, len(self.counts))
         for layer in self.classifier_layers:
-            if not 0 <= layer < len(self.counts):
-                raise UserError(
-                    f"experts.classifier_layers: {layer} is not a layer of this model; "
-                    f"give numbers from 0 to {len(self.counts) - 1}"
-                )
             if self.counts[layer] < 2:
                 raise UserError(f"experts.classifier_layers: layer {layer} is dense, it has no router; leave it out")
 
@@ -188,3 +185,17 @@ class ExpertPlan(BaseModel):
             problem = error.errors()[0]
             where = ".".join(str(part) for part in problem["loc"])
             raise UserError(f"{path}: {where}: {problem['msg']}; allocate again") from error
+
+
+def check_layers(classifier_layers: Iterable[int], num_layers: int) -> None:
+    """Check that a model has the layers that are to get a classifier.
+
+    Raises:
+        UserError: it has no such layer.
+    """
+    for layer in classifier_layers:
+        if not 0 <= layer < num_layers:
+            raise UserError(
+                f"experts.classifier_layers: {layer} is not a layer of this model; "
+                f"give numbers from 0 to {num_layers - 1}"
+            )

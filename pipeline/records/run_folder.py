@@ -29,9 +29,6 @@ METRICS_FILE = "metrics.jsonl"
 VALIDATION_FILE = "validation.jsonl"
 BEST_FILE = "best.json"
 INPUTS_FILE = "inputs.json"  # what the stage's result depends on, from the moment it begins
-_SETS = ("sets.", "benchmarks.")  # of a step's inputs: the texts that it reads, by name
-
-Inputs = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "sets": _TEXT,
     "benchmarks": _TEXT,
     "texts": _TEXT,
-    "tokenizer": ("data.tokenizer", "data.separator", "model"),
+    "tokenizer": ("data.tokenizer", "data.separator", "data.bos", "model"),
     "old": ("data.old.{name}",),
     "new": ("data.new.{name}",),
     "weights": ("data.old.{name}", "data.new.{name}"),

@@ -1,5 +1,7 @@
 """What can be known of a run before it computes anything: settings that do not fit, and text that is too little."""
 
+from collections.abc import Sequence
+
 from common.errors import UserError
 from pipeline.run.context import RunContext
 
@@ -16,6 +18,7 @@ def check_model(context: RunContext) -> None:
     """
     from pipeline.method.allocation import allocate
     from pipeline.model.backbone import model_config
+    from pipeline.model.expert_plan import check_layers
 
     run, config = context.run, model_config(context.dense).get_text_config()
     lengths = {
@@ -32,11 +35,7 @@ def check_model(context: RunContext) -> None:
         allocate(run.experts, layers, None)
     if isinstance(wanted, int) and wanted > layers:
         raise UserError(f"experts.classifier_layers: {wanted}, but the model has {layers} layers; give at most that")
-    for layer in wanted if isinstance(wanted, list) else []:
-        if not 0 <= layer < layers:
-            raise UserError(
-                f"experts.classifier_layers: {layer} is not a layer of this model; give numbers from 0 to {layers - 1}"
-            )
+    check_layers(wanted if isinstance(wanted, list) else [], layers)
 
 
 def check_parallel(context: RunContext, world_size: int, device: str) -> None:
@@ -81,30 +80,28 @@ def warn_of_slow_bf16(context: RunContext) -> None:
         )
 
 
-def sample_warnings(context: RunContext, only: int | None = None) -> list[str]:
+def sample_warnings(context: RunContext, numbers: Sequence[int]) -> list[str]:
     """Lines on text that is read too often, or not often enough.
 
     Args:
         context: the run.
-        only: the number of the one stage that they are to be about; None for all that the run has.
+        numbers: of the stages that they are about.
 
     Raises:
-        UserError: a set has less than one sample of a stage, this one or a later one.
+        UserError: a set has less than one sample of one of them.
     """
-    from pipeline.method.stages import stages_of
     from pipeline.training.sample_order import stage_order
 
     lines = []
-    for stage in stages_of(context.run):
-        epochs = stage_order(context.store, context.run.data, stage, context.run.seed).epochs()
-        if only in (None, stage.number):
-            lines += [
-                f"stage {stage.number} reads {name} {value:.1f} times; after {MOST_EPOCHS:g} passes a text teaches "
-                f"ever less: give it more text, or lower stage{stage.number}.tokens"
-                for name, value in epochs.items()
-                if value > MOST_EPOCHS
-            ]
-            lines += _replay_warnings(context, stage.number, epochs)
+    for number in numbers:
+        epochs = stage_order(context.store, context.run.data, context.stage(number), context.run.seed).epochs()
+        lines += [
+            f"stage {number} reads {name} {value:.1f} times; after {MOST_EPOCHS:g} passes a text teaches ever less: "
+            f"give it more text, or lower stage{number}.tokens"
+            for name, value in epochs.items()
+            if value > MOST_EPOCHS
+        ]
+        lines += _replay_warnings(context, number, epochs)
     return lines
 
 

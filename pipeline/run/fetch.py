@@ -13,7 +13,7 @@ from common.files import read_json, write_json
 from data_prep.reading.hub import hub_failures, name_of
 from pipeline.config.run import RunConfig
 from pipeline.records.run_folder import FETCHED_FILE, RunFolder
-from pipeline.run.fetch_datasets import fetch_dataset, named_datasets, with_commits
+from pipeline.run.fetch_datasets import entry_name, fetch_dataset, named_datasets, with_commits
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 OLD_WEIGHTS = ["*.bin", "*.bin.index.json"]  # of models that have no safetensors
@@ -34,7 +34,7 @@ def fetch_run(run: RunConfig) -> None:
     datasets: dict[str, Any] = {}
     with_model = with_fetched(run) if named_datasets(run) else run
     for source in named_datasets(run):
-        datasets[name_of(source)] = entry = fetch_dataset(source, with_model)
+        datasets[entry_name(source)] = entry = fetch_dataset(source, with_model)
         print(f"fetch: {name_of(source)} at {entry['commit']}: {entry['files']} files", flush=True)
     if not models and not datasets:
         print("fetch: the run names nothing on the hub", flush=True)
@@ -54,7 +54,7 @@ def with_fetched(run: RunConfig) -> RunConfig:
     models: dict[str, Any] = fetched["models"]
     data = with_commits(run, fetched["datasets"])
     changes: dict[str, Any] = {}
-    missing = any(name_of(source) not in fetched["datasets"] for source in named_datasets(run))
+    missing = any(entry_name(source) not in fetched["datasets"] for source in named_datasets(run))
     for key, name, asked in _named_models(run):
         entry = models.get(name)
         if entry is None or entry["asked"] != asked:

@@ -3,13 +3,23 @@
 from collections.abc import Iterator
 from typing import Any
 
+from common.files import content_key
 from common.progress import progress
 from data_prep.config import DataConfig, SetConfig, SourceConfig
 from data_prep.keys import replay_budgets
 from data_prep.make_plan import make_encoder
-from data_prep.plan import FoundSet, Group
+from data_prep.plan import FoundSet, Group, Slices
 from data_prep.reading.file_splits import hub_split
-from data_prep.reading.hub import HubSource, hub_failures, hub_source, hub_sources, is_folder, name_of
+from data_prep.reading.hub import (
+    HubSource,
+    data_file,
+    file_name,
+    hub_failures,
+    hub_source,
+    hub_sources,
+    is_folder,
+    name_of,
+)
 from data_prep.slices_to_read import LEAST, first_slices, limits_of, slices_to_read
 from pipeline.config.run import RunConfig
 
@@ -19,6 +29,11 @@ CARD_FILES = ("README.md", ".gitattributes", "dataset_infos.json")  # they say w
 def named_datasets(run: RunConfig) -> list[HubSource]:
     """What the run names on the hub, without folders."""
     return [source for source in hub_sources(run.data) if not is_folder(source.hub)]
+
+
+def entry_name(source: HubSource) -> str:
+    """What ``fetched.json`` calls it: its name, with a key of the files where the run names some."""
+    return name_of(source) if source.data_files is None else f"{name_of(source)}#{content_key(source.data_files)}"
 
 
 def fetch_dataset(source: HubSource, run: RunConfig) -> dict[str, Any]:
@@ -70,23 +85,25 @@ def _needed_files(source: HubSource, run: RunConfig, files: list[str], sizes: di
     """Those of a split's files that the sets which name it read; how many they are is measured on the first few."""
     data, memory = run.data, run.cache_dir / "sources"
     replay = replay_budgets(data, run.stage1.tokens)
-    name = name_of(source)
     needed: set[str] = set()
-    splits = [hub_split(f"{name}#{file}", sizes[file] or None, data.slice_bytes) for file in files]
+    splits = [hub_split(file_name(source, file), sizes[file] or None, data.slice_bytes) for file in files]
     for set_name, entry, number in _uses(source, data):
         slices = [(number, [split]) for split in splits]
         group: Group = "benchmark" if set_name is None else data.group(set_name)
         budget = replay.get(set_name or "")
-        found = FoundSet(set_name or "", group, entry, [{"source": number, "sha256": name}], slices, slices)
+        found = FoundSet(set_name or "", group, entry, [{"source": number, "sha256": name_of(source)}], slices, slices)
         if group in ("old", "new") and len(files) > LEAST and limits_of(entry, number, budget):
-            first = [splits[0].file.partition("#")[2] for _, splits in first_slices(slices, run.seed)]
-            _download(source, first, sizes)
+            _download(source, _files_of(first_slices(slices, run.seed)), sizes)
             encoder, _ = make_encoder(run.preparation)
             slices = slices_to_read(data, found, budget, run.seed, encoder, memory)
         elif group == "watch":
             slices = slices_to_read(data, found, None, run.seed, None, memory)
-        needed |= {splits[0].file.partition("#")[2] for _, splits in slices}
+        needed |= set(_files_of(slices))
     return [file for file in files if file in needed]
+
+
+def _files_of(slices: Slices) -> list[str]:
+    return [data_file(split.file) for _, splits in slices for split in splits]
 
 
 def _uses(source: HubSource, data: DataConfig) -> Iterator[tuple[str | None, SetConfig, int]]:
@@ -119,7 +136,7 @@ def with_commits(run: RunConfig, fetched: dict[str, dict[str, Any]]) -> dict[str
     def pinned(source: Any) -> Any:
         if source.hub is None:
             return source
-        entry = fetched.get(name_of(hub_source(source)))
+        entry = fetched.get(entry_name(hub_source(source)))
         return (
             source
             if entry is None

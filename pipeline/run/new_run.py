@@ -12,7 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common.errors import UserError
 from common.files import write_text
-from data_prep.config import DataConfig, ModelConfig, PreparationConfig, SetConfig
+from common.settings import parse_settings
+from common.yaml_reader import parse_yaml
+from data_prep.config import ModelConfig, PreparationConfig, SetConfig
 from data_prep.make_plan import Planned
 from data_prep.prepare import plan_preparation
 from data_prep.reading.bad_row import BadRow
@@ -21,11 +23,12 @@ from data_prep.reading.rows import read_rows
 from data_prep.reading.sources import format_of, source_files
 from data_prep.sample import sample_documents
 from data_prep.slices_to_read import size_of
-from pipeline.config.load import load_run
+from pipeline.config.run import RunConfig
 
 CACHE = Path("cache")  # where the run will look for the hashes of its files too
 SAMPLE_TOKENS = 100_000  # of a set; what is true of them is taken to be true of the rest
 SAMPLE_ROWS, SAMPLE_BYTES = 20, 1 << 20  # in which the field of the text is looked for
+LONGEST = 1024  # tokens of a sample, as in the papers
 SMALL = 100_000_000  # tokens of stage 1: below this, the papers' batches would make few steps
 STEPS = 300  # that stage 1 of a small run should have, or more
 FEW_HELD_OUT = 50  # documents of a set
@@ -67,8 +70,9 @@ def write_new_run(path: Path, model: str, old: list[str], new: list[str]) -> Non
     """
     if path.exists():
         raise UserError(f"{path}: exists already; name another file, or delete it")
-    write_text(path, _new_run(path, model, old, new))
-    load_run(path)
+    text = _new_run(path, model, old, new)
+    parse_settings(RunConfig, parse_yaml(text, str(path)), str(path))
+    write_text(path, text)
     print(f"{path}: written; look at it, then: python -m pipeline run {path}", flush=True)
 
 
@@ -76,15 +80,16 @@ def _new_run(path: Path, model: str, old: list[str], new: list[str]) -> str:
     from pipeline.model.backbone import model_config, model_folder
 
     config = model_config(model_folder(ModelConfig(path=model))).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or LONGEST
     places = {group: dict(map(_place, entries)) for group, entries in (("old", old), ("new", new))}
-    data = DataConfig.model_validate(places)
-    planned = plan_preparation(PreparationConfig(model=ModelConfig(path=model), data=data, cache_dir=CACHE))
+    tree = {"model": {"path": model}, "data": places, "cache_dir": str(CACHE)}
+    planned = plan_preparation(parse_settings(PreparationConfig, tree, "new"))
     found = {group: [_found(planned, name) for name in sets] for group, sets in places.items()}
     for one in [*found["old"], *found["new"]]:
         print(f"{one.name}: {one.figures}", flush=True)
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=folder, undefined=StrictUndefined, trim_blocks=True)  # noqa: S701 - YAML
-    values = _values(found["old"], found["new"], config.num_hidden_layers, config.max_position_embeddings)
+    values = _values(found["old"], found["new"], config.num_hidden_layers, positions)
     names = {"path": path, "name": path.stem, "model": model}
     return environment.get_template("new_run.yaml.jinja").render(**names, **found, **values) + "\n"
 
@@ -155,7 +160,7 @@ def _values(old: list[FoundSet], new: list[FoundSet], layers: int, positions: in
     num_new_tokens = int(sum(one.tokens for one in new) * trained)
     num_old_tokens = int(sum(one.tokens for one in old) * trained)
     passes = 1 if num_new_tokens >= SMALL else min(4, max(1, round(SMALL / num_new_tokens)))
-    longest = min(1024, positions, max(8, smallest // 16))
+    longest = min(LONGEST, positions, max(8, smallest // 16))
     sequence_length = _power_of_two(min(longest, max(128, passes * num_new_tokens // (8 * STEPS))))
     stage1 = _stage(num_new_tokens * passes, sequence_length, STEPS)
     stage1["note"] = f"{passes} x the new text"

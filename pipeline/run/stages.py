@@ -52,7 +52,7 @@ def check_stage(context: RunContext, number: int) -> None:
     from pipeline.checkpoint.store import read_files
 
     warn_of_slow_bf16(context)
-    for line in sample_warnings(context):
+    for line in sample_warnings(context, [later for later in context.run.stage_numbers if later >= number]):
         print(f"warning: {line}", flush=True)
     experts = _starting_checkpoint(context, number)
     if experts is not None:
@@ -99,5 +99,5 @@ def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | N
     finish_wandb_run()
     if figures is None:
         return None
-    warnings = sample_warnings(context, number) if ranks.is_first else []
+    warnings = sample_warnings(context, [number]) if ranks.is_first else []
     return Result({"checkpoint": figures["tag"]}, figures | {"warnings": warnings})

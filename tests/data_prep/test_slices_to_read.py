@@ -88,6 +88,24 @@ def test_another_cap_or_replay_leaves_the_text_the_same_where_as_much_is_read(la
     assert len(texts) == 1, "English has few slices, so all of it is read"
 
 
+def test_which_slices_are_read_is_in_the_key_of_the_text(
+    large: Tree, save_tokenizer: Any, write_rows: Any, tmp_path: Path
+) -> None:
+    path, tokenizer = large["new"]["el"]["path"], save_tokenizer()
+    other = str(write_rows("other.jsonl", (json.loads(line) for line in Path(path).read_text().splitlines())))
+
+    def texts(caps: tuple[int, int], seed: int = 17) -> dict[str, str]:
+        sources = [{"path": file, "max_documents": cap} for file, cap in zip((path, other), caps, strict=True)]
+        watched = {"seen": {"path": path, "language": "el", "max_documents": 40}}
+        data = DataConfig.model_validate({**large, "new": {"el": {"sources": sources}}, "watch": watched})
+        config = config_of(data, tokenizer, 300, tmp_path / "cache", seed)
+        return {one.name: one.text for one in plan_preparation(config).sets}
+
+    assert texts((20, 400))["el"] != texts((400, 20))["el"], "as many slices in all, of other sources"
+    assert texts((20, 20))["seen"] == texts((400, 20))["seen"]
+    assert texts((20, 20))["seen"] != texts((20, 20), seed=18)["seen"], "other slices of the watch set"
+
+
 def test_a_watch_set_with_a_cap_is_scored_in_part(large: Tree, stored: Any) -> None:
     watched = {"seen": {"path": large["new"]["el"]["path"], "language": "el", "max_documents": 40}}
     store: TokenStore = stored({**large, "watch": watched, "new": {"el": {**large["new"]["el"], "max_documents": 20}}})

@@ -239,9 +239,11 @@ def test_a_key_makes_those_steps_stale_that_read_it_and_no_others(
     tree = copy.deepcopy(finished.tree) | {"output_dir": str(tmp_path / "runs")}
     ignore = shutil.ignore_patterns("step*")  # checkpoints
     shutil.copytree(folder / "runs", tmp_path / "runs", symlinks=True, ignore=ignore)
-    for changed, value in {**flip.also, key: flip.value}.items():
+    new = str(tmp_path / "elsewhere") if flip.value == "elsewhere" else flip.value
+    for changed, value in {**flip.also, key: new}.items():
         with_value(tree, changed, value, folder)
-    if key in ("name", "output_dir", "cache_dir"):  # another run
+    if key in ("name", "output_dir", "cache_dir"):  # another run or cache, of the same text
+        assert step_named(T).inputs(RunContext(parse_run(tree, "x"), quiet=True)) == finished.inputs[T]
         return
     context = do_steps(RunContext(parse_run(tree, "x"), force=True, quiet=True), T)
     stale = set()

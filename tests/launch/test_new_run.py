@@ -61,6 +61,7 @@ def test_values_fit_the_model_and_the_text(tmp_path: Path, monkeypatch: pytest.M
     [
         ("english.jsonl", r"english\.jsonl: not of the form NAME=PATH"),
         ("en=missing.jsonl", r"missing\.jsonl: does not exist"),
+        ("tr=english.jsonl", r"the name is used in old too; rename one of the sets"),
         ("en=numbers.jsonl", r"numbers\.jsonl: its first rows hold no field with text"),
     ],
 )
@@ -81,3 +82,13 @@ def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path, monkeypatch: py
     with pytest.raises(UserError, match=r"my\.yaml: exists already"):
         write_new_run(Path("my.yaml"), "model", ["en=a"], ["tr=b"])
     assert Path("my.yaml").read_text() == "mine"
+
+
+def test_a_name_that_no_run_can_have_is_one_line_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_texts(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"my run\.yaml: name: 'my run' is not allowed"):
+        write_new_run(Path("my run.yaml"), "model", ["en=english.jsonl"], ["tr=tr"])
+    assert not Path("my run.yaml").exists()
