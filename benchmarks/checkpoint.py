@@ -201,7 +201,7 @@ def main() -> None:
     ranks.say(f"{report['ranks']} ranks, {arguments.rounds} rounds, medians\n{aligned(rows)}")
     if arguments.json and ranks.is_first:
         write_json(arguments.json, report)
-    leave(ranks)
+    leave()
 
 
 if __name__ == "__main__":

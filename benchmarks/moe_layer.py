@@ -265,7 +265,7 @@ def main() -> int:
     if arguments.json:
         report = {"sizes": asdict(sizes), "device": where, "threads": torch.get_num_threads()}
         write_json(arguments.json, {**report, "torch": torch.__version__, "results": [asdict(r) for r in results]})
-    leave(ranks)
+    leave()
     return 0
 
 

@@ -2,7 +2,8 @@
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 EXIT_CODE = 2
 EXIT_INTERRUPTED = 130  # a shell's code for a program that Ctrl-C ended
@@ -22,6 +23,15 @@ class AgreedError(UserError):
 
 class OwnError(UserError):
     """A mistake that only this process has met, in its share of the work; it prints it itself."""
+
+
+@contextmanager
+def met_by_all() -> Iterator[None]:
+    """Of a block that all ranks do alike: a mistake in it is one that all of them meet."""
+    try:
+        yield
+    except UserError as error:
+        raise AgreedError(*error.args) from error
 
 
 def one_line(error: BaseException, most: int = 200) -> str:

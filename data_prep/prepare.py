@@ -17,7 +17,7 @@ from data_prep.make_plan import Planned, check_tokenizer, make_plan, plan_of
 from data_prep.phases.order import run_phases
 from data_prep.plan import Plan
 from data_prep.reading.sources import source_files, unread_line
-from data_prep.statistics.summary import print_summary
+from data_prep.statistics.summary import print_short_caps, print_summary
 from data_prep.store import TokenStore
 from data_prep.work import Work, copies_record
 
@@ -73,6 +73,7 @@ def prepare(
         page = _write_page(store, has_worked)
         if has_worked:
             print_summary(store)
+            print_short_caps(planned, store)
             print(f"tokens: {len(store.sets)} sets in {planned.tokens}, their figures in {page}", flush=True)
         _say_copies(planned)
     if has_worked:

@@ -170,7 +170,7 @@ def main(arguments: list[str]) -> int:
     if options.verb in RUN_VERBS and options.run:
         run = load_run(options.run, options.set)
     set_variables(run.cluster.environment if run else {})
-    from pipeline.distributed.process_group import device_type  # imports torch, which reads the variables
+    from pipeline.distributed.process_group import device_type, leave  # imports torch, which reads the variables
 
     device_type()
     if options.verb == NEW:
@@ -191,7 +191,9 @@ def main(arguments: list[str]) -> int:
     with RunLock(run.folder) if writes else nullcontext():
         if writes:
             RunFolder.create(run)
-        return DO[options.verb](context, options)
+        code = DO[options.verb](context, options)
+        leave()
+        return code
 
 
 def command_line(*, launched: bool = False) -> int:

@@ -9,11 +9,13 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
+import torch
 
-from common.errors import EXIT_CODE, say_ended
+from common.errors import EXIT_CODE, UserError, say_ended
 from common.hosts import free_port
 from pipeline.distributed.process_group import device_type
 
+RANKS_PER_CORE = 8
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,7 +33,11 @@ def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -
         arguments: of the entry.
         num_ranks: how many ranks to start on this machine.
         entry: a file of launch/.
+
+    Raises:
+        UserError: they are more than this machine can hold.
     """
+    check_room(num_ranks)
     command = [
         str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks),
         "--master_port", str(free_port()), "--log_level", "critical", str(ROOT / "launch" / entry), *arguments,
@@ -40,6 +46,21 @@ def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -
     environment = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": device_type(), **os.environ}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     _wait(command, environment)
+
+
+def check_room(num_ranks: int) -> None:
+    """Whether this machine can hold so many ranks: one per GPU, or without any a few per core.
+
+    Raises:
+        UserError: it can't.
+    """
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    most, has = (gpus, f"{gpus} GPUs") if gpus else (cores * RANKS_PER_CORE, f"{cores} cores and no GPU")
+    if num_ranks > most:
+        raise UserError(
+            f"{num_ranks} ranks do not fit on this machine with {has}; start at most {most} here "
+            "(parallel.ranks, --ranks), or launch over more machines: deepspeed --hostfile, srun, submit"
+        )
 
 
 def _wait(command: list[str], environment: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """The process group: joining it, and what ranks do together."""
 
 import datetime
+import gc
 import os
 import resource
 import sys
@@ -14,6 +15,7 @@ from common.hosts import free_port
 from pipeline.distributed.watchdog import Watchdog
 
 DEFAULT_TIMEOUT_MINUTES = 30.0
+_joined: "Ranks | None" = None
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,13 @@ def under_launcher() -> bool:
 def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> Ranks:
     """Join the process group that the launcher's variables describe, or make one of a single rank.
 
+    A process joins once: what it gets then, it gets again until it leaves. DeepSpeed keeps groups of the first one.
     With GPUs the backend is nccl, without any gloo. From here on a watchdog ends the process if it makes no progress
     for ``timeout_minutes`` or if its launcher dies.
     """
+    global _joined
+    if _joined is not None:
+        return _joined
     use_gpu = device_type() == "cuda"
     import deepspeed
     from deepspeed.utils import logger
@@ -108,7 +114,8 @@ def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> Ranks:
         minutes=timeout_minutes, seconds=60
     )  # the watchdog's message says more, so it comes first
     deepspeed.init_distributed("nccl" if use_gpu else "gloo", timeout=timeout, verbose=False)
-    return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, watchdog)
+    _joined = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, watchdog)
+    return _joined
 
 
 def local_gpu() -> int:
@@ -117,12 +124,24 @@ def local_gpu() -> int:
     return number if torch.cuda.device_count() > 1 else 0
 
 
-def leave(ranks: Ranks) -> None:
-    """Wait for the other ranks and leave the group."""
+def leave() -> None:
+    """Wait for the other ranks and leave the group, if this process has joined one."""
+    global _joined
+    if _joined is None:
+        return
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    if ranks.watchdog is not None:
-        ranks.watchdog.stop()
+    if _joined.watchdog is not None:
+        _joined.watchdog.stop()
+    _joined = None
+
+
+def forget_earlier_stages(device: torch.device) -> None:
+    """Give back the memory of a stage that this process has trained before, and count the peak on a GPU anew."""
+    gc.collect()  # an engine lies in a circle of references
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

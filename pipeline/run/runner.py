@@ -3,14 +3,14 @@
 import time
 from collections.abc import Sequence
 
+from common.errors import met_by_all
 from common.launch_environment import is_first_rank
-from pipeline.distributed.launcher import run_verb, start_ranks
+from pipeline.distributed.launcher import check_room, run_verb, start_ranks
 from pipeline.distributed.process_group import (
     Ranks,
     device_type,
     environment_world_size,
     join,
-    leave,
     under_launcher,
 )
 from pipeline.run.checks import check_parallel
@@ -27,8 +27,11 @@ def run_steps(context: RunContext, steps: Sequence[Step], *, from_the_first: boo
         steps: which.
         from_the_first: whether they begin with the run's first step.
     """
-    if from_the_first or any(step.needs_ranks for step in steps):
+    trains = any(step.needs_ranks for step in steps)
+    if from_the_first or trains:
         check_parallel(context, context.run.parallel.ranks, device_type())
+    if trains and not under_launcher():
+        check_room(context.run.parallel.ranks)
     for step in steps:
         if step.is_done(context):
             continue
@@ -54,7 +57,7 @@ def do_step(context: RunContext, step: Step) -> bool:
     if under_launcher():
         ranks = join(context.run.parallel.timeout_minutes)
         is_finished = finish_step(context, step, ranks)
-        leave(ranks)
+        ranks.wait()  # until the first one has written the manifest
         return is_finished
     if not step.has_work(context):
         return finish_step(context, step, None)
@@ -90,10 +93,12 @@ def finish_step(context: RunContext, step: Step, ranks: Ranks | None) -> bool:
 
 def train_steps(context: RunContext, steps: Sequence[Step]) -> None:
     """Train stages one after the other; end early where one stops before its end."""
+    world_size = environment_world_size() if under_launcher() else context.run.parallel.ranks
     for step in steps:
-        world_size = environment_world_size() if under_launcher() else context.run.parallel.ranks
-        check_parallel(context, world_size, device_type())
-        if not step.is_done(context) and not do_step(context, step):
+        with met_by_all():
+            check_parallel(context, world_size, device_type())
+            is_done = step.is_done(context)
+        if not is_done and not do_step(context, step):
             return
 
 
@@ -113,5 +118,3 @@ def evaluate_named(context: RunContext, tag: str) -> None:
     result = score(context, tag, ranks)
     if result is not None:
         print(f"{result_table(result)}\nwritten: {context.folder.evaluation_of(tag)}", flush=True)
-    if ranks is not None:
-        leave(ranks)

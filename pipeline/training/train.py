@@ -10,7 +10,7 @@ import torch
 from common.errors import AgreedError
 from common.progress import progress
 from pipeline.checkpoint.store import mark_best
-from pipeline.distributed.process_group import Ranks, peak_memory_bytes
+from pipeline.distributed.process_group import Ranks, forget_earlier_stages, peak_memory_bytes
 from pipeline.distributed.stop_request import StopRequest
 from pipeline.records.metrics import StepRow
 from pipeline.training.inputs import StageInputs
@@ -30,9 +30,18 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
     Raises:
         AgreedError: too many steps in a row were skipped, or a checkpoint can't be written.
     """
-    run, settings = inputs.run, inputs.stage.settings
+    forget_earlier_stages(ranks.device)
     started = time.monotonic()
     state = TrainingState.start(inputs, ranks)
+    try:
+        return _train(state, started)
+    finally:
+        state.engine.destroy()  # DeepSpeed's hooks would keep it
+
+
+def _train(state: TrainingState, started: float) -> dict[str, Any] | None:
+    """See :func:`train_stage`; ``started`` is when it was called."""
+    inputs, ranks, settings, run = state.inputs, state.ranks, state.settings, state.inputs.run
     if run.checkpoint.resume == "auto":
         resume(state)
     measure_base(state)

@@ -62,6 +62,28 @@ def test_a_capped_set_has_what_its_cap_says(large: Tree, stored: Any, capsys: py
     assert store.held_out("el").num_documents >= 10
 
 
+def test_a_cap_that_what_was_read_does_not_fill_is_a_warning(
+    large: Tree, stored: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    greek = {**large["new"]["el"], "max_documents": 200}
+    stored({**large, "new": {"el": greek}})
+    assert "slices that were read" not in capsys.readouterr().out
+    # Of its first slices nothing is a copy, of the whole nearly everything.
+    path = Path(greek["path"])
+    text = json.loads(path.read_text().splitlines()[0])["text"]
+    rows = [{"text": text, "page": str(number)} for number in range(2000)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    filters = {"exact_duplicates": True}
+    store: TokenStore = stored({**large, "filters": filters, "new": {"el": greek}})
+    has = store.train("el").num_documents
+    line = next(line for line in capsys.readouterr().out.splitlines() if "slices that were read" in line)
+    assert has < 200
+    assert line.startswith("warning: set el: max_documents=200 asked, but the ")
+    assert line.endswith(
+        f"gave {has} documents: more of them was filtered than of the text's beginning; a higher cap reads more"
+    )
+
+
 def test_only_the_chosen_slices_are_read(large: Tree, stored: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from data_prep.phases import filter as filter_phase
 

@@ -1,5 +1,6 @@
 """What the distributed tests run on each rank: stages of a tiny run through the product's own training."""
 
+import gc
 import io
 import os
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.utils import safe_get_full_grad
 
@@ -18,7 +20,7 @@ from common.errors import UserError
 from pipeline.checkpoint.store import read_files, save_checkpoint
 from pipeline.checkpoint.weights import local_expert_names
 from pipeline.config.run import RunConfig
-from pipeline.distributed.process_group import Ranks
+from pipeline.distributed.process_group import Ranks, forget_earlier_stages
 from pipeline.method.stages import STAGES, find_stage
 from pipeline.model.backbone import moe_layers
 from pipeline.records.metrics import StepRow
@@ -196,6 +198,18 @@ def load_with_deepspeeds_own_engine(ranks: Ranks, tree: dict[str, Any], folder: 
     different = [name for name, parameter in parameters if not torch.equal(parameter, expected[name])]
     state.engine.destroy()
     return different
+
+
+def engines_left(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> int:
+    """How many more of DeepSpeed's engines there are after a stage than before it."""
+
+    def engines() -> int:
+        forget_earlier_stages(ranks.device)
+        return sum(type(thing) is DeepSpeedEngine for thing in gc.get_objects())
+
+    before = engines()
+    train_to_the_end(ranks, tree, number, folder)
+    return engines() - before
 
 
 def count_experts(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[int]:

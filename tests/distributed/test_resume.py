@@ -10,7 +10,7 @@ from pipeline.checkpoint.store import best, complete_tags, mark_best
 from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file
 from pipeline.records.record import read_rows
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import train_steps, train_to_the_end, with_parallel
+from tests.distributed.stages import engines_left, train_steps, train_to_the_end, with_parallel
 from tests.helpers.tiny import prepared_run, run_tree
 
 
@@ -57,6 +57,12 @@ def test_a_signal_to_one_rank_stops_all_after_a_save_and_the_next_run_ends_the_s
         )
         assert ours == expected
     assert best(tmp_path / "stopped") == best(tmp_path / "straight")
+
+
+def test_a_stage_that_has_ended_holds_no_memory_of_the_next_one(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    assert pools[2].run(engines_left, tree, 1, tmp_path) == [0, 0]
 
 
 def test_activation_checkpointing_changes_no_result(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pipeline.checkpoint.verify import damaged_files
 from tests.faults.processes import BIN, Launch, wait_for
 from tests.helpers.tiny import save_corpus, write_run
 
-MICRO_STEPS = 500  # of a step, which takes seconds
+MICRO_STEPS = 250  # of a step: seconds, and fewer than the 30 that DeepSpeed waits for
 BATCH = 2 * MICRO_STEPS
 ENDED = "ended by SIGINT; the same command resumes from what is complete"
 
@@ -58,7 +58,7 @@ def test_a_second_ctrl_c_ends_a_step_with_130_and_no_traceback_and_the_last_chec
 
 
 @pytest.mark.slow
-def test_ctrl_c_under_deepspeed_itself_saves_though_deepspeed_ends_at_once(path: Path, launches: list[Launch]) -> None:
+def test_ctrl_c_under_deepspeed_itself_saves_and_the_ranks_end(path: Path, launches: list[Launch]) -> None:
     stage = path.parent / "runs" / "tiny" / "stage1"
     log, words = path.parent / "deepspeed.log", ["launch/train.sh", str(path), "--stage", "1"]
     options = ["--num_gpus", "2", "--master_port", str(free_port())]
@@ -66,8 +66,8 @@ def test_ctrl_c_under_deepspeed_itself_saves_though_deepspeed_ends_at_once(path:
     wait_for(lambda: "M parameters train" in log.read_text(), launches[0])
     time.sleep(1)  # in its step
     press(launches[0])
-    launches[0].wait(90)  # with a traceback of DeepSpeed's
-    assert launches[0].wait_until_gone(60) > 1
+    launches[0].wait(90)  # at once, with a traceback of DeepSpeed's, or after the ranks
+    assert launches[0].wait_until_gone(60) < 60
     assert "again to end now\n" in log.read_text()
     assert "stage 1: stopped by a signal after" in log.read_text()
     assert "error: " not in log.read_text()

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests.helpers.tiny import write_run
 
@@ -127,12 +126,20 @@ def test_a_signal_to_the_command_saves_stops_all_ranks_and_the_next_run_goes_on(
     assert metrics.read_text().count("\n") == 150
 
 
-@pytest.mark.parametrize("launcher", [["deepspeed"], ["bash"]], ids=["deepspeed", "bash"])
-def test_train_sh_trains_stage_1(launcher: list[str], tmp_path: Path) -> None:
+def test_train_sh_under_deepspeed_trains_both_stages_and_then_evaluates(tmp_path: Path) -> None:
     path = write_run(tmp_path, prepared=True)
-    words = [str(BIN / "deepspeed"), "--master_port", "29611"] if launcher == ["deepspeed"] else launcher
-    output = command(*words, "launch/train.sh", str(path), "--stage", "1", DS_ACCELERATOR="cpu")
-    assert "6 steps of 8 x 32 tokens on 1 ranks" in output
+    folder, words = tmp_path / "runs" / "tiny", [str(BIN / "deepspeed"), "--num_gpus", "2", "--master_port", "29611"]
+    output = command(*words, "launch/train.sh", str(path), DS_ACCELERATOR="cpu")
+    for number in (1, 2):
+        assert f"stage {number}: 6 steps of 8 x 32 tokens on 2 ranks" in output
+        assert (folder / "manifests" / f"stage{number}.json").is_file()
+    output = command(*words, "launch/train.sh", "evaluate", str(path), "--report", DS_ACCELERATOR="cpu")
+    assert "OLD   en" in output and f"report: {folder}/report.html" in output
+
+
+def test_train_sh_as_a_shell_script_trains_stage_1(tmp_path: Path) -> None:
+    path = write_run(tmp_path, prepared=True)
+    assert "6 steps of 8 x 32 tokens on 1 ranks" in command("bash", "launch/train.sh", str(path), "--stage", "1")
     assert (tmp_path / "runs" / "tiny" / "manifests" / "stage1.json").is_file()
 
 

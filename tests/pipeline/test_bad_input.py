@@ -150,6 +150,8 @@ TABLE: list[tuple[str, Callable[[Path, Tree], None], list[str], list[str]]] = [
     ("similarity not positive", negative_similarity, ["allocate"], ["layer 1", "-0.01", "not positive"]),
     ("an ep_size that does not divide the ranks", setting("parallel", {"ranks": 3, "ep_size": 2}), ["train"], ["ep_size", "2", "3"]),
     ("ep_size above the experts", setting("parallel", {"ranks": 8, "ep_size": 8}), ["allocate"], ["ep_size", "8 ranks", "6 new experts"]),
+    ("more ranks than a machine holds", both(setting("parallel.ranks", 10**6), setting("stage1.global_batch_size", 10**6), setting("stage1.tokens", 10**9)), ["run"], ["1000000 ranks do not fit", "cores and no GPU", "parallel.ranks"]),
+    ("more ranks to check than a machine holds", setting("seed", 17), ["check", "--ranks", "100000"], ["100000 ranks do not fit", "--ranks"]),
     ("a micro-batch above the batch", setting("parallel", {"micro_batch_size": 9}), ["train"], ["micro_batch_size", "9", "8 samples"]),
     ("too few tokens for one batch", setting("stage1.tokens", 100), ["tokenize"], ["stage1", "100", "less than one batch"]),
     ("a sample beyond the model's positions", setting("stage1", {"tokens": 10**7, "sequence_length": 10**6, "global_batch_size": 1}), ["train", "--stage", "1"], ["stage1.sequence_length", "2048 positions"]),
