@@ -54,6 +54,8 @@ def check_room(num_ranks: int) -> None:
     Raises:
         UserError: it can't.
     """
+    if num_ranks < 1:
+        raise UserError(f"{num_ranks} ranks: at least 1 is needed (parallel.ranks, --ranks)")
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
     most, has = (gpus, f"{gpus} GPUs") if gpus else (cores * RANKS_PER_CORE, f"{cores} cores and no GPU")
     if num_ranks > most:

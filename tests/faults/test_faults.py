@@ -22,7 +22,7 @@ def write_long_run(folder: Path, **changes: Any) -> Path:
     settings: dict[str, Any] = {
         "parallel": {"ranks": 2, "ep_size": 2, "micro_batch_size": 2},
         "stage1": {"tokens": 8 * 32 * STEPS},
-        "deepspeed": "ds_configs/bf16_zero1.json",
+        "deepspeed": "ds_configs/fp32_zero1.json",
     }
     for key, value in changes.items():
         settings[key] = {**settings[key], **value} if isinstance(settings.get(key), dict) else value
@@ -74,14 +74,14 @@ def test_ranks_whose_launcher_died_end_within_30_seconds_and_the_lock_is_free(
 
 @pytest.mark.slow
 def test_a_stuck_rank_ends_the_run_and_the_one_that_waits_says_where(tmp_path: Path, launches: list[Launch]) -> None:
-    path = write_long_run(tmp_path, parallel={"timeout_minutes": 0.1})
+    path = write_long_run(tmp_path, parallel={"timeout_minutes": 0.5})
     launches.append(train(path))
     wait_for(lambda: steps_done(path) >= 2, launches[0])
     launches[0].ranks()[1].send_signal(signal.SIGSTOP)
-    assert launches[0].wait_until_gone(90) < 90
+    assert launches[0].wait_until_gone(120) < 120
     assert launches[0].process.returncode != 0
     log = launches[0].log.read_text()
-    assert "error: rank 0: no progress for 6 s at stage 1, step " in log, log[-3000:]
+    assert "error: rank 0: no progress for 30 s at stage 1, step " in log, log[-3000:]
 
 
 @pytest.fixture

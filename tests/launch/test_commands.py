@@ -41,7 +41,7 @@ def test_run_does_everything_on_two_ranks_and_a_second_run_skips_it(tmp_path: Pa
         parallel={"ranks": 2, "ep_size": 2},
         validate={"every_tokens": 768, "max_tokens_per_set": 200},
         log={"tensorboard": True},
-        deepspeed="ds_configs/bf16_zero1.json",
+        deepspeed="ds_configs/fp32_zero1.json",
     )
     first = command(sys.executable, "-m", "pipeline", "run", str(path), "--until", "stage1")
     folder = tmp_path / "runs" / "tiny"
