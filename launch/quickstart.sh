@@ -14,5 +14,12 @@ for ((i = 0; i < ${#words[@]}; i++)); do
     --set=*) sets+=("${words[i]}") ;;
   esac
 done
+case " ${sets[*]-} " in
+  *" deepspeed="*) ;;
+  *) if "$python" -c 'import sys; from pipeline.run.checks import has_slow_bf16; sys.exit(not has_slow_bf16())'; then
+       echo "quickstart: this CPU has no instructions for bf16, so it computes in fp32 (ds_configs/fp32_zero1.json)"
+       set -- "$@" --set deepspeed=ds_configs/fp32_zero1.json
+     fi ;;
+esac
 "$python" -m data_prep.demo "$run" ${sets[@]+"${sets[@]}"}
 exec "$python" -m pipeline run "$run" "$@"

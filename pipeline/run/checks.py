@@ -62,17 +62,20 @@ def check_parallel(context: RunContext, world_size: int, device: str) -> None:
         batch_shape(run, stage.settings, world_size, device)
 
 
-def warn_of_slow_bf16(context: RunContext) -> None:
-    """One line where a CPU has no instructions for bf16, so that each product is converted to fp32 and back."""
+def has_slow_bf16() -> bool:
+    """Whether it computes on a CPU without instructions for bf16, which converts to fp32 and back for each product."""
     import torch
 
     from pipeline.distributed.process_group import device_type
 
-    if (
-        device_type() == "cpu"
-        and context.dtype == torch.bfloat16
-        and torch.backends.cpu.get_cpu_capability() in WITHOUT_BF16
-    ):
+    return device_type() == "cpu" and torch.backends.cpu.get_cpu_capability() in WITHOUT_BF16
+
+
+def warn_of_slow_bf16(context: RunContext) -> None:
+    """One line where a run asks for bf16 and :func:`has_slow_bf16`."""
+    import torch
+
+    if context.dtype == torch.bfloat16 and has_slow_bf16():
         print(
             f"warning: {context.run.deepspeed} asks for bf16, which this CPU computes several times slower than fp32: "
             "--set deepspeed=ds_configs/fp32_zero1.json",

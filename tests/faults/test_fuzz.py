@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 
 from pipeline.records.step_manifest import StepManifest
 from tests.faults.fuzz import KEYS, OPTION_VALUES, OPTIONS, VALUES, VERBS, run_command
@@ -25,8 +25,11 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def check(prepared: Path, words: list[str]) -> None:
-    """The command, in a copy of the prepared run, ends well or with one line, and all that lies there is whole."""
+def check(prepared: Path, words: list[str]) -> int:
+    """The command, in a copy of the prepared run, ends well or with one line, and all that lies there is whole.
+
+    Returns its exit code.
+    """
     folder = prepared.parent / "copy"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -41,6 +44,7 @@ def check(prepared: Path, words: list[str]) -> None:
     assert code == 0 or sum(line.startswith("error: ") for line in text.splitlines()) == 1, text
     assert set(Path.cwd().iterdir()) == before
     assert list(half_written(folder)) == []
+    return code
 
 
 def half_written(folder: Path) -> Iterator[str]:
@@ -56,7 +60,8 @@ def half_written(folder: Path) -> Iterator[str]:
 @example(["train"], "stage1.lr", ".inf")
 @example(["tokenize"], "output_dir", "/proc/nope/x")
 def test_any_value_of_any_key_ends_well_or_in_one_line(prepared: Path, verb: list[str], key: str, value: str) -> None:
-    check(prepared, [*verb, "--set", f"{key}={value}"])
+    code = check(prepared, [*verb, "--set", f"{key}={value}"])
+    event(f"{verb[0]} ended with {code}")  # pytest --hypothesis-show-statistics counts them
 
 
 @pytest.mark.parametrize("value", OPTION_VALUES)
