@@ -104,6 +104,7 @@ def memory_by_kind(
     layers: LayerActivations,
     *,
     dtype: torch.dtype,
+    gradient_bytes: int,
     stage: Stage,
     process: int,
 ) -> dict[str, float]:
@@ -120,6 +121,7 @@ def memory_by_kind(
         batch: one rank's micro-batch.
         layers: what layers keep for the backward.
         dtype: of the frozen weights.
+        gradient_bytes: per weight that trains under ZeRO; see :func:`pipeline.training.ds_config.gradient_bytes`.
         stage: what trains, and how.
         process: bytes of the process before it holds any model.
 
@@ -134,14 +136,13 @@ def memory_by_kind(
     kinds = {
         "process": float(process),
         "weights": float(weights),
-        # fp32 sums; with ZeRO also what the backward of one micro-batch leaves, in the weights' own type.
-        "gradients": float(trained.total * (FP32 + width if stage.uses_zero else FP32)),
+        "gradients": float(trained.total * (gradient_bytes if stage.uses_zero else FP32)),
         "master weights": FP32 * held if stage.uses_zero else 0.0,
         "moments": MOMENTS * held,
     }
     logits = 2 * batch.tokens * sizes.vocabulary * width  # and their gradient
     kinds["activations"] = _activations(plan, batch, layers, sizes.hidden * width) + logits
-    fresh = trained.total * width if stage.uses_zero and batch.accumulation == 1 else 0.0
+    fresh = trained.total * (gradient_bytes - FP32) if stage.uses_zero and batch.accumulation == 1 else 0.0
     kinds["allocator"] = ALLOCATOR * (sum(kinds.values()) - process)
     # With one micro-batch per step, its gradients come as its activations go.
     kinds["peak"] = sum(kinds.values()) - min(kinds["activations"], fresh)

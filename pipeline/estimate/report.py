@@ -26,7 +26,7 @@ from pipeline.model.backbone import model_config, model_folder, parameter_counts
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.metrics import StepRow
 from pipeline.records.run_folder import METRICS_FILE, PLAN_FILE, RunFolder
-from pipeline.training.ds_config import batch_shape, read_ds_config, training_dtype
+from pipeline.training.ds_config import batch_shape, gradient_bytes, read_ds_config, training_dtype
 
 # Gigabytes of memory (10^9 bytes).
 DEVICES = {"a100-40": 42.9, "a100": 85.9, "h100": 85.0, "h200": 151.0, "b200": 192.0, "l40s": 48.3, "mi300x": 206.0,
@@ -51,7 +51,8 @@ class Estimate:
         self.run, self.dims = run, dims
         self.capacity = None if device in (None, "cpu") else device_bytes(str(device))
         self.config = model_config(model_folder(run.model))
-        self.dtype = training_dtype(read_ds_config(run.deepspeed))
+        ds_config = read_ds_config(run.deepspeed)
+        self.dtype, self.gradient_bytes = training_dtype(ds_config), gradient_bytes(ds_config)
         self.sizes: ModelSizes = model_sizes(self.config)
         self.plan, self.plan_note = find_plan(run, self.config.get_text_config().num_hidden_layers)
         self.stages = stages_of(run)
@@ -73,7 +74,7 @@ class Estimate:
         dims = dims or self.dims
         return memory_by_kind(
             self.sizes, self.plan, dims, self.batch(stage, dims), self.layers[stage.number],
-            dtype=self.dtype, stage=stage, process=self.process,
+            dtype=self.dtype, gradient_bytes=self.gradient_bytes, stage=stage, process=self.process,
         )  # fmt: skip
 
     def smallest_ep_size(self) -> int | None:

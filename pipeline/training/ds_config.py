@@ -52,12 +52,22 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(
             f'{path}: bf16 needs "data_types": {{"grad_accum_dtype": "fp32"}}, or gradients lose small parts'
         )
+    if is_bf16 and config.get("communication_data_type") != "fp32":
+        raise UserError(
+            f'{path}: bf16 needs "communication_data_type": "fp32", or gradients are rounded where ranks are summed'
+        )
     return config
 
 
 def training_dtype(config: dict[str, Any]) -> torch.dtype:
     """bf16 or fp32."""
     return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+
+
+def gradient_bytes(config: dict[str, Any]) -> int:
+    """Bytes of gradients per weight that trains under ZeRO: fp32 sums, and a micro-batch's until they are added."""
+    at_once = config.get("bf16", {}).get("immediate_grad_update", False)
+    return torch.float32.itemsize + (0 if at_once else training_dtype(config).itemsize)
 
 
 @dataclass(frozen=True)

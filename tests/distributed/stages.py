@@ -4,6 +4,7 @@ import gc
 import io
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -198,6 +199,21 @@ def load_with_deepspeeds_own_engine(ranks: Ranks, tree: dict[str, Any], folder: 
     different = [name for name, parameter in parameters if not torch.equal(parameter, expected[name])]
     state.engine.destroy()
     return different
+
+
+def summed_over_ranks(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> dict[torch.dtype, int]:
+    """How many numbers of each type are all-reduced in a step."""
+    state, summed = TrainingState.start(stage_inputs(tree, number, folder), ranks), Counter[torch.dtype]()
+    all_reduce = torch.distributed.all_reduce
+
+    def counting(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        summed[tensor.dtype] += tensor.numel()
+        return all_reduce(tensor, *arguments, **options)
+
+    with patch("torch.distributed.all_reduce", counting):
+        train_step(state)
+    state.engine.destroy()
+    return dict(summed)
 
 
 def engines_left(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> int:

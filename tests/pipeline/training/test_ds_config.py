@@ -25,7 +25,7 @@ def write_config(folder: Path, precision: str, zero: int, overlap: bool, **chang
     if precision != "fp32":
         config[precision] = {"enabled": True}
     if precision == "bf16":
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     path = folder / "ds.json"
     path.write_text(json.dumps(config | changes))
     return path
@@ -48,9 +48,13 @@ def test_the_matrix_is_accepted_or_refused_with_what_to_use(
     assert what in line
 
 
-def test_bf16_must_accumulate_in_fp32(tmp_path: Path) -> None:
-    path = write_config(tmp_path, "bf16", 1, False, data_types={})
-    with pytest.raises(UserError, match="grad_accum_dtype"):
+@pytest.mark.parametrize(
+    ("left_out", "needed"), [("data_types", "grad_accum_dtype"), ("communication_data_type",) * 2]
+)
+def test_bf16_must_accumulate_and_be_summed_over_ranks_in_fp32(left_out: str, needed: str, tmp_path: Path) -> None:
+    path = write_config(tmp_path, "bf16", 1, False, **{left_out: None})
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if value}))
+    with pytest.raises(UserError, match=f'"{needed}": "fp32"'):
         read_ds_config(path)
 
 

@@ -1,0 +1,52 @@
+"""Gradients are summed over ranks in fp32. Run: pytest tests/distributed/test_reduction.py"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.conftest import Pools
+from tests.distributed.stages import summed_over_ranks, train_steps, with_parallel
+from tests.helpers.tiny import FFN, HIDDEN, prepared_run, run_tree
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("reduction")
+    prepared_run(folder)
+    return run_tree(folder, deepspeed="ds_configs/bf16_zero1.json", parallel={"ranks": 2, "micro_batch_size": 2})
+
+
+def with_config(tree: dict[str, Any], folder: Path, **bf16: Any) -> dict[str, Any]:
+    """The run with other settings of bf16."""
+    config = json.loads((ROOT / "ds_configs" / "bf16_zero1.json").read_text())
+    config["bf16"] |= bf16
+    path = folder / "ds.json"
+    path.write_text(json.dumps(config))
+    return {**tree, "deepspeed": str(path)}
+
+
+def test_no_gradient_is_summed_in_bf16(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
+    trained = 6 * 3 * HIDDEN * FFN  # of new experts alone
+    for summed in pools[2].run(summed_over_ranks, tree, 1, tmp_path):
+        assert torch.bfloat16 not in summed
+        assert summed[torch.float32] >= trained
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_adding_gradients_in_fp32_as_they_come_changes_no_bit(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path, ep_size: int
+) -> None:
+    spread = with_parallel(tree, ranks=2, ep_size=ep_size, micro_batch_size=2)
+    at_once, later = (
+        pools[2].run(train_steps, with_config(spread, tmp_path, immediate_grad_update=at_once), 1, tmp_path / "x", 4)
+        for at_once in (True, False)
+    )
+    for part, expected in zip(at_once, later, strict=True):
+        assert part["rows"] == expected["rows"]
+        assert part["weights"].keys() == expected["weights"].keys()
+        assert all(torch.equal(part["weights"][name], tensor) for name, tensor in expected["weights"].items())
