@@ -136,11 +136,11 @@ def test_a_node_killed(cluster: Cluster, folder: Path, expected: list[float]) ->
 
 
 def test_usr1_before_the_time_limit(cluster: Cluster, folder: Path) -> None:
-    # Long enough that it isn't done when SLURM sends the signal, half a minute after each start.
+    # Long enough that it isn't done when SLURM, which looks twice a minute, sends the signal.
     expected = undisturbed(cluster, folder, 3 * STEPS)
-    jobs = {"nodes": 2, "time": "1"}
-    run = Interrupted(cluster, folder, "usr1", 3 * STEPS, signal_seconds=25, max_restarts=30, stage1=jobs)
-    run.wait_until_done(600)
+    jobs = {"nodes": 2, "time": "2"}
+    run = Interrupted(cluster, folder, "usr1", 3 * STEPS, signal_seconds=60, max_restarts=30, stage1=jobs)
+    run.wait_until_done(1200)
     run.check(expected, starts=2)
     assert any("USR1 came" in line for line in run.events())
 
