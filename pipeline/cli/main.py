@@ -12,8 +12,8 @@ from common.launch_environment import become_rank, is_first_rank, listen_early, 
 from pipeline.cli.arguments import CHECKPOINT_VERBS, NEW, RUN_VERBS, parse
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
-from pipeline.distributed.watchdog import EXIT_STUCK, LOST_PEER
-from pipeline.records.run_folder import RunFolder
+from pipeline.distributed.failures import told_by_ranks
+from pipeline.records.run_folder import ERRORS_FOLDER, RunFolder
 from pipeline.run.checks import check_model
 from pipeline.run.context import RunContext
 from pipeline.run.fetch import fetch_run, with_fetched
@@ -170,7 +170,8 @@ def main(arguments: list[str]) -> int:
     if options.verb in RUN_VERBS and options.run:
         run = load_run(options.run, options.set)
     set_variables(run.cluster.environment if run else {})
-    from pipeline.distributed.process_group import device_type, leave  # imports torch, which reads the variables
+    from pipeline.distributed.device import device_type  # imports torch, which reads the variables
+    from pipeline.distributed.process_group import leave
 
     device_type()
     if options.verb == NEW:
@@ -179,7 +180,8 @@ def main(arguments: list[str]) -> int:
     if options.verb in CHECKPOINT_VERBS:
         return _checkpoint(options)
     if run is None or options.verb == "check":
-        return _check(options)
+        with told_by_ranks(None):
+            return _check(options)
     if options.verb != "fetch":
         run = with_fetched(run)
     writes = is_first_rank() and options.verb not in WITHOUT_LOCK
@@ -191,8 +193,9 @@ def main(arguments: list[str]) -> int:
     with RunLock(run.folder) if writes else nullcontext():
         if writes:
             RunFolder.create(run)
-        code = DO[options.verb](context, options)
-        leave()
+        with told_by_ranks(run.folder / ERRORS_FOLDER):
+            code = DO[options.verb](context, options)
+            leave()
         return code
 
 
@@ -220,12 +223,6 @@ def command_line(*, launched: bool = False) -> int:
         return EXIT_CODE
     except KeyboardInterrupt:
         return interrupted()
-    except RuntimeError as error:
-        if not _has_joined() or not any(word in str(error) for word in LOST_PEER):
-            raise
-        reason = str(error).splitlines()[0]
-        print(f"error: rank {os.environ['RANK']}: lost the other ranks ({reason})", file=sys.stderr, flush=True)
-        os._exit(EXIT_STUCK)  # the process group cannot be left in order
 
 
 def _has_joined() -> bool:

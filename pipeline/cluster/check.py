@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from common.text_table import aligned
+from pipeline.distributed.device import device_name, driver_version
 from pipeline.distributed.process_group import Ranks, leave
 
 PACKAGES = ("torch", "deepspeed", "transformers")
@@ -43,7 +44,7 @@ def describe_rank(ranks: Ranks) -> dict[str, str]:
     is_gpu = ranks.device.type == "cuda"
     description = {
         "node": socket.gethostname(),
-        "device": torch.cuda.get_device_name(ranks.device) if is_gpu else platform.machine() + " CPU",
+        "device": device_name(ranks.device),
         "backend": dist.get_backend(),
         "threads": os.environ.get("OMP_NUM_THREADS", "-"),
         "python": platform.python_version(),
@@ -52,6 +53,7 @@ def describe_rank(ranks: Ranks) -> dict[str, str]:
     if is_gpu:
         description["memory"] = f"{torch.cuda.get_device_properties(ranks.device).total_memory / 2**30:.0f} GiB"
         description["cuda"] = str(torch.version.cuda)
+        description["driver"] = driver_version() or "-"
         description["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     return description
 

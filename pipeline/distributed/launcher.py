@@ -13,7 +13,7 @@ import torch
 
 from common.errors import EXIT_CODE, UserError, say_ended
 from common.hosts import free_port
-from pipeline.distributed.process_group import device_type
+from pipeline.distributed.device import check_gpu, device_type
 
 RANKS_PER_CORE = 8
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,8 +52,9 @@ def check_room(num_ranks: int) -> None:
     """Whether this machine can hold so many ranks: one per GPU, or without any a few per core.
 
     Raises:
-        UserError: it can't.
+        UserError: it can't, or torch finds no GPU where one was asked for.
     """
+    check_gpu()
     if num_ranks < 1:
         raise UserError(f"{num_ranks} ranks: at least 1 is needed (parallel.ranks, --ranks)")
     gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1

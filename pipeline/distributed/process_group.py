@@ -7,14 +7,21 @@ import resource
 import sys
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from common.hosts import free_port
+from pipeline.distributed.device import agree_on_device, check_gpu, choose_gpu, device_type
+from pipeline.distributed.failures import record_collectives
 from pipeline.distributed.watchdog import Watchdog
 
 DEFAULT_TIMEOUT_MINUTES = 30.0
+SECONDS_OF_GRACE = 60.0
+BACKENDS = {"cuda": "nccl", "cpu": "gloo"}
 _joined: "Ranks | None" = None
 
 
@@ -26,12 +33,14 @@ class Ranks:
         rank: its number.
         world_size: number of ranks.
         device: its GPU, or the CPU.
+        timeout: of the group's collectives; groups that are made later take it too.
         watchdog: ends this process if it is stuck; None in tests of one process.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    timeout: datetime.timedelta = datetime.timedelta(minutes=DEFAULT_TIMEOUT_MINUTES)
     watchdog: Watchdog | None = None
 
     def at(self, where: str) -> None:
@@ -66,13 +75,6 @@ class Ranks:
         return tensor
 
 
-def device_type() -> str:
-    """``cuda`` if there is a GPU, else ``cpu``; also tells DeepSpeed, which would guess from installed packages."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    os.environ.setdefault("DS_ACCELERATOR", kind)
-    return kind
-
-
 def environment_world_size() -> int:
     """How many ranks the launcher started, before any has joined; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -83,16 +85,25 @@ def under_launcher() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> Ranks:
+def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES, errors: Path | None = None) -> Ranks:
     """Join the process group that the launcher's variables describe, or make one of a single rank.
 
     A process joins once: what it gets then, it gets again until it leaves. DeepSpeed keeps groups of the first one.
     With GPUs the backend is nccl, without any gloo. From here on a watchdog ends the process if it makes no progress
-    for ``timeout_minutes`` or if its launcher dies.
+    for ``timeout_minutes`` or if its launcher dies. NCCL's own time-out comes before it, as NCCL then writes down its
+    last collectives; gloo's comes after it, as the watchdog says more.
+
+    Args:
+        timeout_minutes: how long a rank may make no progress.
+        errors: the folder for what NCCL writes down.
+
+    Raises:
+        UserError: torch finds no GPU where one was asked for, or ranks compute on different devices.
     """
     global _joined
     if _joined is not None:
         return _joined
+    check_gpu()
     use_gpu = device_type() == "cuda"
     import deepspeed
     from deepspeed.utils import logger
@@ -106,22 +117,27 @@ def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES) -> Ranks:
         os.environ.update(
             RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())
         )
-    device = torch.device("cuda", local_gpu()) if use_gpu else torch.device("cpu")
+    device = torch.device("cuda", choose_gpu()) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
-    watchdog = Watchdog(int(os.environ["RANK"]), timeout_minutes * 60).start()
-    timeout = datetime.timedelta(
-        minutes=timeout_minutes, seconds=60
-    )  # the watchdog's message says more, so it comes first
-    deepspeed.init_distributed("nccl" if use_gpu else "gloo", timeout=timeout, verbose=False)
-    _joined = Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, watchdog)
+    rank, world_size, backend = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), BACKENDS[device.type]
+    limit, grace = datetime.timedelta(minutes=timeout_minutes), datetime.timedelta(seconds=SECONDS_OF_GRACE)
+    timeout, patience = (limit, limit + grace) if use_gpu else (limit + grace, limit)
+    if errors is not None and use_gpu:
+        record_collectives(errors)
+    watchdog = Watchdog(rank, patience.total_seconds()).start()
+    store, *_ = next(rendezvous("env://", rank, world_size, timeout=timeout))
+    agree_on_device(store, rank, world_size, f"{device.type} ({backend})", timeout)
+    deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
+    _joined = Ranks(rank, world_size, device, timeout, watchdog)
     return _joined
 
 
-def local_gpu() -> int:
-    """The number of this rank's GPU: its local rank, or 0 if the launcher shows it only one GPU."""
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    return number if torch.cuda.device_count() > 1 else 0
+def take_timeout(*groups: torch.distributed.ProcessGroup) -> None:
+    """Give groups that DeepSpeed has made the time-out of the one that this process has joined; its own is torch's."""
+    if _joined is not None:
+        for group in groups:
+            _set_pg_timeout(_joined.timeout, group)
 
 
 def leave() -> None:

@@ -9,8 +9,6 @@ import time
 import psutil
 
 EXIT_ORPHANED, EXIT_STUCK = 75, 76
-# One of these is in the error of a collective whose other end is gone.
-LOST_PEER = ("gloo", "NCCL", "Connection closed", "Connection reset", "timed out", "Timed out")
 SECONDS_BETWEEN_LOOKS = 1.0
 _LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "pipeline", "mpirun", "mpiexec", "prterun", "torchrun")
 
@@ -53,7 +51,7 @@ class Watchdog:
                 self._end(EXIT_ORPHANED, f"its launcher ({gone}) is gone; ending at {self._where}")
             waited = time.monotonic() - self._since
             if waited > self.timeout:
-                faulthandler.dump_traceback(all_threads=False)
+                faulthandler.dump_traceback(all_threads=True)
                 self._end(
                     EXIT_STUCK,
                     f"no progress for {waited:.0f} s at {self._where}: a peer is gone or stuck, or "

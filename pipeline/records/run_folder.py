@@ -23,6 +23,7 @@ UPCYCLED = "upcycled"  # a link to the untrained mixture in the cache
 EVALUATION_FILE = "evaluation.json"  # what the last checkpoints were scored at
 REPORT_FILE = "report.html"
 VALIDATION_BASE_FILE = "validation_base.json"  # how the dense model scores what validations compare with it
+ERRORS_FOLDER = "errors"  # what ranks that failed have left: tracebacks, NCCL's last collectives
 JOBS_FOLDER = "jobs"  # batch scripts, logs and events of SLURM's jobs
 # In stage1/ and stage2/, beside the checkpoints:
 METRICS_FILE = "metrics.jsonl"

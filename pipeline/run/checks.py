@@ -66,7 +66,7 @@ def has_slow_bf16() -> bool:
     """Whether it computes on a CPU without instructions for bf16, which converts to fp32 and back for each product."""
     import torch
 
-    from pipeline.distributed.process_group import device_type
+    from pipeline.distributed.device import device_type
 
     return device_type() == "cpu" and torch.backends.cpu.get_cpu_capability() in WITHOUT_BF16
 

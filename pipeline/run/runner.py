@@ -5,14 +5,15 @@ from collections.abc import Sequence
 
 from common.errors import met_by_all
 from common.launch_environment import is_first_rank
+from pipeline.distributed.device import device_type
 from pipeline.distributed.launcher import check_room, run_verb, start_ranks
 from pipeline.distributed.process_group import (
     Ranks,
-    device_type,
     environment_world_size,
     join,
     under_launcher,
 )
+from pipeline.records.run_folder import ERRORS_FOLDER
 from pipeline.run.checks import check_parallel
 from pipeline.run.context import RunContext
 from pipeline.run.scoring import has_work, score
@@ -55,7 +56,7 @@ def do_step(context: RunContext, step: Step) -> bool:
     if step.check is not None and is_first_rank():
         step.check(context)
     if under_launcher():
-        ranks = join(context.run.parallel.timeout_minutes)
+        ranks = _join(context)
         is_finished = finish_step(context, step, ranks)
         ranks.wait()  # until the first one has written the manifest
         return is_finished
@@ -63,6 +64,10 @@ def do_step(context: RunContext, step: Step) -> bool:
         return finish_step(context, step, None)
     start_ranks(_arguments(context, step), context.run.parallel.ranks)
     return context.folder.has_manifest(step.name)
+
+
+def _join(context: RunContext) -> Ranks:
+    return join(context.run.parallel.timeout_minutes, context.folder / ERRORS_FOLDER)
 
 
 def _arguments(context: RunContext, step: Step) -> list[str]:
@@ -114,7 +119,7 @@ def evaluate_named(context: RunContext, tag: str) -> None:
         words = ["evaluate", str(context.folder.run_file), "--checkpoint", tag, *_force(context)]
         start_ranks(words, context.run.parallel.ranks)
         return
-    ranks = join(context.run.parallel.timeout_minutes) if under_launcher() else None
+    ranks = _join(context) if under_launcher() else None
     result = score(context, tag, ranks)
     if result is not None:
         print(f"{result_table(result)}\nwritten: {context.folder.evaluation_of(tag)}", flush=True)

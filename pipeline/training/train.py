@@ -10,9 +10,11 @@ import torch
 from common.errors import AgreedError
 from common.progress import progress
 from pipeline.checkpoint.store import mark_best
-from pipeline.distributed.process_group import Ranks, forget_earlier_stages, peak_memory_bytes
+from pipeline.distributed.device import device_name
+from pipeline.distributed.process_group import BACKENDS, Ranks, forget_earlier_stages, peak_memory_bytes
 from pipeline.distributed.stop_request import StopRequest
 from pipeline.records.metrics import StepRow
+from pipeline.training.ds_config import read_ds_config, training_dtype
 from pipeline.training.inputs import StageInputs
 from pipeline.training.metrics import MetricsLog
 from pipeline.training.resume import Saves, resume
@@ -149,13 +151,15 @@ def _figures(state: TrainingState, log: MetricsLog, saves: Saves, seconds: float
 
 
 def _say_start(state: TrainingState) -> None:
-    """One line: steps, batch, ranks, what trains, epochs."""
+    """Two lines: what ranks compute on, and how; steps, batch, ranks, what trains, epochs."""
     settings, shape = state.settings, state.shape
     trained = torch.tensor([0, 0], dtype=torch.int64, device=state.ranks.device)  # routers, experts
     for parameter in state.engine.module.parameters():
         if parameter.requires_grad:
             trained[int(hasattr(parameter, "allreduce"))] += parameter.numel()
     experts = int(state.ranks.sum(trained.clone())[1]) // state.dims.num_replicas
+    dtype = str(training_dtype(read_ds_config(state.inputs.run.deepspeed))).removeprefix("torch.")
+    state.say(f"{device_name(state.ranks.device)}, {BACKENDS[state.ranks.device.type]}, {dtype}")
     epochs = ", ".join(f"{name} {value:.2f}" for name, value in state.order.epochs().items())
     state.say(
         f"{settings.num_steps} steps of {settings.global_batch_size} x {settings.sequence_length} tokens"

@@ -7,6 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,7 +15,7 @@ from unittest.mock import patch
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import groups, safe_get_full_grad
 
 import common.progress
 from common.errors import UserError
@@ -199,6 +200,16 @@ def load_with_deepspeeds_own_engine(ranks: Ranks, tree: dict[str, Any], folder: 
     different = [name for name, parameter in parameters if not torch.equal(parameter, expected[name])]
     state.engine.destroy()
     return different
+
+
+def expert_timeouts(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> list[timedelta]:
+    """The time-outs of this rank's group, and of the two groups of its experts."""
+    state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+    name = state.dims.expert_group_name
+    found = [None, groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)]
+    state.engine.destroy()
+    backends = [(group or torch.distributed.group.WORLD)._get_backend(ranks.device) for group in found]
+    return [backend.options._timeout for backend in backends]
 
 
 def summed_over_ranks(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> dict[torch.dtype, int]:

@@ -1,6 +1,7 @@
 """Gradients are summed over ranks in fp32. Run: pytest tests/distributed/test_reduction.py"""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import summed_over_ranks, train_steps, with_parallel
+from tests.distributed.stages import expert_timeouts, summed_over_ranks, train_steps, with_parallel
 from tests.helpers.tiny import FFN, HIDDEN, prepared_run, run_tree
 
 ROOT = Path(__file__).parent.parent.parent
@@ -50,3 +51,9 @@ def test_adding_gradients_in_fp32_as_they_come_changes_no_bit(
         assert part["rows"] == expected["rows"]
         assert part["weights"].keys() == expected["weights"].keys()
         assert all(torch.equal(part["weights"][name], tensor) for name, tensor in expected["weights"].items())
+
+
+def test_the_experts_groups_wait_as_long_as_the_run_s(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
+    spread = with_parallel(tree, ranks=2, ep_size=2, micro_batch_size=2)
+    for found in pools[2].run(expert_timeouts, spread, 1, tmp_path):
+        assert found == [timedelta(minutes=31)] * 3  # of parallel.timeout_minutes, and the watchdog's start

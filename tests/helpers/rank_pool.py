@@ -35,7 +35,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
             connection.send((True, function(ranks, *arguments)))
         except BaseException:  # noqa: BLE001 - whatever it was, the test is to show it
             connection.send((False, traceback.format_exc()))
-    leave(ranks)
+    leave()
 
 
 class RankPool:

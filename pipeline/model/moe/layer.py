@@ -8,6 +8,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.distributed.process_group import take_timeout
 from pipeline.model.moe.dispatch import Exchange
 from pipeline.model.moe.experts import LocalExperts, in_whole_blocks, projections
 from pipeline.model.moe.router import Router, Routing
@@ -84,6 +85,10 @@ class MoELayer(MoE):
         if self.expert_group_name not in groups._get_expert_parallel_group_dict():
             groups._create_expert_and_data_parallel(
                 self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
+            )
+            take_timeout(
+                groups._get_expert_parallel_group(self.expert_group_name),
+                groups._get_expert_data_parallel_group(self.expert_group_name),
             )
         self.deepspeed_moe._set_ep_group(groups._get_expert_parallel_group(self.expert_group_name))
 
