@@ -122,11 +122,15 @@ def first_host(hosts: str) -> str:
 
 
 def set_variables(variables: Mapping[str, str], environment: Environment = os.environ) -> None:
-    """Set the run's variables, and what follows from this rank's place: threads, and gloo's interface.
+    """Set the run's variables, what follows from this rank's place (threads, gloo's interface), and a GPU's allocator.
+
+    Every layer gets another number of rows each time, which would leave gaps in memory that is allocated in blocks.
 
     The run's own come before the shell's: launchers pass on different parts of a shell, and ranks must agree.
     """
     environment.update(variables)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in environment:  # the name of before
+        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if "RANK" not in environment:
         return
     environment.setdefault("OMP_NUM_THREADS", str(threads_per_rank(environment)))

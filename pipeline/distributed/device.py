@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 
+import psutil
 import torch
 from torch.distributed.distributed_c10d import Store
 
@@ -41,6 +42,13 @@ def device_type() -> str:
 def device_name(device: torch.device) -> str:
     """What a rank computes on, for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+
+
+def device_memory(device: torch.device) -> int:
+    """The bytes that it has."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
 
 
 def check_gpu(environment: Mapping[str, str] = os.environ, driver_file: Path = DRIVER_FILE) -> None:

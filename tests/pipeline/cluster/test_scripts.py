@@ -128,7 +128,15 @@ def test_what_mpirun_was_told_comes_before_what_ranks_would_agree() -> None:
 def test_the_runs_variables_come_before_the_shells() -> None:
     environment = {"NCCL_DEBUG": "INFO", "OTHER": "kept"}
     set_variables({"NCCL_DEBUG": "WARN", "OMP_NUM_THREADS": "3"}, environment)
-    assert environment == {"NCCL_DEBUG": "WARN", "OTHER": "kept", "OMP_NUM_THREADS": "3"}
+    allocator = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert environment == {"NCCL_DEBUG": "WARN", "OTHER": "kept", "OMP_NUM_THREADS": "3", **allocator}
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_users_allocator_stays(name: str) -> None:
+    environment = {name: "max_split_size_mb:128"}
+    set_variables({}, environment)
+    assert environment == {name: "max_split_size_mb:128"}
 
 
 def test_threads_are_those_that_slurm_gave() -> None:
