@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from pipeline.distributed.process_group import Ranks
-from pipeline.method.losses import routing_statistics
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import Routing
 from pipeline.records.metrics import StepRow, ValidationRow
@@ -31,8 +30,9 @@ class StepSums:
         self.sources = sources
         self.num_experts = [plan.counts[layer] for layer in plan.moe_layers]
         self.losses = torch.zeros(len(self.LOSSES), device=device)
-        self.tokens = torch.zeros(len(sources), device=device)
-        self.on_expert_0 = torch.zeros(len(sources), device=device)
+        # Whole numbers, so that their sums are exact in any order; tokens that do not count go to the last place.
+        self.tokens = torch.zeros(len(sources) + 1, device=device)
+        self.on_expert_0 = torch.zeros(len(sources) + 1, device=device)  # summed over layers
         self.choices = [torch.zeros(count, device=device) for count in self.num_experts]
 
     def add_losses(self, losses: dict[str, Tensor]) -> None:
@@ -49,14 +49,14 @@ class StepSums:
             routings: one per MoE layer.
             sources_T: index of the source that each token is from; a token below 0 does not count.
         """
-        everything = sources_T >= 0
+        counted_T = sources_T >= 0
+        place_T = torch.where(counted_T, sources_T, len(self.sources))
+        self.tokens.index_add_(0, place_T, torch.ones_like(place_T, dtype=self.tokens.dtype))
         for choices, routing in zip(self.choices, routings, strict=True):
-            choices.add_(routing_statistics(routing, everything)["choices"])
-        for index in range(len(self.sources)):
-            mask = sources_T == index
-            self.tokens[index] += mask.sum()
-            for routing in routings:
-                self.on_expert_0[index] += routing_statistics(routing, mask)["on_expert_0"] / len(routings)
+            counted_TK = routing.active_TK & counted_T.unsqueeze(-1)
+            choices.index_add_(0, routing.ids_TK.flatten(), counted_TK.flatten().to(choices.dtype))
+            on_0_T = ((routing.ids_TK == 0) & routing.active_TK).any(-1)
+            self.on_expert_0.index_add_(0, place_T, on_0_T.to(self.on_expert_0.dtype))
 
     def pack(self) -> Tensor:
         """All sums in one vector, for one all-reduce."""
@@ -70,9 +70,10 @@ class StepSums:
             expert 0, the mean over MoE layers) and ``load_imbalance`` (per MoE layer: the busiest expert's tokens
             over the mean expert's; 1 is balanced).
         """
-        sizes = [len(self.LOSSES), len(self.sources), len(self.sources), *self.num_experts]
+        sizes = [len(self.LOSSES), len(self.tokens), len(self.on_expert_0), *self.num_experts]
         losses, tokens, on_expert_0, *choices = packed.cpu().split(sizes)
-        shares = zip(self.sources, on_expert_0 / tokens.clamp(min=1), tokens, strict=True)
+        of_layers = on_expert_0 / len(self.num_experts)
+        shares = zip(self.sources, (of_layers / tokens.clamp(min=1))[:-1], tokens[:-1], strict=True)
         return {
             "loss": dict(zip(self.LOSSES, losses.tolist(), strict=True)),
             "expert_0_share": {source: float(share) for source, share, count in shares if count},
