@@ -1,7 +1,6 @@
 """Checks that the files of a checkpoint are what its manifest says."""
 
-import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,26 @@ from pipeline.distributed.process_group import Ranks
 from pipeline.records.checkpoint import FileEntry
 
 
-def damaged_files(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+def damaged_files(
+    folder: Path, names: Iterable[str] | None = None, before: Callable[[str], object] = lambda _name: None
+) -> list[str]:
     """Names of files that are missing or do not have the size and hash that the folder's manifest says.
 
     Args:
         folder: the checkpoint.
         names: files to check; None checks all.
+        before: is called with each file's name before it is read.
     """
     try:
         files = read_files(folder)
     except UserError:
         return [MANIFEST]
-    return [name for name in (files if names is None else names) if not _sound(folder / name, files[name])]
+    bad = []
+    for name in files if names is None else names:
+        before(name)
+        if not _sound(folder / name, files[name]):
+            bad.append(name)
+    return bad
 
 
 def damaged_weights(folder: Path) -> list[str]:
@@ -48,24 +55,37 @@ def _sound(path: Path, entry: FileEntry) -> bool:
         return False
 
 
-def damaged_on_any_node(folder: Path, ranks: Ranks, names: Sequence[str] | None = None) -> list[str]:
-    """:func:`damaged_files` as any node sees them; on each node every file is read once, by one of its ranks."""
+def damaged_on_any_rank(
+    folder: Path, ranks: Ranks, names: Iterable[str] | None = None, loads: Iterable[str] = ()
+) -> list[str]:
+    """:func:`damaged_files` as any rank sees them: each file is read by one of the ranks, and by those that load it.
+
+    Args:
+        folder: the checkpoint.
+        ranks: all of them take part.
+        names: files to check; None checks all.
+        loads: files that this rank is going to load.
+    """
+
+    def heartbeat(name: str) -> None:
+        ranks.at(f"verifying {folder.name}/{name}")
+
     if ranks.world_size == 1:
-        return damaged_files(folder, names)
-    hosts: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(hosts, socket.gethostname())
-    here = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
+        return damaged_files(folder, names, heartbeat)
     try:
-        wanted = sorted(read_files(folder) if names is None else names)
+        files = read_files(folder)
     except UserError:
-        wanted = []
-    mine = damaged_files(folder, wanted[here.index(ranks.rank) :: len(here)])
+        files = {}
+    wanted = sorted(files if names is None else names, key=lambda name: (-files[name].bytes, name))
+    mine = {*wanted[ranks.rank :: ranks.world_size], *(name for name in loads if name in wanted)}
     bad: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(bad, mine)
+    torch.distributed.all_gather_object(bad, damaged_files(folder, sorted(mine), heartbeat))
     return sorted({name for part in bad for name in part})
 
 
-def check_sound(folder: Path, ranks: Ranks, fix: str, names: Sequence[str] | None = None) -> None:
+def check_sound(
+    folder: Path, ranks: Ranks, fix: str, names: Iterable[str] | None = None, loads: Iterable[str] = ()
+) -> None:
     """Verify a folder on all ranks.
 
     Args:
@@ -73,26 +93,32 @@ def check_sound(folder: Path, ranks: Ranks, fix: str, names: Sequence[str] | Non
         ranks: all of them take part.
         fix: what a user can do about a damaged file.
         names: files to check; None checks all.
+        loads: files that this rank is going to load.
 
     Raises:
         AgreedError: names the damaged files.
     """
-    bad = damaged_on_any_node(folder, ranks, names)
+    bad = damaged_on_any_rank(folder, ranks, names, loads)
     if bad:
         raise AgreedError(f"{folder}: {', '.join(bad)} damaged or missing; {fix}")
 
 
-def newest_sound_tag(folder: Path, ranks: Ranks) -> tuple[str | None, list[str]]:
+def newest_sound_tag(folder: Path, ranks: Ranks, loads: Iterable[str] = ()) -> tuple[str | None, list[str]]:
     """The newest tag whose files are all sound, if any, and one line per problem found on the way.
 
     A tag that was complete before its save was interrupted counts, whatever ``latest`` names.
+
+    Args:
+        folder: of the stage.
+        ranks: all of them take part.
+        loads: files of a tag that this rank is going to load.
     """
     found: list[Any] = [_candidates(folder) if ranks.is_first else None]
     if ranks.world_size > 1:
         torch.distributed.broadcast_object_list(found, src=0)
     candidates, complaints = found[0]
     for tag in candidates:
-        bad = damaged_on_any_node(folder / tag, ranks)
+        bad = damaged_on_any_rank(folder / tag, ranks, loads=loads)
         if not bad:
             return tag, complaints
         complaints.append(f"{folder / tag}: {', '.join(bad)} damaged or missing; using an earlier checkpoint")

@@ -38,13 +38,26 @@ def _run_all(context: RunContext, options: argparse.Namespace) -> int:
 
 
 def _train(context: RunContext, options: argparse.Namespace) -> int:
-    """The stage that is named, or all."""
+    """The stage that is named, or all.
+
+    Raises:
+        OwnError: a GPU's memory is full.
+    """
+    import torch
+
     from pipeline.run.runner import train_steps
 
     if options.stage:
         context.run.stage(options.stage)  # it may have no such stage
     names = [f"stage{options.stage}"] if options.stage else context.stages
-    train_steps(context, [step_named(name) for name in names])
+    try:
+        train_steps(context, [step_named(name) for name in names])
+    except torch.OutOfMemoryError as error:
+        from pipeline.distributed.process_group import join
+        from pipeline.estimate.out_of_memory import out_of_memory
+
+        number = int(next(name for name in names if not context.folder.has_manifest(name)).removeprefix("stage"))
+        raise OwnError(out_of_memory(context, number, join().world_size, join().device)) from error
     return 0
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from common.errors import OwnError, UserError
+from common.errors import UserError
 from common.files import content_key, read_json, sha256_file
 from pipeline.records.checkpoint import ExpertsFrom
 from pipeline.records.step_manifest import StepInputs
@@ -72,13 +72,7 @@ def _starting_checkpoint(context: RunContext, number: int) -> Path | None:
 
 
 def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | None:
-    """Train a stage on this rank; None if it was asked to stop before its end.
-
-    Raises:
-        OwnError: the GPU's memory is full.
-    """
-    import torch
-
+    """Train a stage on this rank; None if it was asked to stop before its end."""
     from pipeline.checkpoint.store import MANIFEST
     from pipeline.training.inputs import StageInputs
     from pipeline.training.monitors import finish_wandb_run, keep_wandb_run
@@ -101,33 +95,9 @@ def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | N
     inputs = StageInputs(
         run, stage, context.plan, context.store, context.upcycled, target, identity, done_with, experts
     )
-    try:
-        figures = train_stage(inputs, ranks)
-    except torch.OutOfMemoryError as error:
-        raise OwnError(out_of_memory(context, number, ranks)) from error
+    figures = train_stage(inputs, ranks)
     finish_wandb_run()
     if figures is None:
         return None
     warnings = sample_warnings(context, [number]) if ranks.is_first else []
     return Result({"checkpoint": figures["tag"]}, figures | {"warnings": warnings})
-
-
-def out_of_memory(context: RunContext, number: int, ranks: "Ranks") -> str:
-    """What to do where a GPU's memory does not hold a stage, with what was expected of it."""
-    from pipeline.distributed.device import device_memory, device_name
-    from pipeline.distributed.parallel_dims import ParallelDims
-    from pipeline.distributed.process_group import peak_memory_bytes
-    from pipeline.estimate.report import Estimate
-
-    run, stage = context.run, context.stage(number)
-    dims = ParallelDims(ranks.world_size, run.parallel.ep_size)
-    has, held = device_memory(ranks.device) / 1e9, peak_memory_bytes(ranks.device) / 1e9
-    estimate = Estimate(run, dims, f"{has}GB")
-    expected, batch = estimate.memory(stage)["peak"] / 1e9, estimate.batch(stage, dims)
-    fixes = [f"parallel.micro_batch_size below {batch.sequences}"] if batch.sequences > 1 else []
-    fixes += [] if batch.checkpoint_activations else [f"stage{number}.activation_checkpointing: true"]
-    fixes += [f"stage{number}.sequence_length", "a larger parallel.ep_size"]
-    return (
-        f"stage {number}: out of memory on {device_name(ranks.device)} with {has:.1f} GB: {held:.1f} GB were "
-        f"allocated, {expected:.1f} GB estimated; what lowers it: {', '.join(fixes)}"
-    )

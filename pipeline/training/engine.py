@@ -10,7 +10,7 @@ import deepspeed
 from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline.checkpoint.engine import AtomicCheckpointEngine
-from pipeline.checkpoint.weights import read_weights
+from pipeline.checkpoint.weights import Readers, read_weights
 from pipeline.config.run import StageConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.upcycle import load_upcycled
@@ -50,11 +50,12 @@ def build_engine(inputs: StageInputs, dims: ParallelDims, shape: BatchShape) -> 
 def _load_model(inputs: StageInputs, dims: ParallelDims, ds_config: dict[str, Any]) -> Any:
     """The upcycled model, with the experts of the stage before if there is one; only what trains is not frozen."""
     stage = inputs.stage
+    dtype, readers = training_dtype(ds_config), Readers.of(dims)
     model = load_upcycled(
-        inputs.upcycled, inputs.plan, training_dtype(ds_config), dims, classifiers=stage.has_classifiers
+        inputs.upcycled, inputs.plan, dtype, dims, classifiers=stage.has_classifiers, readers=readers
     )
     if inputs.stage1_checkpoint is not None:
-        read_weights(model, inputs.stage1_checkpoint)
+        read_weights(model, inputs.stage1_checkpoint, readers)
     stage.train_only(model)
     model.train()
     if stage.settings.activation_checkpointing:

@@ -4,12 +4,17 @@ import io
 import time
 from contextlib import redirect_stdout
 
+import torch
+
 from common.errors import AgreedError
 from pipeline.checkpoint.optimizer_state import SavedOptimizer
 from pipeline.checkpoint.store import check_same_run, complete_tags, mark_best, read_manifest, save_checkpoint
+from pipeline.checkpoint.tensors import main_file, optimizer_file, router_optimizer_file
 from pipeline.checkpoint.verify import newest_sound_tag
+from pipeline.checkpoint.weights import expert_files
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.records.checkpoint import CheckpointManifest
+from pipeline.training.ds_config import read_ds_config, training_dtype
 from pipeline.training.state import TrainingState
 
 
@@ -20,7 +25,7 @@ def resume(state: TrainingState) -> None:
         AgreedError: it is of another model, plan or tokenizer, or of other settings.
     """
     inputs = state.inputs
-    tag, complaints = newest_sound_tag(inputs.folder, state.ranks)
+    tag, complaints = newest_sound_tag(inputs.folder, state.ranks, _files_to_load(state))
     for complaint in complaints:
         state.ranks.say(complaint)
     if tag is None:
@@ -44,6 +49,13 @@ def resume(state: TrainingState) -> None:
     state.skipped_steps.load(manifest.skipped_steps)
     others = f" (saved by {saved_by.world_size} ranks, ep_size {saved_by.ep_size})" if saved_by != state.dims else ""
     state.say(f"resumed from {folder}{others} after {state.step} steps")
+
+
+def _files_to_load(state: TrainingState) -> list[str]:
+    """The files that DeepSpeed loads on this rank of a checkpoint that as many ranks have saved."""
+    dims, bf16 = state.dims, training_dtype(read_ds_config(state.inputs.run.deepspeed)) == torch.bfloat16
+    own = optimizer_file(dims.rank, bf16=bf16) if state.stage.uses_zero else router_optimizer_file(dims.ep_rank)
+    return [main_file(), own, *expert_files(state.inputs.plan, dims)]
 
 
 def _load(state: TrainingState, tag: str, saved_by: ParallelDims) -> None:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.checkpoint.verify import check_sound, weight_files
+from pipeline.checkpoint.weights import Readers
 from pipeline.config.run import StageConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.stage import Stage
+from pipeline.method.upcycle import TAG
 from pipeline.records.evaluation import SetScore
 from pipeline.records.run_folder import INPUTS_FILE
 from pipeline.training.ds_config import BatchShape, batch_shape
@@ -70,7 +72,7 @@ class TrainingState:
         order = stage_order(inputs.store, run.data, inputs.stage, run.seed)
         shape = batch_shape(run, settings, ranks.world_size, ranks.device.type)
         dims = ParallelDims(ranks.world_size, run.parallel.ep_size, ranks.rank)
-        _check_weights(inputs, ranks)
+        _check_weights(inputs, ranks, dims)
         engine = build_engine(inputs, dims, shape)
         inputs.folder.mkdir(parents=True, exist_ok=True)
         if ranks.is_first:
@@ -120,9 +122,10 @@ class TrainingState:
         self.ranks.at(f"stage {self.stage.number}, {where}")
 
 
-def _check_weights(inputs: StageInputs, ranks: Ranks) -> None:
+def _check_weights(inputs: StageInputs, ranks: Ranks, dims: ParallelDims) -> None:
     """Verify the files that the stage starts from, on all ranks."""
-    check_sound(inputs.upcycled, ranks, "upcycle again with --force")
+    loads = Readers.of(dims).files(inputs.plan, dims)
+    check_sound(inputs.upcycled, ranks, "upcycle again with --force", loads=[f"{TAG}/{name}" for name in loads])
     if inputs.stage1_checkpoint is not None:
         weights = weight_files(inputs.stage1_checkpoint)
-        check_sound(inputs.stage1_checkpoint, ranks, "train stage 1 again with --force", weights)
+        check_sound(inputs.stage1_checkpoint, ranks, "train stage 1 again with --force", weights, loads)

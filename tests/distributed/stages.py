@@ -19,7 +19,10 @@ from deepspeed.utils import groups, safe_get_full_grad
 
 import common.progress
 from common.errors import UserError
+from common.files import sha256_file
+from pipeline.checkpoint import verify, weights
 from pipeline.checkpoint.store import read_files, save_checkpoint
+from pipeline.checkpoint.tensors import load_tensors
 from pipeline.checkpoint.weights import local_expert_names
 from pipeline.config.run import RunConfig
 from pipeline.distributed.process_group import Ranks, forget_earlier_stages
@@ -200,6 +203,26 @@ def load_with_deepspeeds_own_engine(ranks: Ranks, tree: dict[str, Any], folder: 
     different = [name for name, parameter in parameters if not torch.equal(parameter, expected[name])]
     state.engine.destroy()
     return different
+
+
+def files_read(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
+    """Names of the files that this rank verifies and loads at a stage's start, and the weights that it then has."""
+    hashed: list[str] = []
+    loaded: list[str] = []
+
+    def hashing(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_file(path)
+
+    def loading(path: Path) -> Any:
+        loaded.append(path.name)
+        return load_tensors(path)
+
+    with patch.object(verify, "sha256_file", hashing), patch.object(weights, "load_tensors", loading):
+        state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+    held = canonical(state.engine.module, lambda parameter: parameter)
+    state.engine.destroy()
+    return {"hashed": hashed, "loaded": loaded, "weights": held}
 
 
 def expert_timeouts(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> list[timedelta]:
