@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class _AllToAll(torch.autograd.Function):
-    """all_to_all_single with unequal splits; the backward sends the gradients the other way.
+    """all_to_all_single with unequal splits, begun; the backward sends the gradients the other way.
 
     ``anchor`` is a scalar that requires a gradient if the backward reaches this layer, which all ranks of the group
     know alike. Without it autograd would skip the backward on a rank whose rows need no gradient (it holds no expert
@@ -17,10 +17,12 @@ class _AllToAll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, anchor: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, anchor: Tensor, sent: list[int], received: list[int], group: Any, handles: list[Any]
+    ) -> Tensor:
         ctx.splits = sent, received, group
         output = rows.new_empty(sum(received), *rows.shape[1:])
-        dist.all_to_all_single(output, rows.contiguous(), received, sent, group=group)
+        handles.append(dist.all_to_all_single(output, rows.contiguous(), received, sent, group=group, async_op=True))
         return output
 
     @staticmethod
@@ -29,7 +31,20 @@ class _AllToAll(torch.autograd.Function):
         gradient = gradients[0].contiguous()
         output = gradient.new_empty(sum(sent), *gradient.shape[1:])
         dist.all_to_all_single(output, gradient, sent, received, group=group)
-        return output, torch.zeros((), device=gradient.device), None, None, None
+        return output, torch.zeros((), device=gradient.device), None, None, None, None
+
+
+@dataclass(frozen=True)
+class Travelling:
+    """Rows on their way. They may be read when :meth:`wait` has returned."""
+
+    rows: Tensor
+    handle: Any
+
+    def wait(self) -> Tensor:
+        """The rows, arrived."""
+        self.handle.wait()
+        return self.rows
 
 
 @dataclass(frozen=True)
@@ -55,32 +70,51 @@ class Exchange:
     anchor: Tensor
 
     @classmethod
-    def plan(cls, counts_RS: Tensor, group: Any, needs_gradient: bool) -> "Exchange":
+    def plan(
+        cls, counts_E: Tensor, slots_N: Tensor, shape: tuple[int, int], group: Any, needs_gradient: bool
+    ) -> tuple["Exchange", list[int]]:
         """Tell the group how many rows each of its ranks gets from here, and learn the same from the others.
 
         Args:
-            counts_RS: rows for each slot of each rank, int64.
+            counts_E: this rank's rows for each expert of the layer, expert 0 included, int64.
+            slots_N: the place of each new expert among the slots of all ranks.
+            shape: how many ranks the group has, and how many slots each.
             group: the process group.
             needs_gradient: whether the backward reaches this layer.
+
+        Returns:
+            The exchange, and ``counts_E`` as numbers.
         """
-        received_RS = torch.empty_like(counts_RS)
-        dist.all_to_all_single(received_RS, counts_RS.contiguous(), group=group)
-        num_ranks, num_slots = counts_RS.shape
-        both = torch.stack([counts_RS, received_RS]).tolist()  # the exchange's only wait for the device
-        sent = [sum(row) for row in both[0]]
-        received = [sum(row) for row in both[1]]
-        slot_counts = [sum(row[slot] for row in both[1]) for slot in range(num_slots)]
-        slots = torch.arange(num_slots, device=counts_RS.device).repeat(num_ranks)
-        by_slot = slots.repeat_interleave(received_RS.flatten(), output_size=sum(received)).argsort(stable=True)
+        num_ranks, num_slots = shape
+        sent_S = counts_E.new_zeros(num_ranks * num_slots).index_copy_(0, slots_N, counts_E[1:])
+        received_S = torch.empty_like(sent_S)
+        dist.all_to_all_single(received_S, sent_S, group=group)
+        numbers = torch.cat([counts_E, sent_S, received_S]).tolist()  # the layer's only wait for the device
+        counts, flat = numbers[: len(counts_E)], numbers[len(counts_E) :]
+        rows = [flat[start : start + num_slots] for start in range(0, len(flat), num_slots)]
+        sent = [sum(row) for row in rows[:num_ranks]]
+        received = [sum(row) for row in rows[num_ranks:]]
+        slot_counts = [sum(row[slot] for row in rows[num_ranks:]) for slot in range(num_slots)]
+        slots = torch.arange(num_slots, device=counts_E.device).repeat(num_ranks)
+        by_slot = slots.repeat_interleave(received_S, output_size=sum(received)).argsort(stable=True)
         by_rank = torch.empty_like(by_slot)
         by_rank[by_slot] = torch.arange(len(by_slot), device=by_slot.device)
-        anchor = torch.zeros((), device=counts_RS.device, requires_grad=needs_gradient)
-        return cls(sent, received, slot_counts, by_slot, by_rank, group, anchor)
+        anchor = torch.zeros((), device=counts_E.device, requires_grad=needs_gradient)
+        return cls(sent, received, slot_counts, by_slot, by_rank, group, anchor), counts
 
-    def dispatch(self, rows: Tensor) -> Tensor:
-        """Send rows, sorted by rank, then slot; returns the rows for this rank, sorted by slot."""
-        return _AllToAll.apply(rows, self.anchor, self.sent, self.received, self.group).index_select(0, self.by_slot)
+    def send(self, rows: Tensor) -> Travelling:
+        """Begin to send rows, sorted by rank, then slot."""
+        return self._begin(rows, self.sent, self.received)
 
-    def combine(self, rows: Tensor) -> Tensor:
-        """Send results back; returns them in the order in which the rows were dispatched."""
-        return _AllToAll.apply(rows.index_select(0, self.by_rank), self.anchor, self.received, self.sent, self.group)
+    def arrived(self, travelling: Travelling) -> Tensor:
+        """The rows for this rank, sorted by slot, when all have come."""
+        return travelling.wait().index_select(0, self.by_slot)
+
+    def send_back(self, rows: Tensor) -> Tensor:
+        """Send results back; returns them in the order in which the rows were sent."""
+        return self._begin(rows.index_select(0, self.by_rank), self.received, self.sent).wait()
+
+    def _begin(self, rows: Tensor, sent: list[int], received: list[int]) -> Travelling:
+        handles: list[Any] = []
+        output = _AllToAll.apply(rows, self.anchor, sent, received, self.group, handles)
+        return Travelling(output, handles[0])

@@ -69,6 +69,11 @@ class MoELayer(MoE):
         experts = LocalExperts(mlp, len(self.local_numbers), self.num_local_experts, self.expert_group_name)
         self.deepspeed_moe = _RoutedExperts(router, experts)
         self.experts_train = False
+        slots = [
+            rank * self.num_local_experts + slot for rank, held in enumerate(placement) for slot in range(len(held))
+        ]
+        self.slots_N: Tensor  # the place of each new expert among the slots of all ranks
+        self.register_buffer("slots_N", torch.tensor(slots, device=gate.weight.device), persistent=False)
 
     @property
     def router(self) -> Router:
@@ -96,37 +101,42 @@ class MoELayer(MoE):
         """Shape [..., D] to [..., D]: y = sum_i w_i E_i(x) (MoE-LPR, arXiv 2408.11396, section 3.1, eq. 2)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.router(x_TD)
-        token_A, expert_A, weight_A = _assignments(routing)
-        counts_E = torch.bincount(expert_A, minlength=routing.scores_TE.shape[1])
-        num_base = int(counts_E[0])
-        sizes = [num_base, len(token_A) - num_base]
+        choices_C, counts_E = _sorted_choices(routing)
+        exchange, counts = self._exchange(counts_E, x_TD.requires_grad)
+        sizes = [counts[0], sum(counts[1:])]
+        chosen_A = choices_C[: sum(sizes)]
+        token_A, weight_A = chosen_A // routing.ids_TK.shape[1], routing.weights_TK.flatten()[chosen_A]
         base_AD, new_AD = x_TD.index_select(0, token_A).split(sizes)
-        outputs = in_whole_blocks(self.base_mlp, base_AD), self._new_experts(new_AD, counts_E[1:])
+        if exchange is None:
+            outputs = in_whole_blocks(self.base_mlp, base_AD), self.local_experts(new_AD, counts[1:])
+        else:
+            travelling = exchange.send(new_AD)
+            base = in_whole_blocks(self.base_mlp, base_AD)  # while rows travel
+            new = self.local_experts(exchange.arrived(travelling), exchange.slot_counts)
+            outputs = base, exchange.send_back(new)
         # With K = 2 at most two rows are added to zero, in any order: so a GPU's result is repeatable too.
         y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         for output_AD, tokens, weights in zip(outputs, token_A.split(sizes), weight_A.split(sizes), strict=True):
             y_TD = y_TD.index_add_(0, tokens, output_AD.float() * weights.unsqueeze(-1))
         return y_TD.to(hidden_states.dtype).view(hidden_states.shape)
 
-    def _new_experts(self, rows_AD: Tensor, counts_N: Tensor) -> Tensor:
-        """Rows sorted by expert, computed by the ranks that hold the experts."""
+    def _exchange(self, counts_E: Tensor, input_needs_gradient: bool) -> tuple[Exchange | None, list[int]]:
+        """How rows go to the ranks that hold their experts, if there are several, and the rows of each expert."""
         if self.ep_size == 1:
-            return self.local_experts(rows_AD, counts_N.tolist())
+            return None, counts_E.tolist()  # the layer's only wait for the device
         assert self.deepspeed_moe.ep_group is not None, "set_deepspeed_parallelism was not called"
-        counts_RS = counts_N.new_zeros(self.ep_size, self.num_local_experts)
-        for rank, numbers in enumerate(self.placement):
-            if numbers:
-                counts_RS[rank, : len(numbers)] = counts_N[numbers[0] - 1 : numbers[-1]]
-        needs_gradient = torch.is_grad_enabled() and (self.experts_train or rows_AD.requires_grad)
-        exchange = Exchange.plan(counts_RS, self.deepspeed_moe.ep_group, needs_gradient)
-        return exchange.combine(self.local_experts(exchange.dispatch(rows_AD), exchange.slot_counts))
+        needs_gradient = torch.is_grad_enabled() and (self.experts_train or input_needs_gradient)
+        shape = self.ep_size, self.num_local_experts
+        return Exchange.plan(counts_E, self.slots_N, shape, self.deepspeed_moe.ep_group, needs_gradient)
 
 
-def _assignments(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
-    """(token, expert, weight) of every active choice, sorted by expert, then token."""
-    active = routing.active_TK.flatten()
-    top_k = routing.ids_TK.shape[1]
-    chosen = active.nonzero().squeeze(1)
-    expert_A, order = routing.ids_TK.flatten()[chosen].sort(stable=True)
-    chosen = chosen[order]
-    return chosen // top_k, expert_A, routing.weights_TK.flatten()[chosen]
+def _sorted_choices(routing: Routing) -> tuple[Tensor, Tensor]:
+    """All choices, as token x K + k, sorted by expert, then token, with inactive ones last; and the rows by expert.
+
+    Nothing here waits for the device.
+    """
+    num_experts = routing.scores_TE.shape[1]
+    expert_C = torch.where(routing.active_TK, routing.ids_TK, num_experts).flatten()
+    expert_C, choices_C = expert_C.sort(stable=True)
+    counts = expert_C.new_zeros(num_experts + 1).index_add_(0, expert_C, torch.ones_like(expert_C))
+    return choices_C, counts[:num_experts]

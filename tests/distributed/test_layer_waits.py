@@ -1,0 +1,100 @@
+"""How often a layer waits for the device, and what it does while rows travel.
+
+Run: pytest tests/distributed/test_layer_waits.py
+"""
+
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pipeline.distributed.process_group import Ranks
+from pipeline.model.backbone import moe_layers
+from pipeline.model.moe import MoELayer, layer
+from pipeline.model.moe.dispatch import Exchange
+from pipeline.training.state import TrainingState
+from tests.distributed.conftest import Pools
+from tests.distributed.stages import stage_inputs, with_parallel
+from tests.helpers.tiny import HIDDEN, prepared_run, run_tree
+
+# On a GPU each of these makes the program wait until the device has computed what it asks for.
+WAITS = ("nonzero", "bincount", "_local_scalar_dense", "item", "masked_select", "unique", "equal")
+
+
+class Waits(TorchDispatchMode):
+    """Notes operations that wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        name = function._schema.name.removeprefix("aten::")
+        by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in arguments[1])
+        if name in WAITS or by_mask:
+            self.found.append(name)
+        return function(*arguments, **(options or {}))
+
+
+def waits_and_order(
+    ranks: Ranks, tree: dict[str, Any], number: int, folder: Path
+) -> list[tuple[list[str], int, list[str]]]:
+    """Of each layer's forward: operations that wait, how often numbers are read, and in which order things happen."""
+    state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+    found = []
+    for one in moe_layers(state.engine.module):
+        found.append(_observe(one, torch.randn(24, HIDDEN)))
+    state.engine.destroy()
+    return found
+
+
+def _observe(one: MoELayer, x: torch.Tensor) -> tuple[list[str], int, list[str]]:
+    order: list[str] = []
+    reads: list[None] = []
+
+    def noting(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            order.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    def tolist(tensor: torch.Tensor) -> Any:
+        reads.append(None)
+        return original(tensor)
+
+    original = torch.Tensor.tolist
+    whole_blocks = layer.in_whole_blocks
+    with (
+        patch.object(Exchange, "send", noting("send", Exchange.send)),
+        patch.object(Exchange, "arrived", noting("arrived", Exchange.arrived)),
+        patch.object(Exchange, "send_back", noting("send back", Exchange.send_back)),
+        patch.object(layer, "in_whole_blocks", noting("base MLP", whole_blocks)),
+        patch.object(torch.Tensor, "tolist", tolist),
+        Waits() as waits,
+    ):
+        one(x)
+    return waits.found, len(reads), order
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("waits")
+    prepared_run(folder)
+    return run_tree(folder)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2 with classifiers"])
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_a_layer_waits_once_and_computes_the_base_mlp_while_rows_travel(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path, ep_size: int, number: int
+) -> None:
+    spread = with_parallel(tree, ranks=ep_size, ep_size=ep_size)
+    for found in pools[ep_size].run(waits_and_order, spread, number, tmp_path):
+        for waits, reads, order in found:
+            assert waits == []
+            assert reads == 1
+            assert order == (["base MLP"] if ep_size == 1 else ["send", "base MLP", "arrived", "send back"])
