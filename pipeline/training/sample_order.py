@@ -46,9 +46,9 @@ class Batch:
         Where positions start at 0 again, transformers lets no token attend to one before (masking_utils, packed
         sequences).
         """
-        inputs = {"input_ids": torch.from_numpy(self.ids).to(device)}
+        inputs = {"input_ids": torch.from_numpy(self.ids).to(device, non_blocking=True)}
         if self.positions is not None:
-            inputs["position_ids"] = torch.from_numpy(self.positions).to(device)
+            inputs["position_ids"] = torch.from_numpy(self.positions).to(device, non_blocking=True)
         return inputs
 
 

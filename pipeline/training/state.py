@@ -19,6 +19,7 @@ from pipeline.training.engine import build_engine
 from pipeline.training.inputs import StageInputs
 from pipeline.training.rank_log import RankLog
 from pipeline.training.sample_order import SampleOrder, stage_order
+from pipeline.training.samples_ahead import Places, SamplesAhead
 from pipeline.training.skipped_steps import SkippedSteps
 
 
@@ -31,7 +32,8 @@ class TrainingState:
         ranks: this process among the others.
         dims: how ranks are divided.
         shape: of the micro-batches.
-        order: the samples.
+        order: all samples of the stage.
+        samples: this rank's, read ahead.
         engine: DeepSpeed's.
         skipped_steps: which steps are skipped, and how many were.
         rank_log: what this rank notes of itself.
@@ -49,6 +51,7 @@ class TrainingState:
     dims: ParallelDims
     shape: BatchShape
     order: SampleOrder
+    samples: SamplesAhead
     engine: Any
     skipped_steps: SkippedSteps
     rank_log: RankLog
@@ -78,7 +81,16 @@ class TrainingState:
         if ranks.is_first:
             inputs.done_with.save(inputs.folder / INPUTS_FILE)
         rank_log = RankLog(inputs.folder, ranks.rank, list(run.cluster.environment), writes=run.log.ranks)
-        return cls(inputs, ranks, dims, shape, order, engine, SkippedSteps(run.bad_steps, engine), rank_log)
+        places = Places(
+            settings.global_batch_size, shape.micro_batch, shape.accumulation, ranks.world_size, ranks.rank
+        )
+        samples = SamplesAhead(order, places, pin=ranks.device.type == "cuda")
+        return cls(inputs, ranks, dims, shape, order, samples, engine, SkippedSteps(run.bad_steps, engine), rank_log)
+
+    def close(self) -> None:
+        """Let go of the engine, which DeepSpeed's hooks would keep, and stop reading."""
+        self.samples.close()
+        self.engine.destroy()
 
     @property
     def stage(self) -> Stage:

@@ -63,33 +63,28 @@ def _global_batch(state: TrainingState) -> GlobalBatch:
 
 
 def _micro_step(state: TrainingState, micro_step: int, batch: GlobalBatch, sums: StepSums) -> int:
-    """Forward and backward of one micro-batch; returns the number of samples that count, of all ranks together.
-
-    Where the ranks do not divide the global batch, the last micro-step has room for more samples than are left. Its
-    empty places repeat earlier samples, so that all ranks do the same work, and count for nothing.
-    """
+    """Forward and backward of one micro-batch; returns the number of samples that count, of all ranks together."""
     size, device, length = state.shape.micro_batch, state.ranks.device, batch.sequence_length
     samples_at_once = state.ranks.world_size * size
-    end = (state.step + 1) * batch.samples
-    wanted = state.step * batch.samples + micro_step * samples_at_once + state.ranks.rank * size
-    state.rank_log.samples(state.step + 1, wanted, max(0, min(size, end - wanted)))
-    first = min(wanted, end - size)
-    samples = state.order.batch(first, size)
-    counts_T = (torch.arange(first, end)[:size] >= wanted).to(device).repeat_interleave(length)
+    number = state.step * state.shape.accumulation + micro_step
+    first, empty = state.samples.places.first(number)
+    state.rank_log.samples(state.step + 1, first + empty, size - empty)
+    samples = state.samples.take(number)
+    counts_T = (torch.arange(size) >= empty).to(device, non_blocking=True).repeat_interleave(length)
     with collect_routings(state.engine.module) as routings:
         logits_BLV = state.engine(**samples.model_inputs(device), use_cache=False).logits
     micro = MicroBatch(
         logits_BLV,
         routings,
-        labels_BL=torch.from_numpy(samples.labels).to(device),
+        labels_BL=torch.from_numpy(samples.labels).to(device, non_blocking=True),
         counts_T=counts_T,
-        old_T=torch.from_numpy(samples.is_old).flatten().to(device),
+        old_T=torch.from_numpy(samples.is_old).flatten().to(device, non_blocking=True),
         samples=min(samples_at_once, batch.samples - micro_step * samples_at_once),
         world_size=state.ranks.world_size,
     )
     losses = state.stage.losses(micro, batch)
     sums.add_losses({name: loss for name, (loss, _) in losses.items()})
-    sources_T = torch.from_numpy(samples.sources).to(device).repeat_interleave(length)
+    sources_T = torch.from_numpy(samples.sources).to(device, non_blocking=True).repeat_interleave(length)
     sums.add_routing(routings, torch.where(counts_T, sources_T, -1))
     total = sum(weight * loss for loss, weight in losses.values())
     # The engine averages over ranks and divides by the accumulation steps; our losses are divided already.

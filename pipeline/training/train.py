@@ -38,7 +38,7 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
     try:
         return _train(state, started)
     finally:
-        state.engine.destroy()  # DeepSpeed's hooks would keep it
+        state.close()
 
 
 def _train(state: TrainingState, started: float) -> dict[str, Any] | None:
