@@ -23,6 +23,7 @@ from pipeline.run.steps import STEP_NAMES, STEPS, step_named, steps_of
 
 # What a verb needs torch for is imported where the verb is done: torch reads variables that the run sets before.
 JOB_SETTINGS = "job-settings"  # of launch/run.sh: which SLURM job the command line after it stands for
+CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # without which it does not add in a fixed order
 READS_MODEL = ("run", "submit", *(step.verb for step in STEPS if step.keeps_manifest))
 WITHOUT_LOCK = ("status", "check", "estimate", "fetch", "submit")  # they may be asked while the run is active
 
@@ -182,7 +183,9 @@ def main(arguments: list[str]) -> int:
     run: RunConfig | None = None
     if options.verb in RUN_VERBS and options.run:
         run = load_run(options.run, options.set)
-    set_variables(run.cluster.environment if run else {})
+    set_variables(
+        {**(CUBLAS if run and run.parallel.deterministic else {}), **(run.cluster.environment if run else {})}
+    )
     from pipeline.distributed.device import device_type  # imports torch, which reads the variables
     from pipeline.distributed.process_group import leave
 

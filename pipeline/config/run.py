@@ -175,12 +175,16 @@ class ParallelConfig(Section):
     """How the run is spread over ranks: ``ranks`` to start if no launcher has; new experts lie on ``ep_size`` of them.
 
     A rank that makes no progress for ``timeout_minutes`` ends, and prints where it was.
+
+    ``deterministic`` makes GPUs repeat a result bit by bit, as CPUs do: torch then takes kernels that add in a fixed
+    order, attention's backward above all, which are slower.
     """
 
     ranks: Positive = 1
     ep_size: Positive = 1
     micro_batch_size: Positive | Literal["auto"] = "auto"
     timeout_minutes: float = Field(default=30.0, gt=0)
+    deterministic: bool = False
 
 
 class LogConfig(Section):

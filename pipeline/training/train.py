@@ -33,6 +33,7 @@ def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
         AgreedError: too many steps in a row were skipped, or a checkpoint can't be written.
     """
     forget_earlier_stages(ranks.device)
+    torch.use_deterministic_algorithms(inputs.run.parallel.deterministic)
     started = time.monotonic()
     state = TrainingState.start(inputs, ranks)
     try:

@@ -205,6 +205,19 @@ def load_with_deepspeeds_own_engine(ranks: Ranks, tree: dict[str, Any], folder: 
     return different
 
 
+def kernels_are_deterministic(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> list[bool]:
+    """Train a stage; whether torch was to take deterministic kernels, in each step."""
+    found: list[bool] = []
+
+    def asking(state: TrainingState, advance: Advance) -> StepRow:
+        found.append(torch.are_deterministic_algorithms_enabled())
+        return train_step(state, advance)
+
+    with patch.object(train, "train_step", asking):
+        train_stage(stage_inputs(tree, number, folder), ranks)
+    return found
+
+
 def files_read(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:
     """Names of the files that this rank verifies and loads at a stage's start, and the weights that it then has."""
     hashed: list[str] = []

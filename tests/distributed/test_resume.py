@@ -10,7 +10,13 @@ from pipeline.checkpoint.store import best, complete_tags, mark_best
 from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file
 from pipeline.records.record import read_rows
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import engines_left, train_steps, train_to_the_end, with_parallel
+from tests.distributed.stages import (
+    engines_left,
+    kernels_are_deterministic,
+    train_steps,
+    train_to_the_end,
+    with_parallel,
+)
 from tests.helpers.tiny import prepared_run, run_tree
 
 
@@ -63,6 +69,19 @@ def test_a_stage_that_has_ended_holds_no_memory_of_the_next_one(
     pools: Pools, tree: dict[str, Any], tmp_path: Path
 ) -> None:
     assert pools[2].run(engines_left, tree, 1, tmp_path) == [0, 0]
+
+
+def test_deterministic_asks_torch_for_such_kernels_and_changes_nothing_on_a_cpu(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    losses = []
+    for deterministic in (True, False):
+        spread = with_parallel(tree, ranks=2, ep_size=2, micro_batch_size=2, deterministic=deterministic)
+        folder = tmp_path / str(deterministic)
+        found = pools[2].run(kernels_are_deterministic, spread, 1, folder)
+        assert found == [[deterministic] * len(found[0])] * 2
+        losses.append([row["loss"] for row in read_rows(folder / "metrics.jsonl")])
+    assert losses[0] == losses[1]
 
 
 def test_activation_checkpointing_changes_no_result(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
