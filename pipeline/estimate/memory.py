@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.activations import LayerActivations
+from pipeline.estimate.imbalance import busiest_rank
 from pipeline.method.stage import Stage
 from pipeline.model.backbone import decoder_layers, find_mlp
 from pipeline.model.expert_plan import ExpertPlan
@@ -141,7 +142,7 @@ def memory_by_kind(
         "moments": MOMENTS * held,
     }
     logits = 2 * batch.tokens * sizes.vocabulary * width  # and their gradient
-    kinds["activations"] = _activations(plan, batch, layers, sizes.hidden * width) + logits
+    kinds["activations"] = _activations(plan, dims, batch, layers, sizes.hidden * width) + logits
     fresh = trained.total * (gradient_bytes - FP32) if stage.uses_zero and batch.accumulation == 1 else 0.0
     kinds["allocator"] = ALLOCATOR * (sum(kinds.values()) - process)
     # With one micro-batch per step, its gradients come as its activations go.
@@ -149,9 +150,19 @@ def memory_by_kind(
     return kinds
 
 
-def _activations(plan: ExpertPlan, batch: Batch, layers: LayerActivations, hidden_bytes: int) -> float:
-    """Bytes kept for the backward. Layers below the first router keep nothing: no gradient gets there."""
-    kept = [layers.moe if count > 1 else layers.dense for count in plan.counts[plan.moe_layers[0] :]]
+def _activations(
+    plan: ExpertPlan, dims: ParallelDims, batch: Batch, layers: LayerActivations, hidden_bytes: int
+) -> float:
+    """Bytes kept for the backward by the busiest rank of each layer, if routing is uniform.
+
+    Layers below the first router keep nothing: no gradient gets there. Of an MoE layer the MLPs' part grows with the
+    rows that the rank computes; it is what the layer keeps beyond a dense one's, which computes one row per token.
+    """
+    row = max(0.0, layers.moe - layers.dense) / max(1, plan.top_k - 1)
+    kept = [
+        layers.moe + (rows - 1) * plan.top_k * row if count > 1 else layers.dense
+        for count, rows in zip(plan.counts, busiest_rank(plan, dims.ep_size), strict=True)
+    ][plan.moe_layers[0] :]
     if batch.checkpoint_activations:  # each layer keeps its input, and one layer at a time is computed again
         return batch.tokens * (hidden_bytes * len(kept) + max(kept))
     return batch.tokens * sum(kept)

@@ -11,6 +11,7 @@ from common.text_table import aligned
 from pipeline.config.run import RunConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.activations import measure_layers
+from pipeline.estimate.imbalance import mlp_time
 from pipeline.estimate.memory import (
     Batch,
     ModelSizes,
@@ -32,6 +33,7 @@ from pipeline.training.ds_config import batch_shape, gradient_bytes, read_ds_con
 DEVICES = {"a100-40": 42.9, "a100": 85.9, "h100": 85.0, "h200": 151.0, "b200": 192.0, "l40s": 48.3, "mi300x": 206.0,
            "rtx4090": 25.8}  # fmt: skip
 USABLE = 0.92  # of a device's memory; the rest goes to the runtime and to gaps between blocks
+GPUS_PER_NODE = 8  # where the run's cluster section does not say
 GPU_PROCESS = 1_200_000_000  # a CUDA context and NCCL's buffers
 
 
@@ -77,12 +79,16 @@ class Estimate:
             dtype=self.dtype, gradient_bytes=self.gradient_bytes, stage=stage, process=self.process,
         )  # fmt: skip
 
+    def ep_sizes(self) -> list[int]:
+        """Those that can be chosen: a group stays within a node, and every rank of it holds an expert."""
+        node = self.run.cluster.job("stage1").gpus_per_node or GPUS_PER_NODE
+        most = min(self.dims.world_size, node, sum(self.plan.num_new))
+        return [size for size in range(1, most + 1) if self.dims.world_size % size == 0]
+
     def smallest_ep_size(self) -> int | None:
-        """The smallest ep_size with which all stages fit the device; None if none does."""
+        """The smallest of :meth:`ep_sizes` with which all stages fit the device; None if none does."""
         assert self.capacity is not None
-        for ep_size in range(1, self.dims.world_size + 1):
-            if self.dims.world_size % ep_size or ep_size > sum(self.plan.num_new):
-                continue
+        for ep_size in self.ep_sizes():
             dims = ParallelDims(self.dims.world_size, ep_size)
             if all(self.memory(stage, dims)["peak"] <= USABLE * self.capacity for stage in self.stages):
                 return ep_size
@@ -108,6 +114,9 @@ class Estimate:
         ]
         if "unknown" in lines[-1]:
             lines.append("for the hours give --tokens-per-second, or run a few steps: their speed is used")
+        if self.dims.world_size > 1:
+            lines += ["", self._ep_table()]
+        lines += self._ep_warning()
         if self.capacity:
             lines += ["", self._fit_line()]
         return "\n".join(lines)
@@ -118,6 +127,26 @@ class Estimate:
         for kind in found[0]:
             rows.append([kind, *(f"{memory[kind] / 1e9:.2f}" for memory in found)])
         return aligned(rows)
+
+    def _ep_table(self) -> str:
+        """What each ep_size costs: time of the MLPs, and memory."""
+        rows = [["ep_size", "MLP time", *(f"peak GB stage {stage.number}" for stage in self.stages)]]
+        for size in self.ep_sizes():
+            dims = ParallelDims(self.dims.world_size, size)
+            peaks = (f"{self.memory(stage, dims)['peak'] / 1e9:.2f}" for stage in self.stages)
+            rows.append([str(size), f"x {mlp_time(self.plan, size):.2f}", *peaks])
+        return aligned(rows)
+
+    def _ep_warning(self) -> list[str]:
+        """A line where ranks of a group hold no expert of a layer, and wait for those that do."""
+        few = [layer for layer in self.plan.moe_layers if self.plan.num_new[layer] < self.dims.ep_size]
+        if not few:
+            return []
+        ep_size, time = self.dims.ep_size, mlp_time(self.plan, self.dims.ep_size)
+        return [
+            f"warning: ep_size {ep_size} is more than the new experts of {len(few)} layers: there some ranks wait for "
+            f"others, and MLPs take {time:.2f} x as long as at ep_size 1"
+        ]
 
     def _work_rows(self, tokens_per_second: float | None) -> list[list[str]]:
         network = [

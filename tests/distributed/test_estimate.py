@@ -67,6 +67,19 @@ def test_the_smallest_ep_size_that_fits(tree: dict[str, Any]) -> None:
     assert "does not fit 2 ranks" in tight.text(None)
 
 
+def test_each_ep_size_within_a_node_is_shown_with_its_cost_and_one_that_makes_ranks_wait_is_a_warning(
+    tree: dict[str, Any],
+) -> None:
+    text = Estimate(parse_run(tree, "x"), ParallelDims(16, 4), None).text(None)
+    rows = [line.split() for line in text.splitlines() if " x " in line and line.split()[0] in ("1", "2", "4", "8")]
+    # Of 2, 1, 0 and 3 new experts. At 2: 1, 3/2, 1 and 5/4; at 4: 5/3, 5/2, 1 and 5/4; at 8 a rank would hold none.
+    assert [(row[0], row[2]) for row in rows] == [("1", "1.00"), ("2", "1.19"), ("4", "1.60")]
+    assert "warning: ep_size 4 is more than the new experts of 3 layers" in text and "1.60 x as long" in text
+    nodes = {**tree, "cluster": {"stage1": {"gpus_per_node": 2}}}
+    assert Estimate(parse_run(nodes, "x"), ParallelDims(16, 1), None).ep_sizes() == [1, 2]
+    assert "warning" not in Estimate(parse_run(nodes, "x"), ParallelDims(16, 1), None).text(None)
+
+
 def test_the_text_says_hours_where_a_speed_is_given_and_asks_for_one_where_not(tree: dict[str, Any]) -> None:
     estimate = Estimate(parse_run(tree, "x"), ParallelDims(1, 1), None)
     assert "for the hours give --tokens-per-second" in estimate.text(None)
