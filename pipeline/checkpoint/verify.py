@@ -76,7 +76,7 @@ def damaged_on_any_rank(
         files = read_files(folder)
     except UserError:
         files = {}
-    wanted = sorted(files if names is None else names, key=lambda name: (-files[name].bytes, name))
+    wanted = sorted(files.keys() & (files if names is None else names), key=lambda name: (-files[name].bytes, name))
     mine = {*wanted[ranks.rank :: ranks.world_size], *(name for name in loads if name in wanted)}
     bad: list[Any] = [None] * ranks.world_size
     torch.distributed.all_gather_object(bad, damaged_files(folder, sorted(mine), heartbeat))

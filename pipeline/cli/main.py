@@ -12,7 +12,7 @@ from common.launch_environment import become_rank, is_first_rank, listen_early, 
 from pipeline.cli.arguments import CHECKPOINT_VERBS, NEW, RUN_VERBS, parse
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
-from pipeline.distributed.failures import told_by_ranks
+from pipeline.distributed.failures import has_joined, told_by_ranks
 from pipeline.records.run_folder import ERRORS_FOLDER, RunFolder
 from pipeline.run.checks import check_model
 from pipeline.run.context import RunContext
@@ -23,7 +23,6 @@ from pipeline.run.steps import STEP_NAMES, STEPS, step_named, steps_of
 
 # What a verb needs torch for is imported where the verb is done: torch reads variables that the run sets before.
 JOB_SETTINGS = "job-settings"  # of launch/run.sh: which SLURM job the command line after it stands for
-CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # without which it does not add in a fixed order
 READS_MODEL = ("run", "submit", *(step.verb for step in STEPS if step.keeps_manifest))
 WITHOUT_LOCK = ("status", "check", "estimate", "fetch", "submit")  # they may be asked while the run is active
 
@@ -183,9 +182,7 @@ def main(arguments: list[str]) -> int:
     run: RunConfig | None = None
     if options.verb in RUN_VERBS and options.run:
         run = load_run(options.run, options.set)
-    set_variables(
-        {**(CUBLAS if run and run.parallel.deterministic else {}), **(run.cluster.environment if run else {})}
-    )
+    set_variables(run.environment if run else {})
     from pipeline.distributed.device import device_type  # imports torch, which reads the variables
     from pipeline.distributed.process_group import leave
 
@@ -229,7 +226,7 @@ def command_line(*, launched: bool = False) -> int:
             become_rank()
         return main(sys.argv[1:])
     except UserError as error:
-        own = isinstance(error, OwnError) or (_has_joined() and not isinstance(error, AgreedError))
+        own = isinstance(error, OwnError) or (has_joined() and not isinstance(error, AgreedError))
         if is_first_rank() or own:
             line = f"error: {'' if is_first_rank() else 'rank ' + os.environ['RANK'] + ': '}{error}"
             print(line, file=sys.stderr, flush=True)
@@ -239,9 +236,3 @@ def command_line(*, launched: bool = False) -> int:
         return EXIT_CODE
     except KeyboardInterrupt:
         return interrupted()
-
-
-def _has_joined() -> bool:
-    """Whether this process is in a group of ranks; imports nothing that is not there."""
-    torch = sys.modules.get("torch")
-    return torch is not None and torch.distributed.is_initialized()

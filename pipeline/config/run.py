@@ -260,6 +260,12 @@ class RunConfig(Section):
         )
 
     @property
+    def environment(self) -> dict[str, str]:
+        """Variables of every rank: the cluster section's, and what ``deterministic`` needs of cuBLAS."""
+        cublas = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if self.parallel.deterministic else {}
+        return cublas | self.cluster.environment
+
+    @property
     def folder(self) -> Path:
         """Where this run's results go."""
         return self.output_dir / self.name

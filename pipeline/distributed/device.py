@@ -15,15 +15,9 @@ from torch.distributed.distributed_c10d import Store
 from common.errors import AgreedError, OwnError, UserError
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-# Variables by which SLURM says how many GPUs, or which, a job has on this node.
-SLURM_VARIABLES = (
-    "SLURM_GPUS_ON_NODE",
-    "SLURM_STEP_GPUS",
-    "SLURM_JOB_GPUS",
-    "SLURM_GPUS_PER_NODE",
-    "SLURM_GPUS_PER_TASK",
-)
-NO_GPU = ("", "0")
+# Variables by which SLURM says how many GPUs a job has on this node, as "4" or "h100:4", and which.
+SLURM_COUNTS = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
+SLURM_LISTS = ("SLURM_STEP_GPUS", "SLURM_JOB_GPUS")
 HIDDEN = ("", "-1", "NoDevFiles")  # in CUDA_VISIBLE_DEVICES
 SAME = "all alike"
 _is_wanted: bool | None = None  # that it computes on the CPU though GPUs may be here
@@ -74,9 +68,10 @@ def check_gpu(environment: Mapping[str, str] = os.environ, driver_file: Path = D
 
 def gpu_asked_for(environment: Mapping[str, str], driver_file: Path = DRIVER_FILE) -> str | None:
     """What says that a GPU is meant to be used here; None if nothing does."""
-    for name in SLURM_VARIABLES:
+    for name in (*SLURM_COUNTS, *SLURM_LISTS):
         value = environment.get(name, "")
-        if value.rpartition(":")[2] not in NO_GPU:  # of "h100:4" or "4"
+        is_none = name in SLURM_COUNTS and value.rpartition(":")[2] == "0"
+        if value and not is_none:
             return f"{name}={value}"
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and "CROSS_RANK" not in environment:  # DeepSpeed's launcher sets it on CPUs too

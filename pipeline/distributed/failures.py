@@ -28,6 +28,12 @@ def record_collectives(folder: Path, environment: MutableMapping[str, str] = os.
     environment.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / "collectives_rank"))
 
 
+def has_joined() -> bool:
+    """Whether this process is in a group of ranks; imports nothing that is not there."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.distributed.is_initialized()
+
+
 @contextmanager
 def told_by_ranks(folder: Path | None) -> Iterator[None]:
     """Of what a rank does: a collective that fails becomes one line with its cause; the whole text is kept.
@@ -38,9 +44,10 @@ def told_by_ranks(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        torch = sys.modules.get("torch")
-        if torch is None or not torch.distributed.is_initialized():
+        if not has_joined():
             raise
+        import torch
+
         rank = int(os.environ["RANK"])
         where = f"; the whole text is in {keep_traceback(folder, rank, error)}" if folder is not None else ""
         lost = is_lost_peer(error)

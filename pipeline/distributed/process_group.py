@@ -91,7 +91,7 @@ def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES, errors: Path | None =
     A process joins once: what it gets then, it gets again until it leaves. DeepSpeed keeps groups of the first one.
     With GPUs the backend is nccl, without any gloo. From here on a watchdog ends the process if it makes no progress
     for ``timeout_minutes`` or if its launcher dies. NCCL's own time-out comes before it, as NCCL then writes down its
-    last collectives; gloo's comes after it, as the watchdog says more.
+    last collectives; gloo's comes after it, as the watchdog says more: see :func:`time_limits`.
 
     Args:
         timeout_minutes: how long a rank may make no progress.
@@ -121,8 +121,7 @@ def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES, errors: Path | None =
     if use_gpu:
         torch.cuda.set_device(device)
     rank, world_size, backend = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), BACKENDS[device.type]
-    limit, grace = datetime.timedelta(minutes=timeout_minutes), datetime.timedelta(seconds=SECONDS_OF_GRACE)
-    timeout, patience = (limit, limit + grace) if use_gpu else (limit + grace, limit)
+    timeout, patience = time_limits(backend, timeout_minutes)
     if errors is not None and use_gpu:
         record_collectives(errors)
     watchdog = Watchdog(rank, patience.total_seconds()).start()
@@ -131,6 +130,13 @@ def join(timeout_minutes: float = DEFAULT_TIMEOUT_MINUTES, errors: Path | None =
     deepspeed.init_distributed(backend, timeout=timeout, verbose=False)
     _joined = Ranks(rank, world_size, device, timeout, watchdog)
     return _joined
+
+
+def time_limits(backend: str, minutes: float) -> tuple[datetime.timedelta, datetime.timedelta]:
+    """How long a collective may take, and how long the watchdog waits: one of them ``minutes``, the other longer."""
+    limit = datetime.timedelta(minutes=minutes)
+    later = limit + datetime.timedelta(seconds=SECONDS_OF_GRACE)
+    return (limit, later) if backend == "nccl" else (later, limit)
 
 
 def take_timeout(*groups: torch.distributed.ProcessGroup) -> None:

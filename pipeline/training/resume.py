@@ -4,8 +4,6 @@ import io
 import time
 from contextlib import redirect_stdout
 
-import torch
-
 from common.errors import AgreedError
 from pipeline.checkpoint.optimizer_state import SavedOptimizer
 from pipeline.checkpoint.store import check_same_run, complete_tags, mark_best, read_manifest, save_checkpoint
@@ -14,7 +12,6 @@ from pipeline.checkpoint.verify import newest_sound_tag
 from pipeline.checkpoint.weights import expert_files
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.records.checkpoint import CheckpointManifest
-from pipeline.training.ds_config import read_ds_config, training_dtype
 from pipeline.training.state import TrainingState
 
 
@@ -53,8 +50,11 @@ def resume(state: TrainingState) -> None:
 
 def _files_to_load(state: TrainingState) -> list[str]:
     """The files that DeepSpeed loads on this rank of a checkpoint that as many ranks have saved."""
-    dims, bf16 = state.dims, training_dtype(read_ds_config(state.inputs.run.deepspeed)) == torch.bfloat16
-    own = optimizer_file(dims.rank, bf16=bf16) if state.stage.uses_zero else router_optimizer_file(dims.ep_rank)
+    dims, engine = state.dims, state.engine
+    if state.stage.uses_zero:
+        own = optimizer_file(dims.rank, bf16=engine.bfloat16_enabled())
+    else:
+        own = router_optimizer_file(dims.ep_rank)
     return [main_file(), own, *expert_files(state.inputs.plan, dims)]
 
 

@@ -14,7 +14,6 @@ from pipeline.distributed.device import device_name
 from pipeline.distributed.process_group import BACKENDS, Ranks, forget_earlier_stages, peak_memory_bytes
 from pipeline.distributed.stop_request import StopRequest
 from pipeline.records.metrics import StepRow
-from pipeline.training.ds_config import read_ds_config, training_dtype
 from pipeline.training.inputs import StageInputs
 from pipeline.training.metrics import MetricsLog
 from pipeline.training.resume import Saves, resume
@@ -159,7 +158,7 @@ def _say_start(state: TrainingState) -> None:
         if parameter.requires_grad:
             trained[int(hasattr(parameter, "allreduce"))] += parameter.numel()
     experts = int(state.ranks.sum(trained.clone())[1]) // state.dims.num_replicas
-    dtype = str(training_dtype(read_ds_config(state.inputs.run.deepspeed))).removeprefix("torch.")
+    dtype = str(state.engine.module.dtype).removeprefix("torch.")
     state.say(f"{device_name(state.ranks.device)}, {BACKENDS[state.ranks.device.type]}, {dtype}")
     epochs = ", ".join(f"{name} {value:.2f}" for name, value in state.order.epochs().items())
     state.say(

@@ -1,10 +1,12 @@
 """Pools of 1, 2 and 4 ranks, shared by all distributed tests: starting one takes seconds."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.helpers.rank_pool import RankPool
+from tests.helpers.tiny import prepared_run, run_tree
 
 
 class Pools:
@@ -30,3 +32,11 @@ def pools() -> Iterator[Pools]:
     pools = Pools()
     yield pools
     pools.close()
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of a tiny run that is done up to upcycling; tests change copies, and nothing in its folders."""
+    folder = tmp_path_factory.mktemp("prepared")
+    prepared_run(folder)
+    return run_tree(folder)

@@ -104,7 +104,7 @@ def train_steps(
         "trained": sorted(canonical(model, lambda p: p if p.requires_grad else None)),
         "optimizer": _moments(state),
     }
-    state.engine.destroy()
+    state.close()
     return result
 
 
@@ -185,7 +185,7 @@ def first_logits(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) 
     state.engine.module.eval()
     with torch.no_grad():
         logits = state.engine.module(input_ids=ids, use_cache=False).logits
-    state.engine.destroy()
+    state.close()
     return logits.clone()
 
 
@@ -201,7 +201,7 @@ def load_with_deepspeeds_own_engine(ranks: Ranks, tree: dict[str, Any], folder: 
     assert path is not None
     parameters = state.engine.module.named_parameters()
     different = [name for name, parameter in parameters if not torch.equal(parameter, expected[name])]
-    state.engine.destroy()
+    state.close()
     return different
 
 
@@ -234,7 +234,7 @@ def files_read(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) ->
     with patch.object(verify, "sha256_file", hashing), patch.object(weights, "load_tensors", loading):
         state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
     held = canonical(state.engine.module, lambda parameter: parameter)
-    state.engine.destroy()
+    state.close()
     return {"hashed": hashed, "loaded": loaded, "weights": held}
 
 
@@ -243,7 +243,7 @@ def expert_timeouts(ranks: Ranks, tree: dict[str, Any], number: int, folder: Pat
     state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
     name = state.dims.expert_group_name
     found = [None, groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)]
-    state.engine.destroy()
+    state.close()
     backends = [(group or torch.distributed.group.WORLD)._get_backend(ranks.device) for group in found]
     return [backend.options._timeout for backend in backends]
 
@@ -259,7 +259,7 @@ def summed_over_ranks(ranks: Ranks, tree: dict[str, Any], number: int, folder: P
 
     with patch("torch.distributed.all_reduce", counting):
         train_step(state)
-    state.engine.destroy()
+    state.close()
     return dict(summed)
 
 
@@ -279,7 +279,7 @@ def count_experts(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[int]
     """Experts on this rank, a layer with a router."""
     state = TrainingState.start(stage_inputs(tree, 1, folder), ranks)
     counts = [len(layer.local_numbers) for layer in moe_layers(state.engine.module)]
-    state.engine.destroy()
+    state.close()
     return counts
 
 
@@ -296,7 +296,7 @@ def move_and_train(
     resume(state)
     save_checkpoint(state.engine, target, state.tag, manifest_of(state), keep=1)
     rows = [train_step(state).model_dump() for _ in range(state.step, steps)]
-    state.engine.destroy()
+    state.close()
     return rows
 
 
@@ -351,5 +351,5 @@ def held_bytes(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) ->
         "moments": sum(s.numel() * s.element_size() for s in states),
         "checkpoint": sum(entry.bytes for entry in read_files(folder / state.tag).values()),
     }
-    state.engine.destroy()
+    state.close()
     return held

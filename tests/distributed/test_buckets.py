@@ -9,18 +9,10 @@ import torch
 
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, with_parallel
-from tests.helpers.tiny import prepared_run, run_tree
 
 ROOT = Path(__file__).parent.parent.parent
 BUCKETS = [100, 3_000, 20_000, 500_000_000]  # elements: from less than one weight to DeepSpeed's own default
 TOPOLOGIES = [(2, 2), (4, 2), (4, 4)]
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("buckets")
-    prepared_run(folder)
-    return run_tree(folder)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -18,7 +18,6 @@ from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import CheckpointManifest
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import move_and_train, train_steps, with_parallel
-from tests.helpers.tiny import prepared_run, run_tree
 
 ALL_DIMS = [ParallelDims(*shape) for shape in ((1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4))]
 PAIRS = list(permutations(ALL_DIMS, 2))
@@ -40,13 +39,6 @@ def name(dims: ParallelDims) -> str:
 def spread(tree: dict[str, Any], dims: ParallelDims) -> dict[str, Any]:
     """Four samples a micro-step over all ranks, whatever their number."""
     return with_parallel(tree, ranks=dims.world_size, ep_size=dims.ep_size, micro_batch_size=4 // dims.world_size)
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("elastic")
-    prepared_run(folder)
-    return run_tree(folder)
 
 
 class Trained:

@@ -18,7 +18,7 @@ from pipeline.model.moe.dispatch import Exchange
 from pipeline.training.state import TrainingState
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import stage_inputs, with_parallel
-from tests.helpers.tiny import HIDDEN, prepared_run, run_tree
+from tests.helpers.tiny import HIDDEN
 
 # On a GPU each of these makes the program wait until the device has computed what it asks for.
 WAITS = ("nonzero", "bincount", "_local_scalar_dense", "item", "masked_select", "unique", "equal")
@@ -47,7 +47,7 @@ def waits_and_order(
     found = []
     for one in moe_layers(state.engine.module):
         found.append(_observe(one, torch.randn(24, HIDDEN)))
-    state.engine.destroy()
+    state.close()
     return found
 
 
@@ -78,13 +78,6 @@ def _observe(one: MoELayer, x: torch.Tensor) -> tuple[list[str], int, list[str]]
     ):
         one(x)
     return waits.found, len(reads), order
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("waits")
-    prepared_run(folder)
-    return run_tree(folder)
 
 
 @pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2 with classifiers"])

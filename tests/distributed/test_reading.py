@@ -11,16 +11,8 @@ from pipeline.checkpoint.tensors import main_file
 from pipeline.distributed.parallel_dims import ParallelDims
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import files_read, with_parallel
-from tests.helpers.tiny import prepared_run, run_tree
 
 NEW = 6  # new experts, each a file
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("reading")
-    prepared_run(folder)
-    return run_tree(folder)
 
 
 @pytest.mark.parametrize(("ranks", "ep_size"), [(4, 1), (4, 2), (2, 2)])

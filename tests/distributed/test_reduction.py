@@ -10,16 +10,14 @@ import torch
 
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import expert_timeouts, summed_over_ranks, train_steps, with_parallel
-from tests.helpers.tiny import FFN, HIDDEN, prepared_run, run_tree
+from tests.helpers.tiny import FFN, HIDDEN
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("reduction")
-    prepared_run(folder)
-    return run_tree(folder, deepspeed="ds_configs/bf16_zero1.json", parallel={"ranks": 2, "micro_batch_size": 2})
+@pytest.fixture
+def tree(tree: dict[str, Any]) -> dict[str, Any]:
+    return with_parallel(tree, ranks=2, micro_batch_size=2) | {"deepspeed": "ds_configs/bf16_zero1.json"}
 
 
 def with_config(tree: dict[str, Any], folder: Path, **bf16: Any) -> dict[str, Any]:

@@ -16,16 +16,9 @@ from pipeline.model.backbone import load_dense
 from pipeline.records.evaluation import Change
 from pipeline.run.context import RunContext
 from tests.distributed.conftest import Pools
-from tests.helpers.tiny import parse_run, prepared_run, run_tree
+from tests.helpers.tiny import parse_run
 
 WINDOW = 16
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("scoring")
-    prepared_run(folder)
-    return run_tree(folder)
 
 
 def score_moe(ranks: Ranks, tree: dict[str, Any], ep_size: int) -> dict[str, Any]:

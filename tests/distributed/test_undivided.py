@@ -8,16 +8,8 @@ import torch
 
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, with_parallel
-from tests.helpers.tiny import prepared_run, run_tree
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("undivided")
-    prepared_run(folder)
-    return run_tree(folder)
 
 
 @pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])

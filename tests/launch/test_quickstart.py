@@ -1,4 +1,4 @@
-"""The quickstart, whole, on the real model and text: 20 minutes, or two hours where a CPU has no bf16.
+"""The quickstart, whole, on the real model and text: 20 minutes, or hours where a CPU has no bf16.
 
 Run: pytest -m slow tests/launch
 """

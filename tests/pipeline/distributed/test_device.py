@@ -30,7 +30,9 @@ def driver(tmp_path: Path) -> Path:
         ({"SLURM_JOB_ID": "7", "SLURM_GPUS_ON_NODE": "0"}, None),
         ({"SLURM_GPUS_ON_NODE": "8"}, "SLURM_GPUS_ON_NODE=8"),
         ({"SLURM_GPUS_PER_NODE": "h100:4"}, "SLURM_GPUS_PER_NODE=h100:4"),
+        ({"SLURM_GPUS_PER_NODE": "h100:0"}, None),
         ({"SLURM_STEP_GPUS": "0,1"}, "SLURM_STEP_GPUS=0,1"),
+        ({"SLURM_JOB_GPUS": "0"}, "SLURM_JOB_GPUS=0"),  # which, not how many
         ({"CUDA_VISIBLE_DEVICES": "0"}, "CUDA_VISIBLE_DEVICES=0"),
         ({"CUDA_VISIBLE_DEVICES": ""}, None),
         ({"CUDA_VISIBLE_DEVICES": "-1"}, None),

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from pipeline.distributed.failures import is_lost_peer, keep_traceback, last_cause, record_collectives
+from pipeline.distributed.process_group import time_limits
 
 REMOTE = """NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error
 ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.
@@ -50,6 +52,16 @@ def test_nccl_is_to_write_its_last_collectives_into_the_run_s_folder(tmp_path: P
     assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
     assert Path(environment["TORCH_FR_DUMP_TEMP_FILE"]).parent == tmp_path / "errors"
     assert (tmp_path / "errors").is_dir()
+
+
+@pytest.mark.parametrize("backend", ["nccl", "gloo"])
+def test_nccl_writes_down_its_collectives_before_the_watchdog_ends_the_rank_and_gloo_fails_after_it(
+    backend: str,
+) -> None:
+    timeout, patience = time_limits(backend, 30)
+    assert min(timeout, patience) == timedelta(minutes=30)
+    assert (timeout < patience) == (backend == "nccl")
+    assert abs(timeout - patience) >= timedelta(seconds=30)
 
 
 PROGRAM = r"""

@@ -23,8 +23,22 @@ def test_the_papers_plans(counts: list[int], ep_size: int, expected: float) -> N
     assert mlp_time(plan_of(counts), ep_size) == pytest.approx(expected, abs=1e-3)
 
 
-def test_a_layer_with_one_new_expert_sends_the_whole_group_to_one_rank() -> None:
-    plan = plan_of([2, 1, 9])
-    assert busiest_rank(plan, 8) == [4.5, 1.0, 1.0]
-    # Counted: 8 ranks with 18 rows each; of the first layer's, expert 0 keeps 9 of each rank's.
-    assert (9 + 8 * 9) / 18 == 4.5
+def rows_by_rank(plan: ExpertPlan, layer: int, ep_size: int, rows: int) -> list[int]:
+    """The rows that each rank computes, counted one by one: each rank has ``rows`` for every expert of the layer."""
+    holders = {number: rank for rank, held in enumerate(plan.placement(ep_size)[layer]) for number in held}
+    counts = [0] * ep_size
+    for sender in range(ep_size):
+        for expert in range(plan.counts[layer]):
+            counts[holders.get(expert, sender)] += rows  # expert 0 is on every rank
+    return counts
+
+
+@pytest.mark.parametrize("ep_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("counts", [[2, 1, 9], LLAMA, MOE_LPR], ids=["one and eight", "Llama", "MoE-LPR"])
+def test_it_is_the_busiest_ranks_rows_over_the_mean(counts: list[int], ep_size: int) -> None:
+    plan = plan_of(counts)
+    factors = busiest_rank(plan, ep_size)
+    for layer in plan.moe_layers:
+        rows = rows_by_rank(plan, layer, ep_size, rows=9)
+        assert factors[layer] == pytest.approx(max(rows) * ep_size / sum(rows))
+    assert all(factors[layer] == 1 for layer, count in enumerate(counts) if count == 1)

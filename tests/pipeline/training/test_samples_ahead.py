@@ -1,7 +1,6 @@
 """Samples are read while others are trained on, in the same order. Run: pytest tests/pipeline/training"""
 
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,7 +80,7 @@ def test_what_fails_while_reading_is_raised_where_the_samples_are_taken(
     reader.close()
 
 
-def test_it_begins_anywhere(order: SampleOrder, tmp_path: Path) -> None:
+def test_it_begins_anywhere(order: SampleOrder) -> None:
     reader = SamplesAhead(order, Places(8, 4, 2, 1, 0), pin=False)
     last = order.num_samples // 4 - 1
     for number in (last, 3, 0):
