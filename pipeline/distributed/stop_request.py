@@ -32,7 +32,8 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
+        self._thread = threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True)
+        self._thread.start()
         self._wakeup = signal.set_wakeup_fd(self._writer)  # gets each signal's number, whatever the main thread does
         self._previous = {number: signal.signal(number, self._note) for number in _SIGNALS}
         if EARLY_SIGNALS:
@@ -44,7 +45,8 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
-        os.close(self._writer)  # ends the thread
+        os.close(self._writer)  # ends the thread, which would keep what ``answer`` refers to
+        self._thread.join()
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.requested = True

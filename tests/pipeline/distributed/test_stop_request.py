@@ -1,12 +1,17 @@
 """Signals reach a rank that is deep in a computation. Run: pytest tests/pipeline/distributed/test_stop_request.py"""
 
+import os
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pipeline.distributed.stop_request import StopRequest
 
 ROOT = Path(__file__).parents[3]
 # The main thread computes in C for a minute: Python's own handlers wait until it is through.
@@ -40,3 +45,18 @@ def test_the_first_signal_is_answered_at_once_and_a_second_sigint_ends_the_proce
     busy.send_signal(signal.SIGINT)
     assert busy.wait(10) == 130
     assert busy.stdout.read() == ""
+
+
+class SlowAnswer:
+    def __call__(self, number: int) -> None:
+        time.sleep(0.5)
+
+
+def test_nothing_holds_the_answer_after_the_block_though_it_took_longer() -> None:
+    answer = SlowAnswer()
+    alive = weakref.ref(answer)
+    with StopRequest(answer) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requested
+    del answer, stop
+    assert alive() is None
