@@ -22,6 +22,7 @@ from common.files import fsync_path, write_json
 from common.text_table import aligned
 from pipeline.config.load import load_run
 from pipeline.distributed.process_group import Ranks, join, leave
+from pipeline.estimate.divide import divide
 from pipeline.method.stages import find_stage
 from pipeline.records.step_manifest import StepInputs
 from pipeline.run.context import RunContext
@@ -29,6 +30,7 @@ from pipeline.training.inputs import StageInputs
 from pipeline.training.resume import resume, save
 from pipeline.training.state import TrainingState
 from pipeline.training.step import train_step
+from pipeline.training.train import trained_parameters
 
 AT_ONCE = 8 << 20  # bytes
 
@@ -107,7 +109,8 @@ class Benchmark:
         identity = steps.identity(1)
         stage = find_stage(run, 1)
         target, done_with = self.folder / "stage1", StepInputs(inputs={}, run={})
-        inputs = StageInputs(run, stage, steps.plan, steps.store, steps.upcycled, target, identity, done_with)
+        dims = divide(run, ranks)
+        inputs = StageInputs(run, stage, steps.plan, steps.store, steps.upcycled, target, identity, done_with, dims)
         self.state = TrainingState.start(inputs, ranks)
         train_step(self.state)
         self.raw = self.folder / "raw"
@@ -150,29 +153,21 @@ class Benchmark:
 
     def report(self) -> dict[str, Any]:
         """Medians, ratios of each round's pairs, and sizes; on rank 0."""
-        import torch
-
-        trained = sum(p.numel() for p in self.state.engine.module.parameters() if p.requires_grad)
-        shared = sum(
-            p.numel() for p in self.state.engine.module.parameters() if p.requires_grad and not hasattr(p, "allreduce")
-        )
-        dims = self.state.dims
-        experts = self.ranks.sum(torch.tensor([trained - shared])) // (dims.num_replicas)
         width = next(p for p in self.state.engine.module.parameters() if p.requires_grad).element_size()
-        needed = (int(experts) + shared) * (width + 4 + 8)
+        needed = trained_parameters(self.state) * (width + 4 + 8)
         stored = sum(path.stat().st_size for path in self.tag.iterdir())
         pairs = {name: list(zip(self.times[name], self.times[raw], strict=True)) for name, raw in
                  (("save", "raw write"), ("load", "raw read"))}  # fmt: skip
         save = statistics.median(self.times["save"])
         return {
-            "ranks": dims.world_size,
+            "ranks": self.ranks.world_size,
             "gigabytes": stored / 1e9,
             "seconds": {name: statistics.median(values) for name, values in self.times.items()},
             "save / raw write": statistics.median(a / b for a, b in pairs["save"]),
             "load / raw read": statistics.median(a / b for a, b in pairs["load"]),
             "size / what trains": stored / needed,
             "stalled at every_minutes 5": save / (300 + save),
-            "memory of a save / checkpoint": self.peak * dims.world_size / stored,
+            "memory of a save / checkpoint": self.peak * self.ranks.world_size / stored,
             "rounds": self.times,
         }
 

@@ -79,14 +79,14 @@ def two_dense(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Contend
 def ours(name: str, trains: str, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Contender:
     """This project's layer on one rank. ``trains``: all, new experts (stage 1) or router alone (stage 2)."""
     from pipeline.distributed.parallel_dims import ParallelDims
+    from pipeline.model.expert_plan import LayerPlacement
     from pipeline.model.moe import MoELayer
 
     layer = MoELayer(
         dense_mlp(sizes, dtype, device),
         num_experts=sizes.experts,
         top_k=sizes.top_k,
-        placement=[list(range(1, sizes.experts))],
-        dims=ParallelDims(world_size=1, ep_size=1),
+        placement=LayerPlacement(ParallelDims(world_size=1, ep_size=1), [list(range(1, sizes.experts))]),
         has_classifier=False,
     )
     with torch.no_grad():

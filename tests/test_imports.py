@@ -22,8 +22,8 @@ ROOMS = (
     "evaluation",
     "training",
     "report",
-    "run",
     "estimate",
+    "run",
     "cluster",
     "cli",
 )

@@ -63,6 +63,8 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
                 return
             target = target.with_name(expert_file(layer, number))
             state_dict = _renumber(state_dict, number)
+        elif _ROUTER_OPTIMIZER_FILE.search(path) and target.name != router_optimizer_file():
+            return  # rank 0 writes the same
         elif "module" in state_dict:
             module = {name: tensor for name, tensor in state_dict["module"].items() if name in self.trained}
             state_dict = {**state_dict, "module": module}
@@ -81,19 +83,19 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
             if number is None or not self.layers[layer].experts_train:
                 return {}
             return _renumber(load_tensors(target.with_name(expert_file(layer, number))), slot)
-        if _ROUTER_OPTIMIZER_FILE.search(path):  # all ranks hold the same
-            return load_tensors(target.with_name(router_optimizer_file(0)))
+        if _ROUTER_OPTIMIZER_FILE.search(path):
+            return load_tensors(target.with_name(router_optimizer_file()))
         if self.saved_by_others is None:
             return load_tensors(target)
         zero_file = _ZERO_FILE.search(path)
         if zero_file:
             return self.saved_by_others.state_for(self.dims.at_rank(int(zero_file[1])))
-        return {**load_tensors(target), "dp_world_size": self.dims.world_size}
+        return self.saved_by_others.main_for(self.dims)
 
     def _file_number(self, layer: int, slot: int) -> int | None:
         """The model's own number of the expert that DeepSpeed numbers rank * slots + slot; None for an empty slot."""
         rank, local = divmod(slot, self.layers[layer].num_local_experts)
-        numbers = self.layers[layer].placement[rank]
+        numbers = self.layers[layer].placement.experts[rank]
         return numbers[local] - 1 if local < len(numbers) else None
 
 

@@ -1,13 +1,14 @@
 """The ZeRO optimizer's state, found by parameter and global expert number, whichever ranks saved it.
 
 DeepSpeed flattens a parameter group, pads it, and cuts it into equal partitions: routers over all ranks,
-experts over the ranks that hold the same experts. Where each element lies follows from the expert plan and
-:class:`ParallelDims` alone. So the state moves from one number of ranks to another slice by slice, unchanged.
+experts over the ranks that hold the same experts, in one group for each ep_size that layers have. Where each element
+lies follows from the expert plan and :class:`ParallelDims` alone. So the state moves from one number of ranks to
+another slice by slice, unchanged.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
 from math import prod
 from pathlib import Path
@@ -16,11 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file, optimizer_file
+from pipeline.checkpoint.tensors import (
+    expert_file,
+    load_tensors,
+    main_file,
+    optimizer_file,
+    router_optimizer_file,
+)
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.expert_plan import ExpertPlan
 
-ROUTERS, EXPERTS = 0, 1  # the parameter groups, in pipeline.model.backbone.parameter_groups' order
+# The parameter groups, in pipeline.model.backbone.parameter_groups' order: routers, then experts from EXPERTS on.
+ROUTERS, EXPERTS = 0, 1
 FP32 = "fp32"  # the master weights; other fields are the optimizer's own, such as exp_avg
 ALIGNMENT = 2  # elements; DeepSpeed's nccl_start_alignment_factor
 
@@ -93,38 +101,47 @@ class Layout:
     """Where each parameter lies in the flat groups of each rank."""
 
     def __init__(self, plan: ExpertPlan, shapes: Shapes, dims: ParallelDims) -> None:
-        self.plan, self.shapes, self.dims = plan, shapes, dims
-        self.placement = list(plan.placement(dims.ep_size).values())
+        self.shapes, self.placement = shapes, list(plan.placement(dims).values())
+        sizes = sorted({layer.dims.ep_size for layer in self.placement})
+        # For each group, how ranks are divided for it. Routers are on every rank, as experts at ep_size 1 are.
+        self.dims = [replace(dims, ep_size=1), *(replace(dims, ep_size=size) for size in sizes)]
 
     @cache  # noqa: B019 - lives as long as the layout
     def group(self, group: int, ep_rank: int) -> FlatGroup:
-        """A parameter group as ranks flatten it whose place in their expert-parallel group is ``ep_rank``."""
+        """A parameter group as ranks flatten it whose place in the group's expert-parallel groups is ``ep_rank``."""
         if group == ROUTERS:
-            return _flat([(name, name, numel) for name, numel in self.shapes.routers], self.dims.world_size)
-        parameters = [
-            (f"{prefix}{number - 1}.{name}", f"{prefix}{slot}.{name}", numel)
-            for prefix, ranks in zip(self.shapes.expert_prefixes, self.placement, strict=True)
-            for slot, number in enumerate(ranks[ep_rank])
-            for name, numel in self.shapes.expert
-        ]
-        return _flat(parameters, self.dims.num_replicas)
+            parameters = [(name, name, numel) for name, numel in self.shapes.routers]
+        else:
+            parameters = [
+                (f"{prefix}{number - 1}.{name}", f"{prefix}{slot}.{name}", numel)
+                for prefix, layer in zip(self.shapes.expert_prefixes, self.placement, strict=True)
+                if layer.dims == self.dims[group]
+                for slot, number in enumerate(layer.experts[ep_rank])
+                for name, numel in self.shapes.expert
+            ]
+        return _flat(parameters, self.dims[group].num_replicas)
+
+    def own(self, group: int) -> FlatGroup:
+        """A parameter group as this rank flattens it."""
+        return self.group(group, self.dims[group].ep_rank)
 
     def partition(self, group: int) -> int:
-        """The partition of a group that this rank (``dims.rank``) holds."""
-        return self.dims.rank if group == ROUTERS else self.dims.edp_rank
+        """The partition of a group that this rank holds."""
+        return self.dims[group].edp_rank
 
     def rank(self, group: int, ep_rank: int, partition: int) -> int:
         """The rank that holds a partition."""
-        return partition if group == ROUTERS else partition * self.dims.ep_size + ep_rank
+        return partition * self.dims[group].ep_size + ep_rank
 
     @cached_property
     def index(self) -> dict[str, tuple[int, int, int]]:
         """For each parameter's key: its group, the ``ep_rank`` that holds it, and its first element's place there."""
-        result = {entry.key: (ROUTERS, 0, entry.start) for entry in self.group(ROUTERS, 0).entries}
-        for ep_rank in range(self.dims.ep_size):
-            for entry in self.group(EXPERTS, ep_rank).entries:
-                result[entry.key] = EXPERTS, ep_rank, entry.start
-        return result
+        return {
+            entry.key: (group, ep_rank, entry.start)
+            for group, dims in enumerate(self.dims)
+            for ep_rank in range(dims.ep_size)
+            for entry in self.group(group, ep_rank).entries
+        }
 
 
 def _flat(parameters: list[tuple[str, str, int]], num_partitions: int) -> FlatGroup:
@@ -188,6 +205,19 @@ class SavedOptimizer:
             target[done : done + length].copy_(source[offset : offset + length])
             done += length
 
+    def main_for(self, dims: ParallelDims) -> dict[str, Any]:
+        """The checkpoint's main file as other ranks would have saved it: the schedule has a value for each group."""
+        main = load_tensors(self.folder / main_file())
+        if (self.folder / router_optimizer_file()).is_file():  # without ZeRO, routers alone train
+            groups = 1
+        else:
+            groups = len(Layout(self.plan, self.shapes, dims).dims)
+        schedule = {
+            name: value[:1] * groups if isinstance(value, list) else value
+            for name, value in main["lr_scheduler"].items()
+        }
+        return {**main, "dp_world_size": dims.world_size, "lr_scheduler": schedule}
+
     def file_for(self, dims: ParallelDims, new_tensor: Callable[[int], Tensor]) -> dict[str, Any]:
         """The optimizer file for rank ``dims.rank`` of other ranks, laid out but not filled.
 
@@ -199,25 +229,25 @@ class SavedOptimizer:
 
     def _skeleton(self, dims: ParallelDims, new_tensor: Callable[[int], Tensor]) -> dict[str, Any]:
         layout, old = Layout(self.plan, self.shapes, dims), self._file(0)["optimizer_state_dict"]
-        groups = range(len(old["single_partition_of_fp32_groups"]))
-        partitions = [layout.partition(group) for group in groups]
-        flats = [layout.group(group, dims.ep_rank) for group in groups]
+        groups = range(len(layout.dims))
+        partitions, flats = [layout.partition(group) for group in groups], [layout.own(group) for group in groups]
         paddings = [flat.padding(partition) for flat, partition in zip(flats, partitions, strict=True)]
         # DeepSpeed's bf16 optimizer stores the fp32 weights with their padding, its fp32 one without.
         lean = [0 if self.bf16 else padding for padding in paddings]
         base = old["base_optimizer_state"]
         states = {
             group: {
-                field: new_tensor(flats[group].partition_size) if value.ndim else value.clone()
-                for field, value in state.items()
+                field: new_tensor(flat.partition_size) if value.ndim else value.clone()
+                for field, value in base["state"][min(group, EXPERTS)].items()
             }
-            for group, state in base["state"].items()
+            for group, flat in enumerate(flats)
+            if base["state"]
         }
         alignment = "param_alignment_paddings"  # between parameters of a group; we ask for none
         return {
             **old,
             **({alignment: [[0] * len(flat.entries) for flat in flats]} if alignment in old else {}),
-            "base_optimizer_state": {"state": states, "param_groups": _renamed(base["param_groups"], dims)},
+            "base_optimizer_state": {"state": states, "param_groups": _param_groups(base["param_groups"], layout)},
             "single_partition_of_fp32_groups": [
                 new_tensor(flat.partition_size - less) for flat, less in zip(flats, lean, strict=True)
             ],
@@ -239,8 +269,8 @@ class SavedOptimizer:
             fields = {FP32: weights} | {name: tensor for name, tensor in moments.items() if tensor.ndim}
             for name, tensor in moments.items():
                 if not tensor.ndim:  # such as the number of steps
-                    tensor.copy_(self._field(0, group, name))
-            flat = layout.group(group, dims.ep_rank)
+                    tensor.copy_(self._field(0, min(group, EXPERTS), name))
+            flat = layout.own(group)
             for name, tensor in fields.items():
                 end = 0
                 for entry, first, last, place in flat.overlaps(layout.partition(group)):
@@ -255,9 +285,13 @@ class SavedOptimizer:
         return file
 
 
-def _renamed(param_groups: list[dict[str, Any]], dims: ParallelDims) -> list[dict[str, Any]]:
-    """DeepSpeed finds the experts' process group by the name of their parameter group."""
-    return [{**group, "name": dims.expert_group_name} if group.get("moe") else group for group in param_groups]
+def _param_groups(saved: list[dict[str, Any]], layout: Layout) -> list[dict[str, Any]]:
+    """The optimizer's groups; DeepSpeed finds the experts' process groups by the names of their parameter groups."""
+    experts = [
+        {**saved[EXPERTS], "name": dims.expert_group_name, "params": [EXPERTS + index]}
+        for index, dims in enumerate(layout.dims[EXPERTS:])
+    ]
+    return [saved[ROUTERS], *experts]
 
 
 def _slices(flat: FlatGroup, partition: int) -> "OrderedDict[str, Any]":

@@ -3,6 +3,7 @@
 import mmap
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def resize(folder: Path, dims: ParallelDims) -> Path:
         The new checkpoint's folder.
 
     Raises:
-        UserError: the checkpoint is damaged, or some rank would hold no expert.
+        UserError: the checkpoint is damaged.
     """
     read_files(folder)  # names damage
     try:
@@ -51,7 +52,7 @@ def resize(folder: Path, dims: ParallelDims) -> Path:
             f"{folder}: is not a training checkpoint ({error}); name one such as runs/NAME/stage1/step000050"
         ) from error
     plan = ExpertPlan.model_validate(manifest.expert_plan)
-    plan.placement(dims.ep_size)
+    dims = replace(dims, max_imbalance=manifest.max_imbalance)
     bad = damaged_files(folder)
     if bad:
         raise UserError(f"{folder}: {', '.join(bad)} damaged or missing; resize an earlier checkpoint")
@@ -60,9 +61,9 @@ def resize(folder: Path, dims: ParallelDims) -> Path:
         raise UserError(f"{target}: exists already; delete it to write it again")
     with new_folder(target) as temporary:
         _link_experts(folder, temporary, plan)
-        main = load_tensors(folder / main_file())
-        save_tensors({**main, "dp_world_size": dims.world_size}, temporary / main_file())
-        _write_optimizer(folder, temporary, manifest, plan, dims)
+        saved = SavedOptimizer(folder, plan, ParallelDims.that_saved(manifest))
+        save_tensors(saved.main_for(dims), temporary / main_file())
+        _write_optimizer(saved, temporary, dims)
         files = {path.name: file_entry(path) for path in sorted(temporary.iterdir())}
         fsync_path(temporary)
         changed = {"ranks": dims.world_size, "ep_size": dims.ep_size, "resized_from": folder.name, "files": files}
@@ -83,14 +84,11 @@ def _link_experts(folder: Path, target: Path, plan: ExpertPlan) -> None:
                     shutil.copyfile(folder / name, target / name)
 
 
-def _write_optimizer(
-    folder: Path, target: Path, manifest: CheckpointManifest, plan: ExpertPlan, dims: ParallelDims
-) -> None:
-    if (folder / router_optimizer_file(0)).is_file():  # stage 2: every rank holds all of it
-        for ep_rank in range(dims.ep_size):
-            shutil.copyfile(folder / router_optimizer_file(0), target / router_optimizer_file(ep_rank))
+def _write_optimizer(saved: SavedOptimizer, target: Path, dims: ParallelDims) -> None:
+    of_routers = saved.folder / router_optimizer_file()
+    if of_routers.is_file():  # stage 2: every rank holds all of it
+        shutil.copyfile(of_routers, target / router_optimizer_file())
         return
-    saved = SavedOptimizer(folder, plan, ParallelDims(manifest.ranks, manifest.ep_size))
     with progress(dims.world_size, "resize", "rank") as bar:
         for rank in range(dims.world_size):
             _write_rank(saved, target / optimizer_file(rank, bf16=saved.bf16), dims.at_rank(rank))

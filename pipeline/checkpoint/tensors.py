@@ -36,9 +36,9 @@ def optimizer_file(rank: int, *, bf16: bool) -> str:
     return f"{'bf16_' if bf16 else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
 
 
-def router_optimizer_file(rank: int) -> str:
-    """The file of the routers' optimizer without ZeRO; all ranks write the same content."""
-    return f"expp_rank_{rank}_mp_rank_00_optim_states.pt"
+def router_optimizer_file() -> str:
+    """The file of the routers' optimizer without ZeRO."""
+    return "expp_rank_0_mp_rank_00_optim_states.pt"
 
 
 class _HashingWriter:

@@ -1,6 +1,6 @@
 """Reads weights from a checkpoint into a model."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -25,49 +25,31 @@ def local_expert_names(model: nn.Module) -> dict[tuple[int, int], str]:
     return result
 
 
-def expert_files(plan: ExpertPlan, dims: ParallelDims) -> list[str]:
-    """The files of the experts that a rank holds."""
-    placement = plan.placement(dims.ep_size)
+def expert_files(plan: ExpertPlan, dims: ParallelDims, layers: Collection[int] | None = None) -> list[str]:
+    """The files of the experts that a rank holds, in all layers or some."""
     return [
         expert_file(moe_layer, number - 1)
-        for moe_layer, layer in enumerate(plan.moe_layers)
-        for number in placement[layer][dims.ep_rank]
+        for moe_layer, (layer, placement) in enumerate(plan.placement(dims).items())
+        if layers is None or layer in layers
+        for number in placement.local
     ]
 
 
-@dataclass(frozen=True)
-class Readers:
-    """Which weights a rank reads; the engine that is built next broadcasts them to the others.
-
-    Attributes:
-        shared: those that all ranks hold.
-        experts: those of this rank's experts.
-    """
-
-    shared: bool = True
-    experts: bool = True
-
-    @classmethod
-    def of(cls, dims: ParallelDims) -> "Readers":
-        """So that every file is read by one rank: DeepSpeed broadcasts from rank 0, and from the first group."""
-        return cls(shared=dims.rank == 0, experts=dims.edp_rank == 0)
-
-    def files(self, plan: ExpertPlan, dims: ParallelDims) -> list[str]:
-        """The names of the files that it reads."""
-        return [main_file()] * self.shared + expert_files(plan, dims) * self.experts
-
-
-EVERYTHING = Readers()
+def files_read_once(plan: ExpertPlan, dims: ParallelDims) -> list[str]:
+    """The files that this rank reads with ``once``; see :func:`read_weights`."""
+    mine = [layer for layer, placement in plan.placement(dims).items() if placement.dims.edp_rank == 0]
+    return [main_file()] * (dims.rank == 0) + expert_files(plan, dims, mine)
 
 
 @torch.no_grad()
-def read_weights(model: nn.Module, folder: Path, readers: Readers = EVERYTHING) -> set[str]:
+def read_weights(model: nn.Module, folder: Path, *, once: bool = False) -> set[str]:
     """Copy a tag's weights into the model: what all ranks share, and this rank's experts if the tag has them.
 
     Args:
         model: its weights are set in place.
         folder: of the tag.
-        readers: what this rank reads of them.
+        once: whether each file is read by one rank alone. An engine that is then built gives the others the same
+            weights: DeepSpeed broadcasts them from rank 0, and an expert's from the first rank that holds it.
 
     Returns:
         Names of the model's parameters and persistent buffers that are not in the tag; of what is not read, none.
@@ -80,8 +62,15 @@ def read_weights(model: nn.Module, folder: Path, readers: Readers = EVERYTHING) 
     buffers = set(target)
     target.update(model.named_parameters())
     experts = local_expert_names(model)
-    of_experts = {name for name in target if name.rpartition(".")[0] in experts.values()}
-    missing = {name for name in target if (readers.experts if name in of_experts else readers.shared)}
+    layers = moe_layers(model)
+    elsewhere = {prefix for (layer, _), prefix in experts.items() if once and layers[layer].dims.edp_rank > 0}
+    reads_shared = not once or layers[0].dims.rank == 0
+
+    def is_read(name: str) -> bool:
+        prefix = name.rpartition(".")[0]
+        return prefix not in elsewhere if prefix in experts.values() else reads_shared
+
+    missing = {name for name in target if is_read(name)}
 
     def copy(name: str, tensor: Tensor, path: Path) -> None:
         if name not in target:
@@ -97,13 +86,13 @@ def read_weights(model: nn.Module, folder: Path, readers: Readers = EVERYTHING) 
     path = folder / main_file()
     if not path.is_file():
         raise UserError(f"{path}: does not exist, so the checkpoint is not complete; use another one")
-    if readers.shared or buffers:  # DeepSpeed broadcasts parameters alone
+    if reads_shared or buffers:  # DeepSpeed broadcasts parameters alone
         for name, tensor in load_tensors(path)["module"].items():
-            if readers.shared or name in buffers:
+            if reads_shared or name in buffers:
                 copy(name, tensor, path)
     for (layer, number), prefix in experts.items():
         path = folder / expert_file(layer, number)
-        if readers.experts and path.is_file():
+        if prefix not in elsewhere and path.is_file():
             for name, tensor in load_tensors(path).items():
                 copy(f"{prefix}.{name.rsplit('.', 1)[1]}", tensor, path)
     return missing

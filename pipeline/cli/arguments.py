@@ -103,6 +103,9 @@ def _submit_options(parser: argparse.ArgumentParser) -> None:
 def _estimate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=int, help="how many; the run's parallel.ranks without it")
     parser.add_argument("--ep-size", type=int, help="the run's parallel.ep_size without it")
+    parser.add_argument(
+        "--num-new", type=int, metavar="N", help="new experts, where experts.delta leaves them to similarities"
+    )
     parser.add_argument("--device", help="h100, h200, a100 …, or gigabytes such as 80GB; without it the CPU")
     parser.add_argument("--tokens-per-second", type=float, help="of all ranks; for the hours")
 

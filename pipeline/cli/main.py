@@ -57,7 +57,7 @@ def _train(context: RunContext, options: argparse.Namespace) -> int:
         from pipeline.estimate.out_of_memory import out_of_memory
 
         number = int(next(name for name in names if not context.folder.has_manifest(name)).removeprefix("stage"))
-        raise OwnError(out_of_memory(context, number, join().world_size, join().device)) from error
+        raise OwnError(out_of_memory(context.run, number, join().world_size, join().device)) from error
     return 0
 
 

@@ -174,6 +174,10 @@ class BadStepsConfig(Section):
 class ParallelConfig(Section):
     """How the run is spread over ranks: ``ranks`` to start if no launcher has; new experts lie on ``ep_size`` of them.
 
+    ``auto`` takes the smallest ``ep_size`` with which the run fits its devices. A layer whose busiest rank would
+    compute more than ``max_imbalance`` times the mean rank's rows is spread over fewer ranks, and its experts are
+    replicated; a larger value saves memory and costs time.
+
     A rank that makes no progress for ``timeout_minutes`` ends, and prints where it was.
 
     ``deterministic`` makes GPUs repeat a result bit by bit, as CPUs do: torch then takes kernels that add in a fixed
@@ -181,7 +185,8 @@ class ParallelConfig(Section):
     """
 
     ranks: Positive = 1
-    ep_size: Positive = 1
+    ep_size: Positive | Literal["auto"] = "auto"
+    max_imbalance: float = Field(default=1.3, ge=1)
     micro_batch_size: Positive | Literal["auto"] = "auto"
     timeout_minutes: float = Field(default=30.0, gt=0)
     deterministic: bool = False

@@ -14,6 +14,7 @@ import torch
 from common.errors import EXIT_CODE, UserError, say_ended
 from common.hosts import free_port
 from pipeline.distributed.device import check_gpu, device_type
+from pipeline.distributed.watchdog import STARTED_BY
 
 RANKS_PER_CORE = 8
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,7 @@ def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -
     ]  # fmt: skip
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     environment = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": device_type(), **os.environ}
+    environment[STARTED_BY] = f"{os.getpid()} {psutil.Process().create_time()}"
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     _wait(command, environment)
 

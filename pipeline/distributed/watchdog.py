@@ -10,6 +10,8 @@ import psutil
 
 EXIT_ORPHANED, EXIT_STUCK = 75, 76
 SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_A_CLOCK_IS_SET = 5.0
+STARTED_BY = "MOE_LPR_STARTED_BY"  # pid and start of the process that started the ranks on this machine
 _LAUNCHERS = ("deepspeed", "deepspeed.launcher.launch", "pipeline", "mpirun", "mpiexec", "prterun", "torchrun")
 
 
@@ -24,7 +26,7 @@ class Watchdog:
     def __init__(self, rank: int, timeout: float) -> None:
         self.rank, self.timeout = rank, timeout
         self._where, self._since = "the start", time.monotonic()
-        self._launchers = launchers()
+        self._launchers = [*launchers(), *starter()]
         self._done = threading.Event()
 
     def start(self) -> "Watchdog":
@@ -63,11 +65,11 @@ class Watchdog:
         os._exit(code)  # the main thread, in a collective, can't be interrupted
 
 
-def launchers() -> list[tuple[psutil.Process, str]]:
+def launchers() -> list[tuple[psutil.Process | None, str]]:
     """The process that started this rank, and the launchers above it, nearest first; each with its name and pid."""
     if "RANK" not in os.environ:
         return []
-    found: list[tuple[psutil.Process, str]] = []
+    found: list[tuple[psutil.Process | None, str]] = []
     for process in psutil.Process().parents():
         try:
             words = process.cmdline()
@@ -80,8 +82,21 @@ def launchers() -> list[tuple[psutil.Process, str]]:
     return found
 
 
-def _alive(process: psutil.Process) -> bool:
+def starter() -> list[tuple[psutil.Process | None, str]]:
+    """The process that ``STARTED_BY`` names, None if it is gone already: it may end while ranks still start."""
+    pid, _, started = os.environ.get(STARTED_BY, "").partition(" ")
+    if not pid:
+        return []
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(int(pid))
+        is_it = abs(process.create_time() - float(started)) < SECONDS_A_CLOCK_IS_SET  # or another with its number
+    except psutil.NoSuchProcess:
+        is_it = False
+    return [(process if is_it else None, f"pid {pid}")]
+
+
+def _alive(process: psutil.Process | None) -> bool:
+    try:
+        return process is not None and process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False

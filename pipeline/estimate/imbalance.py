@@ -1,27 +1,20 @@
 """What expert parallelism costs in time where a layer's experts do not spread evenly over the ranks of a group."""
 
+from pipeline.distributed.parallel_dims import ParallelDims, imbalance
 from pipeline.model.expert_plan import ExpertPlan
 
 
-def busiest_rank(plan: ExpertPlan, ep_size: int) -> list[float]:
-    """For each layer, the rows of the busiest rank's MLPs as a multiple of the mean rank's.
-
-    Routing is taken to be uniform. Every layer waits at its all-to-all, so this is also the layer's MLP time as a
-    multiple of that at ep_size 1. Of a layer's rows each rank keeps those of expert 0, 1 / N_l; those of a new expert
-    come from all of the group to the rank that holds it.
+def busiest_rank(plan: ExpertPlan, dims: ParallelDims) -> list[float]:
+    """For each layer, :func:`pipeline.distributed.parallel_dims.imbalance` as its experts are placed.
 
     Args:
         plan: of the experts.
-        ep_size: ranks per expert-parallel group.
+        dims: how ranks are divided.
     """
-    placement = plan.placement(ep_size)
-    return [
-        (1 + ep_size * max(map(len, placement[layer]))) / count if count > 1 else 1.0
-        for layer, count in enumerate(plan.counts)
-    ]
+    return [imbalance(num, dims.of_layer(num).ep_size) if num else 1.0 for num in plan.num_new]
 
 
-def mlp_time(plan: ExpertPlan, ep_size: int) -> float:
+def mlp_time(plan: ExpertPlan, dims: ParallelDims) -> float:
     """The mean of :func:`busiest_rank` over layers."""
-    factors = busiest_rank(plan, ep_size)
+    factors = busiest_rank(plan, dims)
     return sum(factors) / len(factors)

@@ -1,5 +1,6 @@
 """Bytes per rank by kind, bytes per token over the network, bytes of a checkpoint."""
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,28 +65,39 @@ class Trained:
 
     Attributes:
         routers: of routers and, where the stage has them, classifiers; on every rank alike.
-        experts: of this rank's new experts, 0 where they are frozen.
+        experts: of this rank's new experts, by how many ranks hold the same; empty where they are frozen.
     """
 
     routers: int
-    experts: int
+    experts: dict[int, int]
 
     @property
     def total(self) -> int:
         """Both together."""
-        return self.routers + self.experts
+        return self.routers + sum(self.experts.values())
 
     def optimized(self, dims: ParallelDims, stage: Stage) -> float:
         """Parameters whose moments, and with ZeRO masters, one rank holds."""
         if not stage.uses_zero:
             return float(self.total)
-        return self.routers / dims.world_size + self.experts / dims.num_replicas
+        parts = [(dims.world_size, self.routers), *self.experts.items()]
+        return sum(parameters / replicas for replicas, parameters in parts)
+
+    def reduced(self, dims: ParallelDims) -> float:
+        """Parameters that one rank sends when gradients are reduced, in a ring, once around."""
+        parts = [(dims.world_size, self.routers), *self.experts.items()]
+        return sum(parameters * (ranks - 1) / ranks for ranks, parameters in parts)
 
 
-def experts_by_rank(plan: ExpertPlan, ep_size: int) -> list[int]:
-    """New experts on each rank of an expert-parallel group."""
-    placement = plan.placement(ep_size).values()
-    return [sum(len(layer[rank]) for layer in placement) for rank in range(ep_size)]
+def most_experts(plan: ExpertPlan, dims: ParallelDims) -> dict[int, int]:
+    """New experts of the fullest rank, by how many ranks hold the same."""
+    fullest: Counter[int] = Counter()
+    for rank in range(dims.ep_size):
+        held: Counter[int] = Counter()
+        for layer in plan.placement(dims.at_rank(rank)).values():
+            held[layer.dims.num_replicas] += len(layer.local)
+        fullest = max(fullest, held, key=lambda counts: counts.total())
+    return dict(fullest)
 
 
 def trained_parameters(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, stage: Stage) -> Trained:
@@ -93,8 +105,8 @@ def trained_parameters(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, 
     routers = sum(sizes.hidden * plan.counts[layer] for layer in plan.moe_layers)
     if stage.has_classifiers:
         routers += 2 * sizes.hidden * len(plan.classifier_layers)
-    experts = max(experts_by_rank(plan, dims.ep_size)) * sizes.mlp if stage.trains_experts else 0
-    return Trained(routers, experts)
+    held = most_experts(plan, dims) if stage.trains_experts else {}
+    return Trained(routers, {replicas: number * sizes.mlp for replicas, number in held.items()})
 
 
 def memory_by_kind(
@@ -131,7 +143,7 @@ def memory_by_kind(
         logits), ``allocator``, and the ``peak`` of all together.
     """
     width, trained = dtype.itemsize, trained_parameters(sizes, plan, dims, stage)
-    experts = max(experts_by_rank(plan, dims.ep_size)) * sizes.mlp
+    experts = sum(most_experts(plan, dims).values()) * sizes.mlp
     held = trained.optimized(dims, stage)
     weights = (sizes.total + experts) * width + trained.routers * (width if stage.uses_zero else FP32)
     kinds = {
@@ -161,7 +173,7 @@ def _activations(
     row = max(0.0, layers.moe - layers.dense) / max(1, plan.top_k - 1)
     kept = [
         layers.moe + (rows - 1) * plan.top_k * row if count > 1 else layers.dense
-        for count, rows in zip(plan.counts, busiest_rank(plan, dims.ep_size), strict=True)
+        for count, rows in zip(plan.counts, busiest_rank(plan, dims), strict=True)
     ][plan.moe_layers[0] :]
     if batch.checkpoint_activations:  # each layer keeps its input, and one layer at a time is computed again
         return batch.tokens * (hidden_bytes * len(kept) + max(kept))
@@ -178,17 +190,12 @@ def network_per_token(
         per step in a ring.
     """
     trained = trained_parameters(sizes, plan, dims, stage)
-    away = (dims.ep_size - 1) / dims.ep_size
     trips = 4 + (2 if batch.checkpoint_activations else 0)
-    rows = sum(plan.top_k * (count - 1) / count for count in plan.counts if count > 1)
-    tokens_per_step = batch.tokens * batch.accumulation
-
-    def ring(parameters: float, ranks: int) -> float:
-        return parameters * (ranks - 1) / ranks / tokens_per_step
-
-    reduced = ring(trained.experts, dims.num_replicas) + ring(trained.routers, dims.world_size)
+    layers = [(num, dims.of_layer(num).ep_size) for num in plan.num_new if num]
+    away = sum(plan.top_k * num / (num + 1) * (ranks - 1) / ranks for num, ranks in layers)
+    reduced = trained.reduced(dims) / (batch.tokens * batch.accumulation)
     return {
-        "tokens": rows * away * trips * sizes.hidden * dtype.itemsize,
+        "tokens": away * trips * sizes.hidden * dtype.itemsize,
         "gradients": FP32 * 2 * reduced,
         "weights": dtype.itemsize * reduced if stage.uses_zero else 0.0,
     }
@@ -197,8 +204,8 @@ def network_per_token(
 def checkpoint_bytes(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, dtype: torch.dtype, stage: Stage) -> int:
     """Bytes of a checkpoint: the weights that train, and masters and moments in fp32."""
     trained = trained_parameters(sizes, plan, dims, stage)
-    if not stage.uses_zero:  # each rank of one expert-parallel group writes all of the moments
-        return trained.routers * (FP32 + MOMENTS * dims.ep_size)
+    if not stage.uses_zero:
+        return trained.routers * (FP32 + MOMENTS)
     experts = sum(plan.num_new) * sizes.mlp if stage.trains_experts else 0
     return (experts + trained.routers) * (dtype.itemsize + FP32 + MOMENTS)
 

@@ -2,27 +2,26 @@
 
 import torch
 
+from pipeline.config.run import RunConfig
 from pipeline.distributed.device import device_memory, device_name
-from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import peak_memory_bytes
+from pipeline.estimate.device import Device
 from pipeline.estimate.report import Estimate
-from pipeline.run.context import RunContext
+from pipeline.method.stages import find_stage
 
 
-def out_of_memory(context: RunContext, number: int, world_size: int, device: torch.device) -> str:
+def out_of_memory(run: RunConfig, number: int, world_size: int, device: torch.device) -> str:
     """One line.
 
     Args:
-        context: the run.
+        run: the run's settings.
         number: of the stage.
         world_size: ranks.
         device: whose memory is full.
     """
-    run, stage = context.run, context.stage(number)
-    dims = ParallelDims(world_size, run.parallel.ep_size)
+    stage, estimate = find_stage(run, number), Estimate(run, world_size, Device.of_this_rank(device))
     has, held = device_memory(device) / 1e9, peak_memory_bytes(device) / 1e9
-    estimate = Estimate(run, dims, f"{has}GB")
-    expected, batch = estimate.memory(stage)["peak"] / 1e9, estimate.batch(stage, dims)
+    expected, batch = estimate.memory(stage)["peak"] / 1e9, estimate.batch(stage, estimate.dims)
     fixes = [f"parallel.micro_batch_size below {batch.sequences}"] if batch.sequences > 1 else []
     fixes += [] if batch.checkpoint_activations else [f"stage{number}.activation_checkpointing: true"]
     fixes += [f"stage{number}.sequence_length", "a larger parallel.ep_size"]

@@ -1,9 +1,9 @@
 """The estimate of a run, as text."""
 
-import re
+import math
+from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 
 from common.errors import UserError
@@ -11,6 +11,7 @@ from common.text_table import aligned
 from pipeline.config.run import RunConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.activations import measure_layers
+from pipeline.estimate.device import Device
 from pipeline.estimate.imbalance import mlp_time
 from pipeline.estimate.memory import (
     Batch,
@@ -18,6 +19,7 @@ from pipeline.estimate.memory import (
     checkpoint_bytes,
     memory_by_kind,
     model_sizes,
+    most_experts,
     network_per_token,
 )
 from pipeline.method.allocation import allocate
@@ -29,12 +31,8 @@ from pipeline.records.metrics import StepRow
 from pipeline.records.run_folder import METRICS_FILE, PLAN_FILE, RunFolder
 from pipeline.training.ds_config import batch_shape, gradient_bytes, read_ds_config, training_dtype
 
-# Gigabytes of memory (10^9 bytes).
-DEVICES = {"a100-40": 42.9, "a100": 85.9, "h100": 85.0, "h200": 151.0, "b200": 192.0, "l40s": 48.3, "mi300x": 206.0,
-           "rtx4090": 25.8}  # fmt: skip
 USABLE = 0.92  # of a device's memory; the rest goes to the runtime and to gaps between blocks
 GPUS_PER_NODE = 8  # where the run's cluster section does not say
-GPU_PROCESS = 1_200_000_000  # a CUDA context and NCCL's buffers
 
 
 class Estimate:
@@ -42,31 +40,44 @@ class Estimate:
 
     Args:
         run: the run's settings.
-        dims: how many ranks there are, and how they are divided.
-        device: a name of ``DEVICES``, gigabytes such as 80GB, or None for this machine's CPU.
+        world_size: ranks.
+        device: of each rank.
+        per_node: ranks per node; without it as many as the run's cluster section says.
+        ep_size: of the groups; without it the run's, or for ``auto`` the smallest that fits.
+        num_new: new experts of the whole model, where the run leaves their number to similarities not yet measured.
 
     Raises:
-        UserError: the device is unknown, the model can't be found, or its plan can't be known yet.
+        UserError: the model can't be found, its plan can't be known yet, or the ranks can't be divided so.
     """
 
-    def __init__(self, run: RunConfig, dims: ParallelDims, device: str | None) -> None:
-        self.run, self.dims = run, dims
-        self.capacity = None if device in (None, "cpu") else device_bytes(str(device))
+    def __init__(
+        self,
+        run: RunConfig,
+        world_size: int,
+        device: Device,
+        *,
+        per_node: int | None = None,
+        ep_size: int | None = None,
+        num_new: int | None = None,
+    ) -> None:
+        self.run, self.world_size, self.device = run, world_size, device
+        self.per_node = per_node or run.cluster.job("stage1").gpus_per_node or GPUS_PER_NODE
         self.config = model_config(model_folder(run.model))
         ds_config = read_ds_config(run.deepspeed)
         self.dtype, self.gradient_bytes = training_dtype(ds_config), gradient_bytes(ds_config)
         self.sizes: ModelSizes = model_sizes(self.config)
-        self.plan, self.plan_note = find_plan(run, self.config.get_text_config().num_hidden_layers)
+        self.plan, self.plan_note = find_plan(run, self.config.get_text_config().num_hidden_layers, num_new)
         self.stages = stages_of(run)
         self.layers = {
             stage.number: measure_layers(self.config, self.plan.top_k, self.dtype, stage) for stage in self.stages
         }
-        self.process = GPU_PROCESS if self.capacity else psutil.Process().memory_info().rss
+        self.process = device.process
+        self.dims = self._dims(ep_size or self._ep_size())
 
     def batch(self, stage: Stage, dims: ParallelDims) -> Batch:
         """One rank's micro-batch."""
         settings = stage.settings
-        shape = batch_shape(self.run, settings, dims.world_size, "cuda" if self.capacity else "cpu")
+        shape = batch_shape(self.run, settings, dims.world_size, self.device.type)
         return Batch(
             shape.micro_batch, settings.sequence_length, shape.accumulation, settings.activation_checkpointing
         )
@@ -79,20 +90,32 @@ class Estimate:
             dtype=self.dtype, gradient_bytes=self.gradient_bytes, stage=stage, process=self.process,
         )  # fmt: skip
 
+    def _dims(self, ep_size: int) -> ParallelDims:
+        return ParallelDims(self.world_size, ep_size, max_imbalance=self.run.parallel.max_imbalance)
+
+    def _ep_size(self) -> int:
+        wanted = self.run.parallel.ep_size
+        if wanted != "auto":
+            return wanted
+        return 1 if self.device.capacity is None else self.smallest_ep_size() or self.leanest_ep_size()
+
     def ep_sizes(self) -> list[int]:
-        """Those that can be chosen: a group stays within a node, and every rank of it holds an expert."""
-        node = self.run.cluster.job("stage1").gpus_per_node or GPUS_PER_NODE
-        most = min(self.dims.world_size, node, sum(self.plan.num_new))
-        return [size for size in range(1, most + 1) if self.dims.world_size % size == 0]
+        """Those that can be chosen: a group stays within a node."""
+        return [size for size in range(1, min(self.world_size, self.per_node) + 1) if self.world_size % size == 0]
+
+    def peak(self, ep_size: int) -> float:
+        """Bytes of the fullest rank in the stage that takes most."""
+        return max(self.memory(stage, self._dims(ep_size))["peak"] for stage in self.stages)
 
     def smallest_ep_size(self) -> int | None:
         """The smallest of :meth:`ep_sizes` with which all stages fit the device; None if none does."""
-        assert self.capacity is not None
-        for ep_size in self.ep_sizes():
-            dims = ParallelDims(self.dims.world_size, ep_size)
-            if all(self.memory(stage, dims)["peak"] <= USABLE * self.capacity for stage in self.stages):
-                return ep_size
-        return None
+        assert self.device.capacity is not None
+        most = USABLE * self.device.capacity
+        return next((ep_size for ep_size in self.ep_sizes() if self.peak(ep_size) <= most), None)
+
+    def leanest_ep_size(self) -> int:
+        """The one of :meth:`ep_sizes` that takes the least memory."""
+        return min(self.ep_sizes(), key=self.peak)
 
     def text(self, tokens_per_second: float | None) -> str:
         """The whole estimate as text.
@@ -114,11 +137,11 @@ class Estimate:
         ]
         if "unknown" in lines[-1]:
             lines.append("for the hours give --tokens-per-second, or run a few steps: their speed is used")
-        if self.dims.world_size > 1:
+        if self.world_size > 1:
             lines += ["", self._ep_table()]
         lines += self._ep_warning()
-        if self.capacity:
-            lines += ["", self._fit_line()]
+        if self.device.capacity is not None:
+            lines += ["", self.fit_line()]
         return "\n".join(lines)
 
     def _memory_table(self) -> str:
@@ -129,23 +152,29 @@ class Estimate:
         return aligned(rows)
 
     def _ep_table(self) -> str:
-        """What each ep_size costs: time of the MLPs, and memory."""
-        rows = [["ep_size", "MLP time", *(f"peak GB stage {stage.number}" for stage in self.stages)]]
+        """What each ep_size costs: time of the MLPs, and memory; without a limit to the imbalance it may take less."""
+        rows = [["ep_size", "MLP time", "experts/rank", *(f"peak GB stage {stage.number}" for stage in self.stages)]]
         for size in self.ep_sizes():
-            dims = ParallelDims(self.dims.world_size, size)
-            peaks = (f"{self.memory(stage, dims)['peak'] / 1e9:.2f}" for stage in self.stages)
-            rows.append([str(size), f"x {mlp_time(self.plan, size):.2f}", *peaks])
+            rows.append(self._ep_row(str(size), self._dims(size)))
+            unlimited = replace(self._dims(size), max_imbalance=math.inf)
+            if mlp_time(self.plan, unlimited) > mlp_time(self.plan, self._dims(size)):
+                rows.append(self._ep_row(f"{size}, any imbalance", unlimited))
         return aligned(rows)
 
+    def _ep_row(self, name: str, dims: ParallelDims) -> list[str]:
+        peaks = (f"{self.memory(stage, dims)['peak'] / 1e9:.2f}" for stage in self.stages)
+        experts = sum(most_experts(self.plan, dims).values())
+        return [name, f"x {mlp_time(self.plan, dims):.2f}", str(experts), *peaks]
+
     def _ep_warning(self) -> list[str]:
-        """A line where ranks of a group hold no expert of a layer, and wait for those that do."""
-        few = [layer for layer in self.plan.moe_layers if self.plan.num_new[layer] < self.dims.ep_size]
+        """A line where layers have fewer experts than a group has ranks: they wait, or experts are replicated."""
+        few = sum(0 < num < self.dims.ep_size for num in self.plan.num_new)
         if not few:
             return []
-        ep_size, time = self.dims.ep_size, mlp_time(self.plan, self.dims.ep_size)
+        ep_size, time = self.dims.ep_size, mlp_time(self.plan, self.dims)
         return [
-            f"warning: ep_size {ep_size} is more than the new experts of {len(few)} layers: there some ranks wait for "
-            f"others, and MLPs take {time:.2f} x as long as at ep_size 1"
+            f"warning: ep_size {ep_size} is more than the new experts of {few} layers: theirs are on several ranks of "
+            f"a group; MLPs take {time:.2f} x as long as at ep_size 1"
         ]
 
     def _work_rows(self, tokens_per_second: float | None) -> list[list[str]]:
@@ -179,34 +208,26 @@ class Estimate:
         speeds = sorted(row.tokens_per_second for row in rows[1:])
         return speeds[len(speeds) // 2] if speeds else None
 
-    def _fit_line(self) -> str:
-        assert self.capacity is not None
+    def fit_line(self) -> str:
+        """The smallest ep_size that fits, or what to lower."""
+        assert self.device.capacity is not None
         smallest = self.smallest_ep_size()
-        device = f"{self.capacity / 1e9:.0f} GB per device, {USABLE:.0%} of it used"
+        device = f"{self.device.capacity / 1e9:.0f} GB per device, {USABLE:.0%} of it used"
         if smallest is None:
             return (
-                f"does not fit {self.dims.world_size} ranks of {device}: use more ranks, a smaller "
-                "parallel.micro_batch_size, or activation_checkpointing"
+                f"does not fit {self.world_size} ranks of {device}: use more ranks, a smaller "
+                "parallel.micro_batch_size, activation_checkpointing, or a larger parallel.max_imbalance"
             )
-        return f"smallest ep_size that fits {self.dims.world_size} ranks ({device}): {smallest}"
+        return f"smallest ep_size that fits {self.world_size} ranks ({device}): {smallest}"
 
 
-def device_bytes(device: str) -> float:
-    """Memory in bytes of a device that a user names.
-
-    Raises:
-        UserError: it is neither known nor a number of gigabytes.
-    """
-    if device.lower() in DEVICES:
-        return DEVICES[device.lower()] * 1e9
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:GB|G)?", device, re.IGNORECASE)
-    if not size:
-        raise UserError(f"--device {device}: unknown; use cpu, {', '.join(DEVICES)}, or gigabytes such as 80GB")
-    return float(size[1]) * 1e9
-
-
-def find_plan(run: RunConfig, num_layers: int) -> tuple[ExpertPlan, str]:
+def find_plan(run: RunConfig, num_layers: int, num_new: int | None = None) -> tuple[ExpertPlan, str]:
     """The run's plan and where it is from; before similarities are measured, as many experts spread evenly.
+
+    Args:
+        run: the run's settings.
+        num_layers: of the model.
+        num_new: see :class:`Estimate`.
 
     Raises:
         UserError: the number of experts itself depends on similarities.
@@ -218,12 +239,13 @@ def find_plan(run: RunConfig, num_layers: int) -> tuple[ExpertPlan, str]:
             return plan, "the run's plan"
     experts, note = run.experts, "as the run lists them"
     if experts.allocation == "layerwise":
-        if experts.num_new is None:
+        if experts.num_new is None and num_new is None:
             raise UserError(
-                "experts.delta: how many experts it gives depends on the similarities; "
-                "python -m pipeline run RUN.yaml --until allocate first"
+                "experts.delta: how many experts it gives depends on the similarities; add --num-new N for so many, "
+                "spread evenly, or python -m pipeline run RUN.yaml --until allocate first"
             )
-        experts = experts.model_copy(update={"allocation": "uniform", "rounding": "largest_remainder"})
+        spread = {"num_new": experts.num_new or num_new, "delta": None, "rounding": "largest_remainder"}
+        experts = experts.model_copy(update={"allocation": "uniform", **spread})
         note = "spread evenly, as similarities are not measured yet"
     counts = allocate(experts, num_layers, None).counts
     layers = experts.classifier_layers
@@ -243,8 +265,11 @@ def find_plan(run: RunConfig, num_layers: int) -> tuple[ExpertPlan, str]:
 def estimate(run: RunConfig, options: Any) -> int:
     """``python -m pipeline estimate``."""
     ranks = run.parallel.ranks if options.ranks is None else options.ranks
-    fitting = run.parallel.ep_size if ranks % run.parallel.ep_size == 0 else 1
+    wanted = None if run.parallel.ep_size == "auto" else run.parallel.ep_size
+    fitting = 1 if wanted is not None and ranks % wanted else wanted
     ep_size = fitting if options.ep_size is None else options.ep_size
+    ParallelDims.from_options(ranks, 1 if ep_size is None else ep_size)
     torch.manual_seed(0)
-    print(Estimate(run, ParallelDims.from_options(ranks, ep_size), options.device).text(options.tokens_per_second))
+    estimate = Estimate(run, ranks, Device.named(options.device), ep_size=ep_size, num_new=options.num_new)
+    print(estimate.text(options.tokens_per_second))
     return 0

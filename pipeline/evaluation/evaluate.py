@@ -60,13 +60,13 @@ class Evaluator:
         }
         return {label: names for label, names in wanted.items() if names}
 
-    def score(self, models: list[Scored], missing: dict[str, list[str]], ranks: Ranks) -> None:
+    def score(self, models: list[Scored], missing: dict[str, list[str]], ranks: Ranks, dims: ParallelDims) -> None:
         """Score models on the sets that ``missing`` names, on all ranks; the first one keeps the results."""
         missing = _agreed(missing, ranks)
         for scored in models:
             if scored.label not in missing:
                 continue
-            model = self._load(scored, ranks)
+            model = self._load(scored, ranks, dims)
             for name in missing[scored.label]:
                 found = score_set(model, self.store, name, ranks, window=self.run.evaluate.window)
                 ranks.say(f"evaluate: {scored.label:12} {name:12} {found.bits_per_character:.4f} bits/char")
@@ -74,10 +74,9 @@ class Evaluator:
                     self.cache.save(scored.weights, self.texts[name], found)
             del model
 
-    def _load(self, scored: Scored, ranks: Ranks) -> nn.Module:
+    def _load(self, scored: Scored, ranks: Ranks, dims: ParallelDims) -> nn.Module:
         if scored.label == BASE:
             return load_dense(self.dense, self.dtype, ranks.device)
-        dims = ParallelDims(ranks.world_size, self.run.parallel.ep_size, ranks.rank)
         return load_model(scored, self.upcycled, self.plan, self.dtype, dims, ranks.device)
 
     def result(self, models: list[Scored], parameters: dict[str, int]) -> Evaluation:

@@ -15,7 +15,7 @@ from common.files import new_folder, write_text
 from common.progress import progress
 from pipeline.checkpoint.store import write_manifest
 from pipeline.checkpoint.tensors import expert_file, file_entry, main_file, save_tensors
-from pipeline.checkpoint.weights import EVERYTHING, Readers, read_weights
+from pipeline.checkpoint.weights import read_weights
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.backbone import (
     ONE_RANK,
@@ -176,7 +176,7 @@ def load_upcycled(
     dims: ParallelDims = ONE_RANK,
     *,
     classifiers: bool = False,
-    readers: Readers = EVERYTHING,
+    once: bool = False,
 ) -> PreTrainedModel:
     """The MoE model with its upcycled weights; each rank gets its own experts only.
 
@@ -186,7 +186,7 @@ def load_upcycled(
         dtype: of all weights but the routers', which are in fp32.
         dims: how experts are spread over ranks; all on one rank unless given.
         classifiers: whether the plan's classifier layers get their classifier.
-        readers: what this rank reads of the weights.
+        once: whether each file is read by one rank alone; see :func:`pipeline.checkpoint.weights.read_weights`.
 
     Raises:
         UserError: a file is missing or does not hold what the plan says.
@@ -194,7 +194,7 @@ def load_upcycled(
     model = empty_model(folder / HF_FOLDER, dtype)
     install_moe_layers(model, plan, dims, classifiers=classifiers)
     model.tie_weights()
-    missing = read_weights(model, folder / TAG, readers)
+    missing = read_weights(model, folder / TAG, once=once)
     missing = {name for name in missing if not name.endswith(".gate.classifier.weight")}
     if missing:
         raise UserError(

@@ -152,14 +152,13 @@ def install_moe_layers(
             f"expert plan: made for {plan.num_layers} layers, but the model has {len(layers)}; allocate again"
         )
     installed: dict[int, MoELayer] = {}
-    for index, placement in plan.placement(dims.ep_size).items():
+    for index, placement in plan.placement(dims).items():
         name = find_mlp(layers[index])
         installed[index] = MoELayer(
             getattr(layers[index], name),
             num_experts=plan.counts[index],
             top_k=plan.top_k,
             placement=placement,
-            dims=dims,
             has_classifier=classifiers and index in plan.classifier_layers,
         )
         setattr(layers[index], name, installed[index])
@@ -189,20 +188,21 @@ def train_only(model: nn.Module, *, experts: bool, classifiers: bool) -> None:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups: routers first, then experts, if they train.
+    """The optimizer's parameter groups: routers first, then, if they train, experts by the ep_size of their layers.
 
     We give them explicitly because DeepSpeed's own split of MoE parameters iterates over a set of strings, whose
     order can differ from rank to rank.
 
     Returns:
-        Each group's ``params`` and ``name``; the experts' group also has ``moe: True``, and as its name that of their
+        Each group's ``params`` and ``name``; a group of experts also has ``moe: True``, and as its name that of their
         process group.
     """
     dense = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "allreduce")]
-    experts = [p for p in model.parameters() if p.requires_grad and hasattr(p, "allreduce")]
     groups: list[dict[str, Any]] = [{"params": dense, "name": "routers"}]
-    if experts:
-        groups.append({"params": experts, "name": experts[0].group_name, "moe": True})  # type: ignore[attr-defined]
+    training = [layer for layer in moe_layers(model) if layer.experts_train]
+    for dims in sorted({layer.dims for layer in training}, key=lambda dims: dims.ep_size):
+        experts = [p for layer in training if layer.dims == dims for p in layer.local_experts.parameters()]
+        groups.append({"params": experts, "name": dims.expert_group_name, "moe": True})
     return groups
 
 

@@ -1,6 +1,7 @@
 """ExpertPlan: how many experts each layer has, which rank holds them, and what they were copied from."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -8,6 +9,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common.errors import UserError
 from common.files import content_key, read_json, write_json
+from pipeline.distributed.parallel_dims import ParallelDims
+
+
+@dataclass(frozen=True)
+class LayerPlacement:
+    """Where one layer's new experts are.
+
+    Attributes:
+        dims: how ranks are divided for this layer.
+        experts: for each rank of an expert-parallel group of the layer, the numbers of its experts. They begin at 1;
+            expert 0, the original MLP, is on every rank.
+    """
+
+    dims: ParallelDims
+    experts: list[list[int]]
+
+    @property
+    def local(self) -> list[int]:
+        """The numbers of this rank's experts."""
+        return self.experts[self.dims.ep_rank]
 
 
 class Round(BaseModel):
@@ -134,38 +155,30 @@ class ExpertPlan(BaseModel):
         """A content key of what stage 1 depends on: classifiers, which come with stage 2, are left out."""
         return content_key(self.model_dump(mode="json", exclude={"similarity", "classifier_layers"}))
 
-    def placement(self, ep_size: int) -> dict[int, list[list[int]]]:
-        """Which new experts each rank of an expert-parallel group holds.
+    def placement(self, dims: ParallelDims) -> dict[int, LayerPlacement]:
+        """Which ranks hold which new experts.
 
-        Each layer's experts are divided as evenly as possible. Those left over go to the ranks that hold the fewest so
-        far. So over the whole model the fullest and the emptiest rank differ by at most one expert.
+        Each layer's experts are divided as evenly as possible over the groups of :meth:`ParallelDims.of_layer`. Those
+        left over go to the ranks that hold the fewest so far.
 
         Args:
-            ep_size: ranks per expert-parallel group.
+            dims: how ranks are divided.
 
         Returns:
-            For each MoE layer, for each rank, the numbers of its experts. They begin at 1; expert 0, the original
-            MLP, is on every rank.
-
-        Raises:
-            UserError: the model has fewer new experts than ranks, so that a rank would hold none.
+            For each MoE layer, where its experts are.
         """
-        if sum(self.num_new) < ep_size:
-            raise UserError(
-                f"parallel.ep_size: {ep_size} ranks, but the model has {sum(self.num_new)} new experts, "
-                f"so that a rank would hold none; use an ep_size of at most {sum(self.num_new)}"
-            )
-        held = [0] * ep_size
-        result: dict[int, list[list[int]]] = {}
+        held = [0] * dims.ep_size
+        result: dict[int, LayerPlacement] = {}
         for layer in self.moe_layers:
-            each, odd = divmod(self.num_new[layer], ep_size)
-            favoured = sorted(range(ep_size), key=lambda rank: (held[rank], rank))[:odd]
+            divided = dims.of_layer(self.num_new[layer])
+            places = range(divided.ep_size)
+            most = [max(held[place :: divided.ep_size]) for place in places]
+            each, odd = divmod(self.num_new[layer], divided.ep_size)
+            favoured = sorted(places, key=lambda place: (most[place], place))[:odd]  # noqa: B023
             numbers = iter(range(1, self.counts[layer]))
-            result[layer] = []
-            for rank in range(ep_size):
-                size = each + (rank in favoured)
-                held[rank] += size
-                result[layer].append([next(numbers) for _ in range(size)])
+            experts = [[next(numbers) for _ in range(each + (place in favoured))] for place in places]
+            held = [count + len(experts[rank % divided.ep_size]) for rank, count in enumerate(held)]
+            result[layer] = LayerPlacement(divided, experts)
         return result
 
     def save(self, path: Path) -> None:

@@ -80,6 +80,7 @@ class CheckpointManifest(Manifest):
         skipped_steps: the state of :class:`pipeline.training.skipped_steps.SkippedSteps`.
         ranks: how many saved it.
         ep_size: ranks per expert-parallel group.
+        max_imbalance: see :class:`pipeline.distributed.parallel_dims.ParallelDims`, as for the two before.
         expert_plan: the expert plan.
         resized_from: the tag that it was made from by ``resize``.
     """
@@ -93,5 +94,6 @@ class CheckpointManifest(Manifest):
     skipped_steps: dict[str, Any]
     ranks: int
     ep_size: int
+    max_imbalance: float
     expert_plan: dict[str, Any]
     resized_from: str | None = None

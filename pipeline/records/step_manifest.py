@@ -9,7 +9,7 @@ from common.errors import UserError
 from common.files import read_json
 from pipeline.records.record import Record
 
-FORMAT: Literal[3] = 3  # raised when a run folder of before cannot be read any more
+FORMAT: Literal[4] = 4  # raised when a run folder of before cannot be read any more
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy")
 
 
@@ -37,7 +37,7 @@ class StepManifest(Record):
         versions: of Python and the packages it ran with.
     """
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     step: str
     done_with: StepInputs
     outputs: dict[str, Any]

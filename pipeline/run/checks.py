@@ -57,7 +57,8 @@ def check_parallel(context: RunContext, world_size: int, device: str) -> None:
     run = context.run
     read_ds_config(run.deepspeed)
     check_monitors(run.log)
-    ParallelDims(world_size, run.parallel.ep_size)
+    if run.parallel.ep_size != "auto":
+        ParallelDims(world_size, run.parallel.ep_size)
     for stage in stages_of(run):
         batch_shape(run, stage.settings, world_size, device)
 

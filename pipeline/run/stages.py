@@ -74,6 +74,7 @@ def _starting_checkpoint(context: RunContext, number: int) -> Path | None:
 def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | None:
     """Train a stage on this rank; None if it was asked to stop before its end."""
     from pipeline.checkpoint.store import MANIFEST
+    from pipeline.estimate.divide import divide
     from pipeline.training.inputs import StageInputs
     from pipeline.training.monitors import finish_wandb_run, keep_wandb_run
     from pipeline.training.train import train_stage
@@ -93,8 +94,9 @@ def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | N
         update={"settings": content_key(done_with.inputs), "stage1": origin}
     )
     inputs = StageInputs(
-        run, stage, context.plan, context.store, context.upcycled, target, identity, done_with, experts
-    )
+        run, stage, context.plan, context.store, context.upcycled, target, identity, done_with, divide(run, ranks),
+        experts,
+    )  # fmt: skip
     figures = train_stage(inputs, ranks)
     finish_wandb_run()
     if figures is None:

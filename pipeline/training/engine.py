@@ -10,52 +10,50 @@ import deepspeed
 from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline.checkpoint.engine import AtomicCheckpointEngine
-from pipeline.checkpoint.weights import Readers, read_weights
+from pipeline.checkpoint.weights import read_weights
 from pipeline.config.run import StageConfig
-from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import moe_layers, parameter_groups
 from pipeline.training.ds_config import BatchShape, fill_ds_config, read_ds_config, training_dtype
 from pipeline.training.inputs import StageInputs
 
 
-def build_engine(inputs: StageInputs, dims: ParallelDims, shape: BatchShape) -> Any:
+def build_engine(inputs: StageInputs, shape: BatchShape) -> Any:
     """The engine, before any step.
 
     Args:
         inputs: what the stage starts from.
-        dims: how ranks are divided.
         shape: of the micro-batches.
 
     Returns:
         A ``deepspeed.DeepSpeedEngine`` that writes and reads checkpoints in our way.
     """
     ds_config = read_ds_config(inputs.run.deepspeed)
-    model = _load_model(inputs, dims, ds_config)
+    model = _load_model(inputs, ds_config)
     settings = inputs.stage.settings
     with redirect_stdout(io.StringIO()):  # it prints memory figures, not through its logger
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model),
             lr_scheduler=lambda optimizer: LambdaLR(optimizer, lambda step: learning_rate_factor(step, settings)),
-            config=fill_ds_config(ds_config, inputs.run, inputs.stage, dims, shape),
+            config=fill_ds_config(ds_config, inputs.run, inputs.stage, inputs.dims, shape),
             dist_init_required=False,
         )
     # DeepSpeed writes this list into checkpoints, and by it means experts that have a file: all but expert 0.
     engine.num_experts = [layer.num_experts - 1 for layer in moe_layers(engine.module)]
-    engine.checkpoint_engine = AtomicCheckpointEngine(engine._config, engine.module, dims)
+    engine.checkpoint_engine = AtomicCheckpointEngine(engine._config, engine.module, inputs.dims)
     return engine
 
 
-def _load_model(inputs: StageInputs, dims: ParallelDims, ds_config: dict[str, Any]) -> Any:
+def _load_model(inputs: StageInputs, ds_config: dict[str, Any]) -> Any:
     """The upcycled model, with the experts of the stage before if there is one; only what trains is not frozen."""
     stage = inputs.stage
-    dtype, readers = training_dtype(ds_config), Readers.of(dims)
+    dtype = training_dtype(ds_config)
     model = load_upcycled(
-        inputs.upcycled, inputs.plan, dtype, dims, classifiers=stage.has_classifiers, readers=readers
+        inputs.upcycled, inputs.plan, dtype, inputs.dims, classifiers=stage.has_classifiers, once=True
     )
     if inputs.stage1_checkpoint is not None:
-        read_weights(model, inputs.stage1_checkpoint, readers)
+        read_weights(model, inputs.stage1_checkpoint, once=True)
     stage.train_only(model)
     model.train()
     if stage.settings.activation_checkpointing:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.stage import Stage
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import CheckpointIdentity
@@ -24,6 +25,7 @@ class StageInputs:
         folder: where checkpoints and metrics of the stage go.
         identity: what its checkpoints are of.
         done_with: all that its result depends on.
+        dims: how ranks are divided.
         stage1_checkpoint: for stage 2, the folder of the stage-1 checkpoint that holds the experts.
     """
 
@@ -35,4 +37,5 @@ class StageInputs:
     folder: Path
     identity: CheckpointIdentity
     done_with: StepInputs
+    dims: ParallelDims
     stage1_checkpoint: Path | None = None

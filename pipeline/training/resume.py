@@ -35,7 +35,7 @@ def resume(state: TrainingState) -> None:
             f"{folder}: was saved with other settings of this stage; add --force to train the stage from its start, "
             "or give the run another name"
         )
-    saved_by = ParallelDims(manifest.ranks, manifest.ep_size)
+    saved_by = ParallelDims.that_saved(manifest)
     _load(state, tag, saved_by)
     state.step, state.saved_tag = manifest.step, tag
     if manifest.best_tag:
@@ -54,7 +54,7 @@ def _files_to_load(state: TrainingState) -> list[str]:
     if state.stage.uses_zero:
         own = optimizer_file(dims.rank, bf16=engine.bfloat16_enabled())
     else:
-        own = router_optimizer_file(dims.ep_rank)
+        own = router_optimizer_file()
     return [main_file(), own, *expert_files(state.inputs.plan, dims)]
 
 
@@ -97,6 +97,7 @@ def manifest_of(state: TrainingState) -> CheckpointManifest:
         skipped_steps=state.skipped_steps.state(),
         ranks=state.dims.world_size,
         ep_size=state.dims.ep_size,
+        max_imbalance=state.dims.max_imbalance,
         expert_plan=state.inputs.plan.model_dump(mode="json"),
     )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.checkpoint.verify import check_sound, weight_files
-from pipeline.checkpoint.weights import Readers
+from pipeline.checkpoint.weights import files_read_once
 from pipeline.config.run import StageConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
@@ -48,7 +48,6 @@ class TrainingState:
 
     inputs: StageInputs
     ranks: Ranks
-    dims: ParallelDims
     shape: BatchShape
     order: SampleOrder
     samples: SamplesAhead
@@ -74,9 +73,8 @@ class TrainingState:
         run, settings = inputs.run, inputs.stage.settings
         order = stage_order(inputs.store, run.data, inputs.stage, run.seed)
         shape = batch_shape(run, settings, ranks.world_size, ranks.device.type)
-        dims = ParallelDims(ranks.world_size, run.parallel.ep_size, ranks.rank)
-        _check_weights(inputs, ranks, dims)
-        engine = build_engine(inputs, dims, shape)
+        _check_weights(inputs, ranks)
+        engine = build_engine(inputs, shape)
         inputs.folder.mkdir(parents=True, exist_ok=True)
         if ranks.is_first:
             inputs.done_with.save(inputs.folder / INPUTS_FILE)
@@ -85,7 +83,7 @@ class TrainingState:
             settings.global_batch_size, shape.micro_batch, shape.accumulation, ranks.world_size, ranks.rank
         )
         samples = SamplesAhead(order, places, pin=ranks.device.type == "cuda")
-        return cls(inputs, ranks, dims, shape, order, samples, engine, SkippedSteps(run.bad_steps, engine), rank_log)
+        return cls(inputs, ranks, shape, order, samples, engine, SkippedSteps(run.bad_steps, engine), rank_log)
 
     def close(self) -> None:
         """Let go of the engine, which DeepSpeed's hooks would keep, and stop reading."""
@@ -96,6 +94,11 @@ class TrainingState:
     def stage(self) -> Stage:
         """Which stage it is."""
         return self.inputs.stage
+
+    @property
+    def dims(self) -> ParallelDims:
+        """How the ranks are divided."""
+        return self.inputs.dims
 
     @property
     def settings(self) -> StageConfig:
@@ -134,9 +137,9 @@ class TrainingState:
         self.ranks.at(f"stage {self.stage.number}, {where}")
 
 
-def _check_weights(inputs: StageInputs, ranks: Ranks, dims: ParallelDims) -> None:
+def _check_weights(inputs: StageInputs, ranks: Ranks) -> None:
     """Verify the files that the stage starts from, on all ranks."""
-    loads = Readers.of(dims).files(inputs.plan, dims)
+    loads = files_read_once(inputs.plan, inputs.dims)
     check_sound(inputs.upcycled, ranks, "upcycle again with --force", loads=[f"{TAG}/{name}" for name in loads])
     if inputs.stage1_checkpoint is not None:
         weights = weight_files(inputs.stage1_checkpoint)

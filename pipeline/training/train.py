@@ -13,6 +13,7 @@ from pipeline.checkpoint.store import mark_best
 from pipeline.distributed.device import device_name
 from pipeline.distributed.process_group import BACKENDS, Ranks, forget_earlier_stages, peak_memory_bytes
 from pipeline.distributed.stop_request import StopRequest
+from pipeline.model.backbone import moe_layers
 from pipeline.records.metrics import StepRow
 from pipeline.training.inputs import StageInputs
 from pipeline.training.metrics import MetricsLog
@@ -153,20 +154,25 @@ def _figures(state: TrainingState, log: MetricsLog, saves: Saves, seconds: float
 def _say_start(state: TrainingState) -> None:
     """Two lines: what ranks compute on, and how; steps, batch, ranks, what trains, epochs."""
     settings, shape = state.settings, state.shape
-    trained = torch.tensor([0, 0], dtype=torch.int64, device=state.ranks.device)  # routers, experts
-    for parameter in state.engine.module.parameters():
-        if parameter.requires_grad:
-            trained[int(hasattr(parameter, "allreduce"))] += parameter.numel()
-    experts = int(state.ranks.sum(trained.clone())[1]) // state.dims.num_replicas
+    trained = trained_parameters(state)
     dtype = str(state.engine.module.dtype).removeprefix("torch.")
     state.say(f"{device_name(state.ranks.device)}, {BACKENDS[state.ranks.device.type]}, {dtype}")
     epochs = ", ".join(f"{name} {value:.2f}" for name, value in state.order.epochs().items())
     state.say(
         f"{settings.num_steps} steps of {settings.global_batch_size} x {settings.sequence_length} tokens"
         f" on {state.dims.world_size} ranks (ep_size {state.dims.ep_size}, micro-batch "
-        f"{shape.micro_batch} x {shape.accumulation}); {(int(trained[0]) + experts) / 1e6:.1f} M "
+        f"{shape.micro_batch} x {shape.accumulation}); {trained / 1e6:.1f} M "
         f"parameters train; epochs: {epochs}"
     )
+
+
+def trained_parameters(state: TrainingState) -> int:
+    """How many parameters train, each counted once, however many ranks hold it. All ranks must call this."""
+    trained = torch.zeros((), dtype=torch.int64, device=state.ranks.device)
+    for layer in moe_layers(state.engine.module):
+        parts = [layer.router] * state.ranks.is_first + [layer.local_experts] * (layer.dims.edp_rank == 0)
+        trained += sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
+    return int(state.ranks.sum(trained))
 
 
 def _short(row: StepRow) -> str:

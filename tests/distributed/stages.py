@@ -26,6 +26,7 @@ from pipeline.checkpoint.tensors import load_tensors
 from pipeline.checkpoint.weights import local_expert_names
 from pipeline.config.run import RunConfig
 from pipeline.distributed.process_group import Ranks, forget_earlier_stages
+from pipeline.estimate.divide import divide
 from pipeline.method.stages import STAGES, find_stage
 from pipeline.model.backbone import moe_layers
 from pipeline.records.metrics import StepRow
@@ -44,14 +45,15 @@ from tests.helpers.tiny import parse_run
 Advance = Callable[[int], object]
 
 
-def stage_inputs(tree: dict[str, Any], number: int, folder: Path) -> StageInputs:
+def stage_inputs(tree: dict[str, Any], number: int, folder: Path, ranks: Ranks) -> StageInputs:
     """The inputs of a stage whose checkpoints go to ``folder``; stage 2 starts from the upcycled experts."""
     run: RunConfig = parse_run(tree, "tiny.yaml")
     context = RunContext(run)
     stage = find_stage(run, number)
     identity = context.identity(2)
     done_with = StepInputs(inputs={}, run={})
-    return StageInputs(run, stage, context.plan, context.store, context.upcycled, folder, identity, done_with)
+    dims = divide(run, ranks)
+    return StageInputs(run, stage, context.plan, context.store, context.upcycled, folder, identity, done_with, dims)
 
 
 def canonical(model: torch.nn.Module, tensor_of: Any) -> dict[str, torch.Tensor]:
@@ -78,7 +80,7 @@ def train_steps(
     resumes: bool = False,
 ) -> dict[str, Any]:
     """Take optimizer steps; returns rows of metrics, the first step's gradients, weights, and what was frozen."""
-    state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+    state = TrainingState.start(stage_inputs(tree, number, folder, ranks), ranks)
     if resumes:
         resume(state)
     frozen = {n: p.detach().clone() for n, p in state.engine.module.named_parameters() if not p.requires_grad}
@@ -146,7 +148,7 @@ def train_to_the_end(
 
     train.train_step = step_with_signal
     try:
-        return train_stage(stage_inputs(tree, number, folder), ranks)
+        return train_stage(stage_inputs(tree, number, folder, ranks), ranks)
     finally:
         train.train_step = train_step
 
@@ -180,7 +182,7 @@ def train_a_step_of(ranks: Ranks, tree: dict[str, Any], force: bool) -> str:
 
 def first_logits(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> torch.Tensor:
     """The untrained model's logits on samples that are the same on all ranks, gathered from rank 0."""
-    state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+    state = TrainingState.start(stage_inputs(tree, number, folder, ranks), ranks)
     ids = torch.from_numpy(state.order.batch(0, 4).ids)
     state.engine.module.eval()
     with torch.no_grad():
@@ -191,7 +193,7 @@ def first_logits(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) 
 
 def load_with_deepspeeds_own_engine(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[str]:
     """Zero all weights, load the upcycled checkpoint as DeepSpeed alone would; names that differ from ours."""
-    state = TrainingState.start(stage_inputs(tree, 1, folder), ranks)
+    state = TrainingState.start(stage_inputs(tree, 1, folder, ranks), ranks)
     expected = {name: p.detach().clone() for name, p in state.engine.module.named_parameters()}
     with torch.no_grad():
         for parameter in state.engine.module.parameters():
@@ -214,7 +216,7 @@ def kernels_are_deterministic(ranks: Ranks, tree: dict[str, Any], number: int, f
         return train_step(state, advance)
 
     with patch.object(train, "train_step", asking):
-        train_stage(stage_inputs(tree, number, folder), ranks)
+        train_stage(stage_inputs(tree, number, folder, ranks), ranks)
     return found
 
 
@@ -232,7 +234,7 @@ def files_read(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) ->
         return load_tensors(path)
 
     with patch.object(verify, "sha256_file", hashing), patch.object(weights, "load_tensors", loading):
-        state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+        state = TrainingState.start(stage_inputs(tree, number, folder, ranks), ranks)
     held = canonical(state.engine.module, lambda parameter: parameter)
     state.close()
     return {"hashed": hashed, "loaded": loaded, "weights": held}
@@ -240,7 +242,7 @@ def files_read(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) ->
 
 def expert_timeouts(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> list[timedelta]:
     """The time-outs of this rank's group, and of the two groups of its experts."""
-    state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+    state = TrainingState.start(stage_inputs(tree, number, folder, ranks), ranks)
     name = state.dims.expert_group_name
     found = [None, groups._get_expert_parallel_group(name), groups._get_expert_data_parallel_group(name)]
     state.close()
@@ -250,7 +252,7 @@ def expert_timeouts(ranks: Ranks, tree: dict[str, Any], number: int, folder: Pat
 
 def summed_over_ranks(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> dict[torch.dtype, int]:
     """How many numbers of each type are all-reduced in a step."""
-    state, summed = TrainingState.start(stage_inputs(tree, number, folder), ranks), Counter[torch.dtype]()
+    state, summed = TrainingState.start(stage_inputs(tree, number, folder, ranks), ranks), Counter[torch.dtype]()
     all_reduce = torch.distributed.all_reduce
 
     def counting(tensor: torch.Tensor, *arguments: Any, **options: Any) -> Any:
@@ -277,7 +279,7 @@ def engines_left(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) 
 
 def count_experts(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[int]:
     """Experts on this rank, a layer with a router."""
-    state = TrainingState.start(stage_inputs(tree, 1, folder), ranks)
+    state = TrainingState.start(stage_inputs(tree, 1, folder, ranks), ranks)
     counts = [len(layer.local_numbers) for layer in moe_layers(state.engine.module)]
     state.close()
     return counts
@@ -292,7 +294,7 @@ def move_and_train(
     ranks: Ranks, tree: dict[str, Any], number: int, source: Path, target: Path, steps: int
 ) -> list[dict[str, Any]]:
     """Resume from the checkpoint in ``source`` on these ranks, save at once in ``target``, then train on."""
-    state = TrainingState.start(stage_inputs(tree, number, source), ranks)
+    state = TrainingState.start(stage_inputs(tree, number, source, ranks), ranks)
     resume(state)
     save_checkpoint(state.engine, target, state.tag, manifest_of(state), keep=1)
     rows = [train_step(state).model_dump() for _ in range(state.step, steps)]
@@ -327,7 +329,7 @@ def train_with_bad_steps(
 
     kind.losses, train.train_step = losses, step  # type: ignore[method-assign]
     try:
-        figures = train_stage(stage_inputs(tree, number, folder), ranks)
+        figures = train_stage(stage_inputs(tree, number, folder, ranks), ranks)
     except UserError as error:
         return str(error)
     finally:
@@ -337,7 +339,7 @@ def train_with_bad_steps(
 
 def held_bytes(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> dict[str, int]:
     """What this rank holds after a step, by kind, and what its checkpoint's tensors take."""
-    state = TrainingState.start(stage_inputs(tree, number, folder), ranks)
+    state = TrainingState.start(stage_inputs(tree, number, folder, ranks), ranks)
     train_step(state)
     save(state)
     parameters, optimizer = list(state.engine.module.parameters()), state.engine.basic_optimizer

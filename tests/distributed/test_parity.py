@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.distributed.process_group import Ranks
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import (
     count_experts,
@@ -101,7 +102,7 @@ def test_old_tokens_fall_unevenly_on_ranks_and_accumulation_steps(tree: dict[str
     from pipeline.training.sample_order import stage_order
     from tests.distributed.stages import stage_inputs
 
-    inputs = stage_inputs(tree, 2, tmp_path)
+    inputs = stage_inputs(tree, 2, tmp_path, Ranks(0, 1, torch.device("cpu")))
     order = stage_order(inputs.store, inputs.run.data, inputs.stage, inputs.run.seed)
     counts = {order.old_tokens(first, 2) for first in range(0, 8 * STEPS, 2)}
     assert len(counts) > 1
@@ -115,8 +116,9 @@ def test_deepspeed_alone_loads_the_upcycled_checkpoint(pools: Pools, tree: dict[
 
 def test_experts_are_spread_evenly_over_the_model(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
     counts = pools[2].run(count_experts, with_parallel(tree, ranks=2, ep_size=2, micro_batch_size=2), tmp_path)
-    assert [sum(layer) for layer in zip(*counts, strict=True)] == [2, 1, 3]
-    assert sum(counts[0]) == sum(counts[1]) == 3
+    # A layer's single expert is on both ranks.
+    assert [sum(layer) for layer in zip(*counts, strict=True)] == [2, 2, 3]
+    assert abs(sum(counts[0]) - sum(counts[1])) <= 1
 
 
 def test_logits_agree_between_topologies(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:

@@ -73,6 +73,15 @@ def test_ranks_whose_launcher_died_end_within_30_seconds_and_the_lock_is_free(
     wait_for(lambda: steps_done(path) > done, launches[1])
 
 
+def test_ranks_end_whose_launcher_was_killed_while_they_started(tmp_path: Path, launches: list[Launch]) -> None:
+    launches.append(train(write_long_run(tmp_path)))
+    wait_for(lambda: len(launches[0].ranks()) == 2, launches[0])  # they import for seconds, and know no launcher yet
+    victim = launches[0].launcher("deepspeed")
+    assert victim is not None
+    victim.kill()
+    assert launches[0].wait_until_gone(60) < 60
+
+
 @pytest.mark.slow
 def test_a_stuck_rank_ends_the_run_and_the_one_that_waits_says_where(tmp_path: Path, launches: list[Launch]) -> None:
     path = write_long_run(tmp_path, parallel={"timeout_minutes": 0.5})

@@ -5,9 +5,12 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, Qwen2Config
 
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
+from pipeline.estimate.device import Device
+from pipeline.estimate.report import Estimate
 from pipeline.method.allocation import allocate
 from pipeline.method.similarity import layer_similarity
 from pipeline.method.stages import find_stage
@@ -40,10 +43,11 @@ def test_a_ready_run_parses_and_its_batches_divide_among_its_ranks(path: Path) -
     assert run.name == path.stem
     for number in (1, 2):
         job = run.cluster.job(f"stage{number}")
-        world_size = max(job.world_size, run.parallel.ep_size)
+        ep_size = 1 if run.parallel.ep_size == "auto" else run.parallel.ep_size
+        world_size = max(job.world_size, ep_size)
         shape = batch_shape(run, run.stage(number), world_size, "cuda")
         assert shape.micro_batch * shape.accumulation * world_size == run.stage(number).global_batch_size
-        assert job.world_size == 1 or job.world_size % run.parallel.ep_size == 0
+        assert job.world_size == 1 or job.world_size % ep_size == 0
     assert run.cluster.job("tokenize").gpus_per_node == 0
 
 
@@ -95,7 +99,6 @@ def test_layermoes_runs_are_the_published_ones(
     assert run.stage2 is not None
     assert (run.stage2.global_batch_size, run.stage2.sequence_length) == (batch, 512)
     assert run.stage2.tokens * run.stage2.old_share == pytest.approx(0.138e9, rel=1e-3)
-    plan.placement(run.parallel.ep_size)
 
 
 def test_mola_gives_its_quarters() -> None:
@@ -125,3 +128,25 @@ def test_moe_lprs_ablation_of_one_stage_can_be_run() -> None:
     run = load_run(RUNS / "moe-lpr-qwen1.5-1.8b.yaml", changes)
     assert run.stage_numbers == [1]
     assert find_stage(run, 1).shares() == {"old": 0.01, "new": 0.99}
+
+
+CONFIGS = {
+    "llama": LlamaConfig(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    ),
+    "qwen": Qwen2Config(vocab_size=151936, hidden_size=2048, intermediate_size=5504, num_hidden_layers=24,
+                        num_attention_heads=16, num_key_value_heads=16),
+}  # fmt: skip
+
+
+@pytest.mark.slow  # layers of the real size are run once to see what they keep
+@pytest.mark.parametrize("name", PAPERS)
+def test_estimate_of_a_papers_run_needs_the_models_config_alone_and_finds_that_ep_size_1_fits(
+    name: str, tmp_path: Path
+) -> None:
+    CONFIGS[next(family for family in CONFIGS if family in name)].save_pretrained(tmp_path)
+    run = load_run(RUNS / f"{name}.yaml", [f"model.path={tmp_path}", f"output_dir={tmp_path}"])
+    estimate = Estimate(run, 8, Device.named("h100"), num_new=56)
+    assert estimate.dims.ep_size == 1
+    assert "smallest ep_size that fits 8 ranks" in estimate.text(None)

@@ -7,8 +7,8 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import take_timeout
+from pipeline.model.expert_plan import LayerPlacement
 from pipeline.model.moe.dispatch import Exchange
 from pipeline.model.moe.experts import LocalExperts, in_whole_blocks, projections
 from pipeline.model.moe.router import Router, Routing
@@ -28,7 +28,7 @@ class _RoutedExperts(nn.Module):
 
 
 class MoELayer(MoE):
-    """Expert 0 is the original MLP, frozen and on every rank; the new experts are spread over ``ep_size`` ranks.
+    """Expert 0 is the original MLP, frozen and on every rank; the new experts are spread over a group of ranks.
 
     It is a subclass of DeepSpeed's MoE so that the engine creates the groups, reduces the gradients and writes the
     expert files. Router, dispatch and experts are our own.
@@ -37,8 +37,7 @@ class MoELayer(MoE):
         mlp: the decoder layer's MLP; it becomes ``base_mlp``.
         num_experts: N_l, expert 0 included.
         top_k: K.
-        placement: for each rank of the expert-parallel group, the numbers of its experts (1 and up).
-        dims: how ranks are divided, and which one this is.
+        placement: which ranks hold its new experts, and which rank this is.
         has_classifier: whether the layer has a routing classifier.
     """
 
@@ -48,18 +47,17 @@ class MoELayer(MoE):
         *,
         num_experts: int,
         top_k: int,
-        placement: list[list[int]],
-        dims: ParallelDims,
+        placement: LayerPlacement,
         has_classifier: bool,
     ) -> None:
         nn.Module.__init__(self)  # not MoE's own: it would build TopKGate and capacity-bound experts
-        assert len(placement) == dims.ep_size
         self.num_experts = num_experts
-        self.ep_size = dims.ep_size
-        self.num_local_experts = max(len(numbers) for numbers in placement)
-        self.expert_group_name = dims.expert_group_name
+        self.dims = placement.dims
+        self.ep_size = self.dims.ep_size
+        self.num_local_experts = max(len(numbers) for numbers in placement.experts)
+        self.expert_group_name = self.dims.expert_group_name
         self.placement = placement
-        self.local_numbers = placement[dims.ep_rank]
+        self.local_numbers = placement.local
         self.use_residual = False
         self.enable_expert_tensor_parallelism = False
         # DeepSpeed treats a weight as an expert's if its name contains "expert", so this name does not.
@@ -69,9 +67,8 @@ class MoELayer(MoE):
         experts = LocalExperts(mlp, len(self.local_numbers), self.num_local_experts, self.expert_group_name)
         self.deepspeed_moe = _RoutedExperts(router, experts)
         self.experts_train = False
-        slots = [
-            rank * self.num_local_experts + slot for rank, held in enumerate(placement) for slot in range(len(held))
-        ]
+        num_slots = self.num_local_experts
+        slots = [rank * num_slots + slot for rank, held in enumerate(placement.experts) for slot in range(len(held))]
         self.slots_N: Tensor  # the place of each new expert among the slots of all ranks
         self.register_buffer("slots_N", torch.tensor(slots, device=gate.weight.device), persistent=False)
 

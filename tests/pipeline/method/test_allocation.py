@@ -1,9 +1,12 @@
 """Budgets over layers, and the plan. Run: pytest tests/pipeline/method/test_allocation.py"""
 
+import math
+
 import pytest
 
 from common.errors import UserError
 from pipeline.config.run import ExpertsConfig
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.allocation import (
     allocate,
     clamp_similarity,
@@ -60,20 +63,24 @@ def plan(counts: list[int], top_k: int = 2) -> ExpertPlan:
     return ExpertPlan.first_expansion(counts, old=["en"], new=["el"], top_k=top_k, classifier_layers=[])
 
 
-@pytest.mark.parametrize("ep_size", [1, 2, 3, 4])
-def test_placement_is_balanced_over_the_whole_model_and_loses_no_expert(ep_size: int) -> None:
+@pytest.mark.parametrize("ep_size", [1, 2, 3, 4, 6, 8])
+@pytest.mark.parametrize("max_imbalance", [1.0, 1.3, math.inf])
+def test_placement_is_balanced_over_the_whole_model_and_loses_no_expert(ep_size: int, max_imbalance: float) -> None:
     counts = [3, 2, 1, 4, 6, 2, 2]
-    placement = plan(counts).placement(ep_size)
-    held = [sum(len(layer[rank]) for layer in placement.values()) for rank in range(ep_size)]
-    assert max(held) - min(held) <= 1
+    dims = [ParallelDims(ep_size, ep_size, rank, max_imbalance) for rank in range(ep_size)]
+    placement = plan(counts).placement(dims[0])
     assert set(placement) == {0, 1, 3, 4, 5, 6}
-    for layer, ranks in placement.items():
-        assert [number for rank in ranks for number in rank] == list(range(1, counts[layer]))
+    for layer, found in placement.items():
+        assert [number for rank in found.experts for number in rank] == list(range(1, counts[layer]))
+        sizes = [len(numbers) for numbers in found.experts]
+        assert min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+        assert [plan(counts).placement(one)[layer].local for one in dims] == found.experts * found.dims.num_replicas
+    held = [sum(len(layer.local) for layer in plan(counts).placement(one).values()) for one in dims]
+    assert max(held) - min(held) <= 1
 
 
-def test_a_rank_without_any_expert_is_refused() -> None:
-    with pytest.raises(UserError, match="8 ranks, but the model has 2 new experts"):
-        plan([2, 2]).placement(8)
+def test_few_experts_are_on_every_rank() -> None:
+    assert [layer.experts for layer in plan([2, 2]).placement(ParallelDims(8, 8)).values()] == [[[1]], [[1]]]
 
 
 def test_keys_follow_content() -> None:

@@ -17,7 +17,7 @@ from pipeline.method.allocation import allocate
 from pipeline.method.losses import load_balancing_loss, lpr_loss, next_token_loss
 from pipeline.method.similarity import layer_similarity
 from pipeline.model.backbone import install_moe_layers
-from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.expert_plan import ExpertPlan, LayerPlacement
 from pipeline.model.moe import MoELayer, Routing, collect_routings
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -48,7 +48,8 @@ def layer_from(g: SimpleNamespace, top_k: int) -> MoELayer:
     num = g.router_w.shape[0]
     layer = MoELayer(
         GatedMLP(g.gate_w[0], g.up_w[0], g.down_w[0]),
-        num_experts=num, top_k=top_k, placement=[list(range(1, num))], dims=ParallelDims(1, 1), has_classifier=False,
+        num_experts=num, top_k=top_k, has_classifier=False,
+        placement=LayerPlacement(ParallelDims(1, 1), [list(range(1, num))]),
     )  # fmt: skip
     layer.router.wg.weight.data.copy_(g.router_w)
     for number, expert in enumerate(layer.local_experts.experts, 1):
