@@ -86,6 +86,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stage", type=int, choices=(1, 2), help="1 or 2; without it, both")
+    parser.add_argument("--evaluate", action="store_true", help="then score the base model and the checkpoints")
 
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:

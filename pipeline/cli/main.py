@@ -51,12 +51,15 @@ def _train(context: RunContext, options: argparse.Namespace) -> int:
         context.run.stage(options.stage)  # it may have no such stage
     names = [f"stage{options.stage}"] if options.stage else context.stages
     try:
-        train_steps(context, [step_named(name) for name in names])
+        train_steps(context, [step_named(name) for name in [*names, *["evaluate"] * options.evaluate]])
     except torch.OutOfMemoryError as error:
         from pipeline.distributed.process_group import join
         from pipeline.estimate.out_of_memory import out_of_memory
 
-        number = int(next(name for name in names if not context.folder.has_manifest(name)).removeprefix("stage"))
+        left = [name for name in names if not context.folder.has_manifest(name)]
+        if not left:
+            raise  # of the evaluation
+        number = int(left[0].removeprefix("stage"))
         raise OwnError(out_of_memory(context.run, number, join().world_size, join().device)) from error
     return 0
 

@@ -20,10 +20,10 @@ def job_of_options(run: RunConfig, options: argparse.Namespace) -> Job:
     """
     name = options.verb
     if name == "train":
-        name = f"stage{options.stage or (2 if run.stage2 else 1)}"
+        name = "train --evaluate" if options.evaluate else f"stage{options.stage or (2 if run.stage2 else 1)}"
     job = next((job for job in jobs_of(run) if [step.name for step in job.steps] == [name]), None)
     if job is None:
-        raise UserError(f"{options.verb}: no batch job does this alone; use python -m pipeline submit {options.run}")
+        raise UserError(f"{name}: no batch job does this alone; use python -m pipeline submit {options.run}")
     return job
 
 

@@ -33,16 +33,45 @@ def run_steps(context: RunContext, steps: Sequence[Step], *, from_the_first: boo
         check_parallel(context, context.run.parallel.ranks, device_type())
     if trains and not under_launcher():
         check_room(context.run.parallel.ranks)
-    for step in steps:
+    left = list(steps)
+    while left:
+        step = left.pop(0)
         if step.is_done(context):
             continue
         if step.alone:
             run_verb(step.verb, context.folder.run_file, force=context.force)
-        elif not do_step(context, step):
+            continue
+        together = [step]
+        while step.needs_ranks and left and left[0].needs_ranks:
+            together.append(left.pop(0))
+        stopped = do_together(context, together)
+        if stopped is not None:
             print(
-                f"{step.name}: stopped before its end; the same command resumes from its last checkpoint", flush=True
+                f"{stopped.name}: stopped before its end; the same command resumes from its last checkpoint",
+                flush=True,
             )
             return
+
+
+def do_together(context: RunContext, steps: Sequence[Step]) -> Step | None:
+    """Do one step, or steps on ranks that are started once for all of them.
+
+    Args:
+        context: the run.
+        steps: one after the other. The first is not done; later ones may be.
+
+    Returns:
+        The one that stopped before its end, if any.
+    """
+    first = steps[0]
+    if not first.needs_ranks or under_launcher():
+        return next((step for step in steps if not do_step(context, step)), None)
+    if first.check is not None:
+        first.check(context)  # names a mistake before any rank starts
+    if not first.has_work(context):
+        return None if finish_step(context, first, None) else first
+    start_ranks(_arguments(context, steps), context.run.parallel.ranks)
+    return next((step for step in steps if not context.folder.has_manifest(step.name)), None)
 
 
 def do_step(context: RunContext, step: Step) -> bool:
@@ -53,26 +82,26 @@ def do_step(context: RunContext, step: Step) -> bool:
     """
     if not step.needs_ranks:
         return finish_step(context, step, None)
+    if not under_launcher():
+        return do_together(context, [step]) is None
     if step.check is not None and is_first_rank():
         step.check(context)
-    if under_launcher():
-        ranks = _join(context)
-        is_finished = finish_step(context, step, ranks)
-        ranks.wait()  # until the first one has written the manifest
-        return is_finished
-    if not step.has_work(context):
-        return finish_step(context, step, None)
-    start_ranks(_arguments(context, step), context.run.parallel.ranks)
-    return context.folder.has_manifest(step.name)
+    ranks = _join(context)
+    is_finished = finish_step(context, step, ranks)
+    ranks.wait()  # until the first one has written the manifest
+    return is_finished
 
 
 def _join(context: RunContext) -> Ranks:
     return join(context.run.parallel.timeout_minutes, context.folder / ERRORS_FOLDER)
 
 
-def _arguments(context: RunContext, step: Step) -> list[str]:
-    stage = ["--stage", step.name.removeprefix("stage")] if step.verb == "train" else []
-    return [step.verb, str(context.folder.run_file), *stage, *_force(context)]
+def _arguments(context: RunContext, steps: Sequence[Step]) -> list[str]:
+    """What does these steps on ranks: stages, the evaluation, or stages and then the evaluation."""
+    stages = [step.name.removeprefix("stage") for step in steps if step.verb == "train"]
+    options = ["--stage", *stages] if len(stages) == 1 else []
+    options += ["--evaluate"] if stages and steps[-1].verb == "evaluate" else []
+    return [steps[0].verb, str(context.folder.run_file), *options, *_force(context)]
 
 
 def _force(context: RunContext) -> list[str]:
@@ -97,7 +126,7 @@ def finish_step(context: RunContext, step: Step, ranks: Ranks | None) -> bool:
 
 
 def train_steps(context: RunContext, steps: Sequence[Step]) -> None:
-    """Train stages one after the other; end early where one stops before its end."""
+    """Train stages one after the other, and evaluate if that is among the steps; end early where one stops."""
     world_size = environment_world_size() if under_launcher() else context.run.parallel.ranks
     for step in steps:
         with met_by_all():

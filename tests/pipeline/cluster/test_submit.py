@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from common.errors import UserError
+from pipeline.cli.arguments import parse
+from pipeline.cluster.batch import job_of_options
 from pipeline.cluster.jobs import jobs_of
 from pipeline.cluster.script import batch_script
 from pipeline.cluster.submit import submit_run
@@ -42,6 +45,15 @@ def test_a_dry_run_shows_each_script_after_its_sbatch_line_with_what_it_depends_
         f"--dependency=afterok:JOB_OF_stage2 {kill} evaluate.sh",
     ]
     assert shown.count("/stage1.sh\n#!/usr/bin/env bash\n") == 1
+
+
+def test_sbatch_of_train_sh_trains_or_evaluates_as_a_job_is_done_when_one_step_is(tmp_path: Path) -> None:
+    run = parse_run(run_tree(tmp_path), "tiny.yaml")
+    assert job_of_options(run, parse(["train", "tiny.yaml"])).name == "stage2"
+    with pytest.raises(
+        UserError, match="^train --evaluate: no batch job does this alone; use python -m pipeline submit"
+    ):
+        job_of_options(run, parse(["train", "tiny.yaml", "--evaluate"]))
 
 
 def test_a_dry_run_shows_the_jobs_of_a_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
