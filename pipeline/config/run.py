@@ -193,12 +193,25 @@ class ParallelConfig(Section):
 
 
 class LogConfig(Section):
-    """Which of DeepSpeed's monitors are on. ``ranks`` records where each rank ran and what it computed."""
+    """Which of DeepSpeed's monitors are on. ``ranks`` records where each rank ran and what it computed.
+
+    ``profile_steps`` ([20, 23]) writes a trace and a table of where rank 0's time goes in these steps of a stage.
+    ``peak_tflops`` is what one device can do, in 10^12 operations per second, for model FLOPs utilization; without it
+    a known GPU's in bf16.
+    """
 
     tensorboard: bool = True
     wandb: bool = False
     wandb_project: str = "moe-lpr"
     ranks: bool = False
+    profile_steps: tuple[Positive, Positive] | None = None
+    peak_tflops: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_profile_steps(self) -> "LogConfig":
+        if self.profile_steps is not None and self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError("profile_steps: the first step comes after the last; give [first, last]")
+        return self
 
 
 class RunConfig(Section):

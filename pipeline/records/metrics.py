@@ -19,6 +19,9 @@ class StepRow(Record):
         tokens_per_second: of all ranks.
         memory_gb: the most memory this rank has used, in 10^9 bytes.
         seconds: what the step took.
+        data_seconds: of which rank 0 waited for samples to be read.
+        mfu: model FLOPs utilization, see :mod:`pipeline.training.utilization`; None where the device's peak is not
+            known.
     """
 
     step: int
@@ -33,6 +36,8 @@ class StepRow(Record):
     tokens_per_second: float
     memory_gb: float
     seconds: float
+    data_seconds: float = 0.0
+    mfu: float | None = None
 
 
 class ValidationRow(Record):

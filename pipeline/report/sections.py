@@ -1,5 +1,6 @@
 """Which pictures a report shows, in which order, and the sentence beneath each."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -9,6 +10,7 @@ from common.html.style import set_colors
 from data_prep.statistics import charts as text_charts
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.evaluation import StageRouting
+from pipeline.records.metrics import StepRow
 from pipeline.report import charts, curves
 from pipeline.report.data import RunData, Stage, stage_label
 
@@ -131,7 +133,7 @@ def _training(data: RunData, stage: Stage) -> Section:
         )
     )
     section.charts.extend(_routing_curves(data, stage))
-    small = (
+    small: list[tuple[str, Callable[[StepRow], float | None], str, bool, str]] = [
         ("Learning rate", lambda row: row.lr, ".2e", False, "The size of a step: warm-up, then decay."),
         (
             "Gradient norm",
@@ -147,7 +149,10 @@ def _training(data: RunData, stage: Stage) -> Section:
             True,
             "Training speed over all ranks: flat is good.",
         ),
-    )
+    ]
+    if any(row.mfu is not None for row in stage.rows):
+        caption = "The method's operations over what the devices could do: higher is better."
+        small.append(("Model FLOPs utilization", lambda row: row.mfu, ".1%", True, caption))
     for title, value, digits, smooth, caption in small:
         chart = curves.curve(stage, value, y="", digits=digits, smooth=smooth)
         section.charts.append(Chart.single(chart, title, caption, "third"))

@@ -90,12 +90,14 @@ class MetricsLog:
         monitor: DeepSpeed's, of the engine.
         layers: the MoE layers' numbers, for the names of curves.
         writes: whether this is rank 0.
+        world_size: ranks.
     """
 
     folder: Path
     monitor: Any
     layers: list[int]
     writes: bool
+    world_size: int
 
     @classmethod
     def open(cls, folder: Path, monitor: Any, layers: list[int], step: int, ranks: Ranks) -> "MetricsLog":
@@ -104,7 +106,7 @@ class MetricsLog:
             ValidationRow.drop_rows_after(folder / VALIDATION_FILE, step)
             kept = StepRow.drop_rows_after(folder / METRICS_FILE, step)
             rewind_tensorboard(monitor, kept[-1].samples if kept else 0)
-        return cls(folder, monitor, layers, ranks.is_first)
+        return cls(folder, monitor, layers, ranks.is_first, ranks.world_size)
 
     def training_seconds(self) -> float:
         """What all steps took, without validating and saving; 0 on ranks other than 0."""
@@ -121,6 +123,10 @@ class MetricsLog:
         events += [(f"load_imbalance/layer_{layer:02d}", value) for layer, value in names]
         names_of_figures = ("lr", "grad_norm", "tokens_per_second", "tokens", "memory_gb")
         events += [(f"train/{name}", getattr(row, name)) for name in names_of_figures]
+        events.append(("train/tokens_per_second_per_rank", row.tokens_per_second / self.world_size))
+        events.append(("train/data_seconds", row.data_seconds))
+        if row.mfu is not None:
+            events.append(("train/mfu", row.mfu))
         events.append(("train/skipped", float(row.skipped is not None)))
         self._send(events, row.samples)
 

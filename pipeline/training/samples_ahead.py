@@ -1,5 +1,6 @@
 """Reads samples on a thread, a step ahead of the training that takes them."""
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -46,6 +47,9 @@ class SamplesAhead:
         order: all samples of the stage.
         places: which of them this rank computes.
         pin: whether to put them into pinned memory, from which a GPU copies while it computes.
+
+    Attributes:
+        waited: seconds that :meth:`take` has waited, over the whole stage.
     """
 
     def __init__(self, order: SampleOrder, places: Places, *, pin: bool) -> None:
@@ -53,6 +57,7 @@ class SamplesAhead:
         self._end = order.num_samples // places.batch * places.accumulation
         self._reading: dict[int, Future[Batch]] = {}
         self._thread = ThreadPoolExecutor(1, "samples")
+        self.waited = 0.0
 
     def take(self, number: int) -> Batch:
         """The samples of a micro-step; those after it are read from now on."""
@@ -60,7 +65,10 @@ class SamplesAhead:
         for later in range(number, min(number + self.places.accumulation + 1, self._end)):
             if later not in self._reading:
                 self._reading[later] = self._thread.submit(self._read, later)
-        return self._reading.pop(number).result()
+        started = time.monotonic()
+        samples = self._reading.pop(number).result()
+        self.waited += time.monotonic() - started
+        return samples
 
     def _read(self, number: int) -> Batch:
         batch = self._order.batch(self.places.first(number)[0], self.places.size)

@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from pipeline.checkpoint.verify import check_sound, weight_files
@@ -21,6 +22,7 @@ from pipeline.training.rank_log import RankLog
 from pipeline.training.sample_order import SampleOrder, stage_order
 from pipeline.training.samples_ahead import Places, SamplesAhead
 from pipeline.training.skipped_steps import SkippedSteps
+from pipeline.training.utilization import flops_per_token, peak_flops
 
 
 @dataclass
@@ -127,6 +129,20 @@ class TrainingState:
         if self.step_seconds is None:
             return None
         return max(0.0, self.step_started + self.step_seconds - time.monotonic())
+
+    def utilization(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilization at a speed of all ranks together; None where the device's peak is not known."""
+        if self._peak_flops is None:
+            return None
+        return tokens_per_second * self._flops_per_token / (self._peak_flops * self.ranks.world_size)
+
+    @cached_property
+    def _peak_flops(self) -> float | None:
+        return peak_flops(self.inputs.run.log, self.ranks.device, self.engine.module.dtype)
+
+    @cached_property
+    def _flops_per_token(self) -> float:
+        return flops_per_token(self.engine.module, self.stage, self.settings.sequence_length)
 
     def say(self, text: str) -> None:
         """Print a line about this stage, on rank 0."""

@@ -25,7 +25,7 @@ def train_step(state: TrainingState, advance: Callable[[int], object] = lambda _
     Returns:
         Its row of metrics, the same on all ranks except for times and memory.
     """
-    state.step_started = time.monotonic()
+    state.step_started, waited = time.monotonic(), state.samples.waited
     _seed(state)
     batch = _global_batch(state)
     sums = StepSums([source.name for source in state.order.sources], state.inputs.plan, state.ranks.device)
@@ -48,6 +48,8 @@ def train_step(state: TrainingState, advance: Callable[[int], object] = lambda _
         tokens_per_second=state.batch_tokens / seconds,
         memory_gb=peak_memory_bytes(state.ranks.device) / 1e9,
         seconds=seconds,
+        data_seconds=state.samples.waited - waited,
+        mfu=state.utilization(state.batch_tokens / seconds),
     )
 
 

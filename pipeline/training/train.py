@@ -2,6 +2,7 @@
 
 import signal
 import time
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,13 @@ from pipeline.model.backbone import moe_layers
 from pipeline.records.metrics import StepRow
 from pipeline.training.inputs import StageInputs
 from pipeline.training.metrics import MetricsLog
+from pipeline.training.profiling import StepProfiler
 from pipeline.training.resume import Saves, resume
 from pipeline.training.state import TrainingState
 from pipeline.training.step import train_step
 from pipeline.training.validation import measure_base, validate, validation_is_due
+
+WORTH_SAYING = 0.02  # of a step spent waiting for data
 
 
 def train_stage(inputs: StageInputs, ranks: Ranks) -> dict[str, Any] | None:
@@ -54,10 +58,13 @@ def _train(state: TrainingState, started: float) -> dict[str, Any] | None:
     total = settings.num_steps * state.batch_tokens
     before = state.step * state.batch_tokens
     bar = progress(total, f"stage {inputs.stage.number}", "token", show=ranks.is_first, initial=before)
-    with StopRequest(partial(_answer_signal, state)) as stop, bar:
+    profiler = StepProfiler(run.log.profile_steps, inputs.folder, ranks)
+    with StopRequest(partial(_answer_signal, state)) as stop, closing(profiler), bar:
         while state.step < settings.num_steps:
             state.at(f"step {state.step + 1}")
+            profiler.before(state.step + 1)
             row = train_step(state, bar.update)
+            profiler.after(state.step)
             log.step(row)
             bar.set_postfix_str(_short(row), refresh=False)
             if row.skipped:
@@ -178,4 +185,7 @@ def trained_parameters(state: TrainingState) -> int:
 def _short(row: StepRow) -> str:
     """A row of metrics for the progress bar."""
     losses = " ".join(f"{name} {value:.3f}" for name, value in row.loss.items() if value)
-    return f"{losses} lr {row.lr:.1e} grad {row.grad_norm:.2f}"
+    waits = row.data_seconds / row.seconds
+    mfu = "" if row.mfu is None else f" mfu {row.mfu:.0%}"
+    data = f" waiting for data {waits:.0%}" if waits > WORTH_SAYING else ""
+    return f"{losses} lr {row.lr:.1e} grad {row.grad_norm:.2f}{mfu}{data}"

@@ -40,6 +40,7 @@ from pipeline.training.resume import manifest_of, resume, save
 from pipeline.training.state import TrainingState
 from pipeline.training.step import train_step
 from pipeline.training.train import train_stage
+from tests.helpers.rows import TIMING
 from tests.helpers.tiny import parse_run
 
 Advance = Callable[[int], object]
@@ -95,7 +96,7 @@ def train_steps(
     model = state.engine.module
     unchanged = all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     for row in rows:
-        for key in ("seconds", "tokens_per_second", "memory_gb"):
+        for key in TIMING:
             del row[key]
     result = {
         "rows": rows,

@@ -17,6 +17,7 @@ from tests.distributed.stages import (
     train_to_the_end,
     with_parallel,
 )
+from tests.helpers.rows import TIMING
 from tests.helpers.tiny import prepared_run, run_tree
 
 
@@ -55,10 +56,9 @@ def test_a_signal_to_one_rank_stops_all_after_a_save_and_the_next_run_ends_the_s
     assert complete_tags(tmp_path / "stopped")[0] == "step000004"
     again = pools[2].run(train_to_the_end, tree, 1, tmp_path / "stopped")
     assert [figures["tag"] for figures in (*done, *again)] == ["step000006"] * 4
-    timing = ("seconds", "tokens_per_second", "memory_gb")
     for name in ("metrics.jsonl", "validation.jsonl"):
         ours, expected = (
-            [{k: v for k, v in row.items() if k not in timing} for row in read_rows(tmp_path / folder / name)]
+            [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(tmp_path / folder / name)]
             for folder in ("stopped", "straight")
         )
         assert ours == expected

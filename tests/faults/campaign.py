@@ -20,13 +20,13 @@ from pipeline.checkpoint.tensors import load_tensors
 from pipeline.records.record import read_rows
 from pipeline.records.run_folder import METRICS_FILE
 from tests.faults.processes import Launch
+from tests.helpers.rows import TIMING
 from tests.helpers.tiny import run_tree, save_model
 
 VICTIMS = ("rank 0", "rank 1", "both ranks", "launch", "deepspeed")
 SECONDS_TO_END = (
     75.0  # of all that is left of a launch: DeepSpeed's launcher gives a rank 30 s, a rank its launcher 30 s
 )
-TIMING = ("seconds", "tokens_per_second", "memory_gb")
 
 
 def write_run(folder: Path, name: str, steps: int) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.step_manifest import FORMAT
 
 COUNTS = [3, 4, 4, 5, 5, 5, 5, 4, 3, 3, 3, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3, 4, 4, 4, 3, 2, 2]
 CLASSIFIERS = [12, 14, 16, 17, 18, 28, 29]
@@ -58,7 +59,7 @@ def make_run(folder: Path) -> Path:
         write(
             folder / "manifests" / f"{step}.json",
             {
-                "format": 3,
+                "format": FORMAT,
                 "step": step,
                 "done_with": {"inputs": {}, "run": {}},
                 "outputs": {},

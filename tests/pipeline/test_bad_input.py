@@ -108,7 +108,7 @@ def checkpoint_of_another(what: str) -> Callable[[Path, Tree], None]:
         context = RunContext(parse_run(tree, "x"))
         manifest = CheckpointManifest(
             identity=context.identity(1).model_copy(update={what: "other"}), stage=1, step=1, samples=8, best_value=None,
-            best_tag="", skipped_steps={}, ranks=1, ep_size=1, expert_plan={},
+            best_tag="", skipped_steps={}, ranks=1, ep_size=1, max_imbalance=1.3, expert_plan={},
         )  # fmt: skip
         tag = context.folder / "stage1" / "step000001"
         tag.mkdir(parents=True)
@@ -149,7 +149,8 @@ TABLE: list[tuple[str, Callable[[Path, Tree], None], list[str], list[str]]] = [
     ("more classifiers than routers", setting("experts", {**COUNTS, "classifier_layers": 4}), ["allocate"], ["4 layers", "only 3"]),
     ("similarity not positive", negative_similarity, ["allocate"], ["layer 1", "-0.01", "not positive"]),
     ("an ep_size that does not divide the ranks", setting("parallel", {"ranks": 3, "ep_size": 2}), ["train"], ["ep_size", "2", "3"]),
-    ("ep_size above the experts", setting("parallel", {"ranks": 8, "ep_size": 8}), ["allocate"], ["ep_size", "8 ranks", "6 new experts"]),
+    ("an imbalance below balance", setting("parallel", {"max_imbalance": 0.5}), ["tokenize"], ["parallel.max_imbalance", "0.5", "1"]),
+    ("steps to profile that end before they begin", setting("log.profile_steps", [5, 2]), ["tokenize"], ["log", "profile_steps", "first"]),
     ("more ranks than a machine holds", both(setting("parallel.ranks", 10**6), setting("stage1.global_batch_size", 10**6), setting("stage1.tokens", 10**9)), ["run"], ["1000000 ranks do not fit", "cores and no GPU", "parallel.ranks"]),
     ("more ranks to check than a machine holds", setting("seed", 17), ["check", "--ranks", "100000"], ["100000 ranks do not fit", "--ranks"]),
     ("a micro-batch above the batch", setting("parallel", {"micro_batch_size": 9}), ["train"], ["micro_batch_size", "9", "8 samples"]),

@@ -8,6 +8,7 @@ import pytest
 from common.errors import UserError
 from common.files import read_json
 from pipeline.config.cluster import JOBS
+from pipeline.records.step_manifest import FORMAT
 from pipeline.run.context import RunContext
 from pipeline.run.steps import STEPS, step_named
 from tests.helpers.tiny import parse_run, prepared_run, run_tree
@@ -70,6 +71,6 @@ def test_each_job_does_steps_and_each_step_has_a_job() -> None:
 def test_a_run_folder_of_an_earlier_version_is_named_in_one_line(tmp_path: Path) -> None:
     run = prepared_run(tmp_path, distinct_experts=False)
     manifest = run.folder / "manifests" / "tokenize.json"
-    manifest.write_text(manifest.read_text().replace('"format": 3,\n', ""))
+    manifest.write_text(manifest.read_text().replace(f'"format": {FORMAT},\n', ""))
     with pytest.raises(UserError, match=r"runs/tiny: was made by an earlier version of this program \(format 1"):
         step_named("tokenize").is_done(RunContext(run))

@@ -1,0 +1,62 @@
+"""Model FLOPs utilization: the operations that the method needs, over those that the devices could do meanwhile."""
+
+import torch
+from torch import nn
+
+from pipeline.config.run import LogConfig
+from pipeline.distributed.device import device_name
+from pipeline.method.stage import Stage
+from pipeline.model.backbone import decoder_layers
+from pipeline.model.moe import MoELayer
+
+# 10^12 dense bf16 operations per second, by what a device's name contains: makers' data sheets, without sparsity.
+PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "MI300X": 1307.0,
+               "RTX 4090": 165.0}  # fmt: skip
+
+
+def flops_per_token(model: nn.Module, stage: Stage, sequence_length: int) -> float:
+    """Floating-point operations of a training step per token: forward and backward, recomputation left out.
+
+    A multiplication and its addition are two. Forward: two per weight of each linear map that the token meets, K of
+    the MLPs in a layer with a router, and 2 L H for attention's two products in each layer, where L is the sequence
+    length, half of which a token sees on average, and H is all heads' width. Backward, in layers above the first
+    router: as many again for the gradient of the inputs, and twice as many for attention's. And two per weight that
+    trains: in stage 1 of the new experts, to which uniform routing sends a token K (N - 1) / N times.
+
+    Args:
+        model: with its MoE layers.
+        stage: what trains.
+        sequence_length: L.
+    """
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    heads = config.num_attention_heads
+    attention = 2.0 * sequence_length * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    forward = backward = 0.0
+    is_above = False
+    for layer in decoder_layers(model):
+        moe = next((module for module in layer.modules() if isinstance(module, MoELayer)), None)
+        weights, trained = _linear(layer), 0.0
+        if moe is not None:
+            mlp, top_k = _linear(moe.base_mlp), moe.router.top_k
+            weights += (top_k - 1) * mlp
+            trained = _linear(moe.router) + mlp * top_k * (moe.num_experts - 1) / moe.num_experts * moe.experts_train
+        forward += 2 * weights + attention
+        backward += 2 * trained + (2 * weights + 2 * attention if is_above else 0.0)
+        is_above = is_above or moe is not None
+    head = 2.0 * config.vocab_size * config.hidden_size
+    return forward + backward + 2 * head
+
+
+def _linear(module: nn.Module) -> int:
+    """Weights of a module's linear maps; experts' own are not among them."""
+    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+
+
+def peak_flops(log: LogConfig, device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations per second of one device: the run's ``log.peak_tflops``, or what its maker says; None if unknown."""
+    if log.peak_tflops is not None:
+        return log.peak_tflops * 1e12
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = device_name(device).upper()
+    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)

@@ -1,0 +1,4 @@
+"""Rows of metrics."""
+
+# Figures of a step that differ each time it is done: times and memory.
+TIMING = ("seconds", "tokens_per_second", "memory_gb", "data_seconds", "mfu")
