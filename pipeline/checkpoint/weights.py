@@ -42,7 +42,7 @@ def files_read_once(plan: ExpertPlan, dims: ParallelDims) -> list[str]:
 
 
 @torch.no_grad()
-def read_weights(model: nn.Module, folder: Path, *, once: bool = False) -> set[str]:
+def read_weights(model: nn.Module, folder: Path, *, once: bool = False, mapped: bool = False) -> set[str]:
     """Copy a tag's weights into the model: what all ranks share, and this rank's experts if the tag has them.
 
     Args:
@@ -50,6 +50,7 @@ def read_weights(model: nn.Module, folder: Path, *, once: bool = False) -> set[s
         folder: of the tag.
         once: whether each file is read by one rank alone. An engine that is then built gives the others the same
             weights: DeepSpeed broadcasts them from rank 0, and an expert's from the first rank that holds it.
+        mapped: whether the files, mapped into memory, become the parameters, which then take none of their own.
 
     Returns:
         Names of the model's parameters and persistent buffers that are not in the tag; of what is not read, none.
@@ -80,7 +81,10 @@ def read_weights(model: nn.Module, folder: Path, *, once: bool = False) -> set[s
                 f"{path}: {name} has shape {list(tensor.shape)}, but the model's has {list(target[name].shape)}; "
                 "name a checkpoint of this model and plan"
             )
-        target[name].copy_(tensor)
+        if mapped and name not in buffers and tensor.dtype == target[name].dtype:
+            target[name].data = tensor
+        else:
+            target[name].copy_(tensor)
         missing.discard(name)
 
     path = folder / main_file()

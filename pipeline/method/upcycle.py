@@ -96,7 +96,7 @@ def upcycle(
                 if file.is_file():
                     shutil.copyfile(file, folder / HF_FOLDER / file.name)
         write_text(folder / "latest", TAG)
-        parity = measure_parity(dense, folder, plan, samples)
+        parity = measure_parity(dense, folder, plan, samples, dtype)
         if init == "copy" and not parity.holds:
             raise UserError(
                 f"upcycle: the upcycled model's logits differ from the dense model's by "
@@ -177,6 +177,7 @@ def load_upcycled(
     *,
     classifiers: bool = False,
     once: bool = False,
+    mapped: bool = False,
 ) -> PreTrainedModel:
     """The MoE model with its upcycled weights; each rank gets its own experts only.
 
@@ -187,6 +188,7 @@ def load_upcycled(
         dims: how experts are spread over ranks; all on one rank unless given.
         classifiers: whether the plan's classifier layers get their classifier.
         once: whether each file is read by one rank alone; see :func:`pipeline.checkpoint.weights.read_weights`.
+        mapped: whether weights stay in their files, mapped into memory; see there.
 
     Raises:
         UserError: a file is missing or does not hold what the plan says.
@@ -194,7 +196,7 @@ def load_upcycled(
     model = empty_model(folder / HF_FOLDER, dtype)
     install_moe_layers(model, plan, dims, classifiers=classifiers)
     model.tie_weights()
-    missing = read_weights(model, folder / TAG, once=once)
+    missing = read_weights(model, folder / TAG, once=once, mapped=mapped)
     missing = {name for name in missing if not name.endswith(".gate.classifier.weight")}
     if missing:
         raise UserError(
@@ -204,17 +206,42 @@ def load_upcycled(
 
 
 @torch.inference_mode()
-def measure_parity(dense: Path, folder: Path, plan: ExpertPlan, samples: np.ndarray) -> Parity:
-    """Compare the dense model's logits with those of the upcycled one, read back from its files, in fp32."""
+def measure_parity(dense: Path, folder: Path, plan: ExpertPlan, samples: np.ndarray, dtype: torch.dtype) -> Parity:
+    """Compare the dense model's logits with those of the upcycled one, read back from its files, in fp32.
+
+    It takes the memory of the dense model in its own dtype, and of one layer in fp32.
+    """
     ids_BL = torch.from_numpy(samples.astype(np.int64))
-    model = load_dense(dense, torch.float32)
-    expected = [model(input_ids=row.unsqueeze(0), use_cache=False).logits for row in ids_BL]
-    del model
-    upcycled = load_upcycled(folder, plan, torch.float32)
-    difference = largest = 0.0
-    for row, logits in zip(ids_BL, expected, strict=True):
-        difference = max(
-            difference, float((upcycled(input_ids=row.unsqueeze(0), use_cache=False).logits - logits).abs().max())
-        )
-        largest = max(largest, float(logits.abs().max()))
+    expected = _logits_in_fp32(load_dense(dense, dtype), ids_BL)
+    found = _logits_in_fp32(load_upcycled(folder, plan, dtype, mapped=True), ids_BL)
+    largest = float(expected.abs().max())
+    difference = float((found - expected).abs().max())
     return Parity(difference, largest, TOLERANCE * max(largest, 1.0), ids_BL.numel())
+
+
+def _logits_in_fp32(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
+    """Logits [B, L, V] as ``model.float()`` would compute them; each part is converted when its turn comes."""
+    layers = list(decoder_layers(model))
+    inside = {module for layer in layers for module in layer.modules()}
+    others = [module for module in model.modules() if module not in inside and module._parameters]
+    for part in (*layers, *others):
+        _compute_in_fp32(part)
+    return model(input_ids=ids_BL, use_cache=False).logits
+
+
+def _compute_in_fp32(module: nn.Module) -> None:
+    """Convert a module's parameters before each of its forwards, and put back what was there after it."""
+    stored: list[tuple[nn.Parameter, Tensor]] = []
+
+    def convert(*_: Any) -> None:
+        stored.extend((parameter, parameter.data) for parameter in module.parameters())
+        for parameter, data in stored:
+            parameter.data = data.float()
+
+    def put_back(*_: Any) -> None:
+        for parameter, data in stored:
+            parameter.data = data
+        stored.clear()
+
+    module.register_forward_pre_hook(convert)
+    module.register_forward_hook(put_back)

@@ -1,5 +1,7 @@
 """Upcycling keeps the model's function, for every family. Run: pytest tests/pipeline/method/test_upcycle.py"""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from common.errors import UserError
 from common.files import read_json
 from pipeline.checkpoint.tensors import load_tensors, main_file
 from pipeline.checkpoint.verify import damaged_files
-from pipeline.method.upcycle import load_upcycled, upcycle
+from pipeline.method.upcycle import _logits_in_fp32, load_upcycled, upcycle
 from pipeline.model.backbone import load_dense, moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from tests.helpers.tiny import FAMILIES, VOCAB_SIZE, save_model, save_tokenizer
@@ -43,6 +45,64 @@ def test_step_0_logits_equal_the_dense_models(family: str, tmp_path: Path) -> No
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
     assert manifest.parity["holds"]
     assert manifest.parity["max_abs_logit_difference"] < 1e-5
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_receipt_of_a_bf16_model_is_in_fp32_layer_by_layer(family: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "fp32", family)
+    load_dense(tmp_path / "fp32", torch.bfloat16).save_pretrained(tmp_path / "dense")
+    plan = plan_of([3, 2, 1, 4])
+    manifest = upcycle(tmp_path / "dense", plan, SAMPLES, tmp_path / "upcycled", seed=1, model_hash="x")
+    assert manifest.dtype == "bfloat16" and manifest.parity["max_abs_logit_difference"] < 1e-5
+    whole = load_dense(tmp_path / "dense", torch.bfloat16).float()
+    piecewise = _logits_in_fp32(load_dense(tmp_path / "dense", torch.bfloat16), torch.from_numpy(SAMPLES))
+    torch.testing.assert_close(piecewise, logits(whole), rtol=0, atol=0)
+    assert manifest.parity["max_abs_logit"] == float(piecewise.abs().max())
+
+
+MEMORY_OF_A_RECEIPT = """
+import sys, threading, time
+from pathlib import Path
+import numpy as np
+import torch
+from pipeline.method.upcycle import measure_parity
+from pipeline.model.expert_plan import ExpertPlan
+
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon:"))
+
+def watch():
+    while not done.wait(0.001):
+        peaks.append(anonymous())
+
+folder = Path(sys.argv[1])
+arguments = folder / "dense", folder / "upcycled", ExpertPlan.load(folder / "plan.json"), np.zeros((1, 8), int)
+measure_parity(*arguments, torch.bfloat16)  # imports and threads
+before, peaks, done = anonymous(), [0], threading.Event()
+thread = threading.Thread(target=watch)
+thread.start()
+measure_parity(*arguments, torch.bfloat16)
+done.set()
+thread.join()
+print(max(peaks) - before)
+"""
+
+
+def test_the_receipt_takes_the_memory_of_the_dense_model_and_of_a_layer(tmp_path: Path) -> None:
+    hidden, intermediate, layers, new = 256, 4096, 12, 5
+    save_model(tmp_path / "fp32", num_layers=layers, hidden_size=hidden, intermediate_size=intermediate)
+    load_dense(tmp_path / "fp32", torch.bfloat16).save_pretrained(tmp_path / "dense")
+    plan = plan_of([1 + new] * layers)
+    plan.save(tmp_path / "plan.json")
+    upcycle(tmp_path / "dense", plan, SAMPLES, tmp_path / "upcycled", seed=1, model_hash="x")
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY_OF_A_RECEIPT, str(tmp_path)],
+        cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    mlp = 3 * hidden * intermediate
+    dense_bf16, layer_fp32 = 2 * mlp * layers, 4 * mlp * (1 + new)
+    both_in_fp32 = 2 * dense_bf16 + 4 * mlp * layers * new
+    assert float(done.stdout) < 1.25 * (dense_bf16 + layer_fp32) < both_in_fp32 / 4
 
 
 def test_random_experts_are_no_copies_and_the_receipt_says_by_how_much(tmp_path: Path) -> None:
