@@ -13,6 +13,7 @@ from pipeline.estimate.imbalance import busiest_rank
 from pipeline.method.stage import Stage
 from pipeline.model.backbone import decoder_layers, find_mlp
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.training.ds_config import gradient_bytes
 
 # A share of all tensors: gaps between blocks, and buffers of the kernels. Measured: 7 to 10 % on a CPU, 1 and 2 ranks.
 ALLOCATOR = 0.08
@@ -117,15 +118,16 @@ def memory_by_kind(
     layers: LayerActivations,
     *,
     dtype: torch.dtype,
-    gradient_bytes: int,
+    ds_config: dict[str, Any],
     stage: Stage,
     process: int,
+    offloads: bool = False,
 ) -> dict[str, float]:
     """Bytes of the fullest rank in training.
 
     ZeRO-1 as we configure it: gradients are summed in fp32 for all that trains on a rank; masters and moments are
-    divided among the ranks that hold the same parameters. Without ZeRO the weights that train are in fp32, need no
-    masters, and each rank holds all of their moments.
+    divided among the ranks that hold the same parameters, with ZeRO-2 the sums of gradients too. Without ZeRO the
+    weights that train are in fp32, need no masters, and each rank holds all of their moments.
 
     Args:
         sizes: of the dense model.
@@ -134,28 +136,31 @@ def memory_by_kind(
         batch: one rank's micro-batch.
         layers: what layers keep for the backward.
         dtype: of the frozen weights.
-        gradient_bytes: per weight that trains under ZeRO; see :func:`pipeline.training.ds_config.gradient_bytes`.
+        ds_config: the run's DeepSpeed config.
         stage: what trains, and how.
         process: bytes of the process before it holds any model.
+        offloads: whether ZeRO's masters and moments are elsewhere.
 
     Returns:
         Bytes by kind: ``process``, ``weights``, ``gradients``, ``master weights``, ``moments``, ``activations`` (with
         logits), ``allocator``, and the ``peak`` of all together.
     """
     width, trained = dtype.itemsize, trained_parameters(sizes, plan, dims, stage)
+    each = gradient_bytes(ds_config)
+    summed = FP32 * (trained.optimized(dims, stage) if ds_config["zero_optimization"]["stage"] == 2 else trained.total)
     experts = sum(most_experts(plan, dims).values()) * sizes.mlp
     held = trained.optimized(dims, stage)
     weights = (sizes.total + experts) * width + trained.routers * (width if stage.uses_zero else FP32)
     kinds = {
         "process": float(process),
         "weights": float(weights),
-        "gradients": float(trained.total * (gradient_bytes if stage.uses_zero else FP32)),
-        "master weights": FP32 * held if stage.uses_zero else 0.0,
-        "moments": MOMENTS * held,
+        "gradients": summed + trained.total * (each - FP32) if stage.uses_zero else float(FP32 * trained.total),
+        "master weights": FP32 * held if stage.uses_zero and not offloads else 0.0,
+        "moments": 0.0 if stage.uses_zero and offloads else MOMENTS * held,
     }
     logits = 2 * batch.tokens * sizes.vocabulary * width  # and their gradient
     kinds["activations"] = _activations(plan, dims, batch, layers, sizes.hidden * width) + logits
-    fresh = trained.total * (gradient_bytes - FP32) if stage.uses_zero and batch.accumulation == 1 else 0.0
+    fresh = trained.total * (each - FP32) if stage.uses_zero and batch.accumulation == 1 else 0.0
     kinds["allocator"] = ALLOCATOR * (sum(kinds.values()) - process)
     # With one micro-batch per step, its gradients come as its activations go.
     kinds["peak"] = sum(kinds.values()) - min(kinds["activations"], fresh)

@@ -29,7 +29,7 @@ from pipeline.model.backbone import model_config, model_folder, parameter_counts
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.metrics import StepRow
 from pipeline.records.run_folder import METRICS_FILE, PLAN_FILE, RunFolder
-from pipeline.training.ds_config import batch_shape, gradient_bytes, read_ds_config, training_dtype
+from pipeline.training.ds_config import batch_shape, offloads, read_ds_config, training_dtype
 
 USABLE = 0.92  # of a device's memory; the rest goes to the runtime and to gaps between blocks
 GPUS_PER_NODE = 8  # where the run's cluster section does not say
@@ -63,8 +63,8 @@ class Estimate:
         self.run, self.world_size, self.device = run, world_size, device
         self.per_node = per_node or run.cluster.job("stage1").gpus_per_node or GPUS_PER_NODE
         self.config = model_config(model_folder(run.model))
-        ds_config = read_ds_config(run.deepspeed)
-        self.dtype, self.gradient_bytes = training_dtype(ds_config), gradient_bytes(ds_config)
+        self.ds_config = read_ds_config(run.deepspeed)
+        self.dtype = training_dtype(self.ds_config)
         self.sizes: ModelSizes = model_sizes(self.config)
         self.plan, self.plan_note = find_plan(run, self.config.get_text_config().num_hidden_layers, num_new)
         self.stages = stages_of(run)
@@ -83,11 +83,15 @@ class Estimate:
         )
 
     def memory(self, stage: Stage, dims: ParallelDims | None = None) -> dict[str, float]:
-        """Bytes of the fullest rank, by the kinds of :func:`memory_by_kind`; ``dims`` replaces the estimate's own."""
+        """Bytes of the fullest rank, by the kinds of :func:`memory_by_kind`; ``dims`` replaces the estimate's own.
+
+        What is offloaded from a GPU is not among them.
+        """
         dims = dims or self.dims
         return memory_by_kind(
             self.sizes, self.plan, dims, self.batch(stage, dims), self.layers[stage.number],
-            dtype=self.dtype, gradient_bytes=self.gradient_bytes, stage=stage, process=self.process,
+            dtype=self.dtype, ds_config=self.ds_config, stage=stage, process=self.process,
+            offloads=self.device.type == "cuda" and offloads(self.ds_config),
         )  # fmt: skip
 
     def _dims(self, ep_size: int) -> ParallelDims:
@@ -100,7 +104,9 @@ class Estimate:
         return 1 if self.device.capacity is None else self.smallest_ep_size() or self.leanest_ep_size()
 
     def ep_sizes(self) -> list[int]:
-        """Those that can be chosen: a group stays within a node."""
+        """Those that can be chosen: a group stays within a node; ZeRO-2 takes 1 alone."""
+        if self.ds_config["zero_optimization"]["stage"] == 2:
+            return [1]
         return [size for size in range(1, min(self.world_size, self.per_node) + 1) if self.world_size % size == 0]
 
     def peak(self, ep_size: int) -> float:

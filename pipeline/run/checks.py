@@ -51,14 +51,15 @@ def check_parallel(context: RunContext, world_size: int, device: str) -> None:
     """
     from pipeline.distributed.parallel_dims import ParallelDims
     from pipeline.method.stages import stages_of
-    from pipeline.training.ds_config import batch_shape, read_ds_config
+    from pipeline.training.ds_config import batch_shape, check_zero, read_ds_config
     from pipeline.training.monitors import check_monitors
 
     run = context.run
-    read_ds_config(run.deepspeed)
+    ds_config = read_ds_config(run.deepspeed)
     check_monitors(run.log)
     if run.parallel.ep_size != "auto":
         ParallelDims(world_size, run.parallel.ep_size)
+        check_zero(ds_config, run.parallel.ep_size)
     for stage in stages_of(run):
         batch_shape(run, stage.settings, world_size, device)
 

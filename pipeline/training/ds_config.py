@@ -38,11 +38,14 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     if config.get("fp16", {}).get("enabled"):
         raise UserError(f"{path}: fp16 is not supported; use bf16, or neither for fp32")
     zero = config.get("zero_optimization", {})
-    if zero.get("stage", 0) != 1:
+    if zero.get("stage", 0) not in (1, 2):
         raise UserError(
-            f"{path}: zero_optimization.stage is {zero.get('stage', 0)}; use 1: DeepSpeed clips experts wrongly at 0, "
-            "can hang with 2 where ranks hold unequal experts, and refuses MoE with 3"
+            f"{path}: zero_optimization.stage is {zero.get('stage', 0)}; use 1, or 2 with ep_size 1: DeepSpeed clips "
+            "experts wrongly at 0, and refuses MoE with 3"
         )
+    offload = zero.get("offload_optimizer", {}).get("device", "none")
+    if offload not in ("none", "cpu") or zero.get("offload_param"):
+        raise UserError(f'{path}: only "offload_optimizer": {{"device": "cpu"}} can be offloaded at ZeRO 1 and 2')
     if zero.get("overlap_comm", False):
         raise UserError(
             f"{path}: zero_optimization.overlap_comm can hang where ranks hold unequal experts; set it to false"
@@ -57,6 +60,23 @@ def read_ds_config(path: Path) -> dict[str, Any]:
             f'{path}: bf16 needs "communication_data_type": "fp32", or gradients are rounded where ranks are summed'
         )
     return config
+
+
+def check_zero(config: dict[str, Any], ep_size: int) -> None:
+    """Check that the run's ZeRO stage fits its expert parallelism.
+
+    Raises:
+        UserError: it does not.
+    """
+    if config["zero_optimization"]["stage"] == 2 and ep_size > 1:
+        raise UserError(
+            "zero_optimization.stage 2 can hang where ranks hold unequal experts; use --set parallel.ep_size=1, or 1"
+        )
+
+
+def offloads(config: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lies in the CPU's memory."""
+    return bool(config["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu")
 
 
 def training_dtype(config: dict[str, Any]) -> torch.dtype:
@@ -119,6 +139,7 @@ def fill_ds_config(
         dims: how ranks are divided.
         shape: of the micro-batches.
     """
+    check_zero(config, dims.ep_size)
     settings, filled = stage.settings, dict(config)
     filled["train_batch_size"] = dims.world_size * shape.micro_batch * shape.accumulation
     filled["train_micro_batch_size_per_gpu"] = shape.micro_batch

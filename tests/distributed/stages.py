@@ -356,3 +356,11 @@ def held_bytes(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) ->
     }
     state.close()
     return held
+
+
+def optimizer_class(ranks: Ranks, tree: dict[str, Any], folder: Path) -> tuple[str, bool]:
+    """DeepSpeed's class of stage 1's optimizer, and whether it keeps its state in the CPU's memory."""
+    state = TrainingState.start(stage_inputs(tree, 1, folder, ranks), ranks)
+    optimizer = state.engine.optimizer
+    state.close()
+    return type(optimizer).__name__, bool(getattr(optimizer, "cpu_offload", False))

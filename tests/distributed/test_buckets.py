@@ -12,11 +12,11 @@ from tests.distributed.stages import train_steps, with_parallel
 
 ROOT = Path(__file__).parent.parent.parent
 BUCKETS = [100, 3_000, 20_000, 500_000_000]  # elements: from less than one weight to DeepSpeed's own default
-TOPOLOGIES = [(2, 2), (4, 2), (4, 4)]
+CASES = [(2, 2, "fp32"), (4, 2, "fp32"), (4, 4, "fp32"), (2, 2, "bf16"), (4, 2, "bf16"), (4, 4, "bf16"),
+         (4, 4, "bf16_offload")]  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("ranks", "ep_size"), TOPOLOGIES)
+@pytest.mark.parametrize(("ranks", "ep_size", "precision"), CASES)
 def test_unequal_experts_in_buckets_of_any_size(
     pools: Pools, tree: dict[str, Any], tmp_path: Path, ranks: int, ep_size: int, precision: str
 ) -> None:

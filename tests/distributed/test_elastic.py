@@ -166,9 +166,38 @@ def test_every_topology_resumes_on_every_other(
     check_pair(pools, trained, pair, number, precision, tmp_path)
 
 
-def test_bf16_masters_and_moments_are_exact_on_other_ranks(pools: Pools, trained: Trained, tmp_path: Path) -> None:
-    check_pair(pools, trained, (ParallelDims(2, 2), ParallelDims(4, 2)), 1, "bf16", tmp_path / "up")
-    check_pair(pools, trained, (ParallelDims(4, 2), ParallelDims(1, 1)), 1, "bf16", tmp_path / "down")
+@pytest.mark.parametrize("precision", ["bf16", "bf16_offload"])
+def test_bf16_masters_and_moments_are_exact_on_other_ranks(
+    pools: Pools, trained: Trained, tmp_path: Path, precision: str
+) -> None:
+    check_pair(pools, trained, (ParallelDims(2, 2), ParallelDims(4, 2)), 1, precision, tmp_path / "up")
+    check_pair(pools, trained, (ParallelDims(4, 2), ParallelDims(1, 1)), 1, precision, tmp_path / "down")
+
+
+def test_a_checkpoint_of_an_offloaded_optimizer_resumes_in_memory_and_back(
+    pools: Pools, trained: Trained, tmp_path: Path
+) -> None:
+    """Both hold the same, but are other classes of DeepSpeed's, with other paddings."""
+    dims = ParallelDims(2, 2)
+    for saved, resumed in (("bf16", "bf16_offload"), ("bf16_offload", "bf16")):
+        folder, expected = trained(dims, 1, saved)
+        tree = spread(trained.tree | {"deepspeed": f"ds_configs/{resumed}_zero1.json"}, dims)
+        rows = pools[2].run(move_and_train, tree, 1, folder, tmp_path / saved, STEPS)[0]
+        assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+
+
+def test_zero_2_gives_what_zero_1_gives_and_resumes_on_other_ranks(
+    pools: Pools, trained: Trained, tmp_path: Path
+) -> None:
+    alone, both = ParallelDims(1, 1), ParallelDims(2, 1)
+    folder, expected = trained(both, 1, "bf16")
+    tree = spread(trained.tree | {"deepspeed": "ds_configs/bf16_zero2.json"}, both)
+    rows = pools[2].run(train_steps, tree, 1, tmp_path / "zero2", STEPS, SAVED_AT)[0]["rows"][SAVED_AT:]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
+    same_optimizer(tmp_path / "zero2" / f"step{SAVED_AT:06d}", folder / f"step{SAVED_AT:06d}")
+    moved = spread(trained.tree | {"deepspeed": "ds_configs/bf16_zero2.json"}, alone)
+    pools[1].run(move_and_train, moved, 1, tmp_path / "zero2", tmp_path / "moved", STEPS)
+    same_optimizer(tmp_path / "moved" / f"step{SAVED_AT:06d}", folder / f"step{SAVED_AT:06d}")
 
 
 @pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])

@@ -83,6 +83,22 @@ def test_each_ep_size_within_a_node_is_shown_with_its_cost_and_few_experts_with_
     assert "warning" not in Estimate(parse_run(nodes, "x"), 16, Device()).text(None)
 
 
+def test_offload_and_zero_2_take_less_of_a_gpu(tree: dict[str, Any]) -> None:
+    def kinds(config: str, device: Device) -> dict[str, float]:
+        estimate = Estimate(parse_run({**tree, "deepspeed": f"ds_configs/{config}.json"}, "x"), 2, device)
+        return estimate.memory(estimate.stages[0])
+
+    gpu = Device.named("80GB")
+    plain, offloaded = kinds("bf16_zero1", gpu), kinds("bf16_offload_zero1", gpu)
+    assert offloaded["master weights"] == offloaded["moments"] == 0 < plain["moments"]
+    assert kinds("bf16_offload_zero1", Device())["moments"] == plain["moments"]  # the CPU's memory is the same
+    zero2 = kinds("bf16_zero2", gpu)
+    # Of two ranks each sums half of the gradients in fp32, and holds a micro-batch's in bf16.
+    assert zero2["gradients"] == pytest.approx(plain["gradients"] * (4 / 2 + 2) / 4)
+    run = parse_run({**tree, "deepspeed": "ds_configs/bf16_zero2.json"}, "x")
+    assert Estimate(run, 2, gpu).ep_sizes() == [1]
+
+
 def test_less_memory_for_more_time(tree: dict[str, Any]) -> None:
     experts = {"allocation": "explicit", "counts": [6, 6, 6, 6]}
     run = parse_run({**tree, "name": "wide", "experts": experts}, "x")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import expert_timeouts, summed_over_ranks, train_steps, with_parallel
+from tests.distributed.stages import expert_timeouts, optimizer_class, summed_over_ranks, train_steps, with_parallel
 from tests.helpers.tiny import FFN, HIDDEN
 
 ROOT = Path(__file__).parent.parent.parent
@@ -55,3 +55,14 @@ def test_the_experts_groups_wait_as_long_as_the_run_s(pools: Pools, tree: dict[s
     spread = with_parallel(tree, ranks=2, ep_size=2, micro_batch_size=2)
     for found in pools[2].run(expert_timeouts, spread, 1, tmp_path):
         assert found == [timedelta(minutes=31)] * 3  # of parallel.timeout_minutes, and the watchdog's start
+
+
+@pytest.mark.parametrize(
+    ("precision", "expected"),
+    [("bf16", ("BF16_Optimizer", False)), ("bf16_offload", ("DeepSpeedZeroOptimizer", True))],
+)
+def test_offload_is_deepspeeds(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path, precision: str, expected: tuple[str, bool]
+) -> None:
+    offloading = {**with_parallel(tree), "deepspeed": f"ds_configs/{precision}_zero1.json"}
+    assert pools[1].run(optimizer_class, offloading, tmp_path) == [expected]

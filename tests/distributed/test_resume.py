@@ -28,7 +28,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return with_parallel(run_tree(folder), ranks=2, ep_size=2, micro_batch_size=2)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16_offload"])
 @pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
 def test_6_steps_equal_3_steps_then_resume_then_3_steps(
     pools: Pools, tree: dict[str, Any], tmp_path: Path, number: int, precision: str

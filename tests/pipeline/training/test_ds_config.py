@@ -13,7 +13,7 @@ import pytest
 from common.errors import UserError
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.stages import find_stage
-from pipeline.training.ds_config import BatchShape, batch_shape, fill_ds_config, read_ds_config
+from pipeline.training.ds_config import BatchShape, batch_shape, check_zero, fill_ds_config, read_ds_config
 from tests.helpers.tiny import parse_run, run_tree
 
 ROOT = Path(__file__).parents[3]
@@ -36,16 +36,27 @@ def test_the_matrix_is_accepted_or_refused_with_what_to_use(
     precision: str, zero: int, overlap: bool, tmp_path: Path
 ) -> None:
     path = write_config(tmp_path, precision, zero, overlap)
-    if precision != "fp16" and zero == 1 and not overlap:
-        assert read_ds_config(path)["zero_optimization"]["stage"] == 1
+    if precision != "fp16" and zero in (1, 2) and not overlap:
+        assert read_ds_config(path)["zero_optimization"]["stage"] == zero
         return
     with pytest.raises(UserError) as error:
         read_ds_config(path)
     line = str(error.value)
     assert line.startswith(f"{path}: ")
     assert "\n" not in line
-    what = "use bf16" if precision == "fp16" else "use 1" if zero != 1 else "set it to false"
+    what = "use bf16" if precision == "fp16" else "use 1" if zero not in (1, 2) else "set it to false"
     assert what in line
+
+
+def test_zero_2_is_for_equal_ranks_and_only_the_cpu_takes_what_is_offloaded(tmp_path: Path) -> None:
+    config = read_ds_config(write_config(tmp_path, "bf16", 2, False))
+    check_zero(config, 1)
+    with pytest.raises(UserError, match="use --set parallel.ep_size=1"):
+        check_zero(config, 2)
+    for offload in ({"offload_optimizer": {"device": "nvme"}}, {"offload_param": {"device": "cpu"}}):
+        path = write_config(tmp_path, "bf16", 1, False, zero_optimization={"stage": 1, **offload})
+        with pytest.raises(UserError, match='only "offload_optimizer": {"device": "cpu"}'):
+            read_ds_config(path)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +71,8 @@ def test_bf16_must_accumulate_and_be_summed_over_ranks_in_fp32(left_out: str, ne
 
 def test_every_config_that_ships_is_accepted_and_trained_with() -> None:
     shipped = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
-    assert shipped == ["bf16_zero1.json", "fp32_zero1.json"]  # those of tests/distributed/test_resume.py
+    # Those of tests/distributed/test_resume.py and test_elastic.py.
+    assert shipped == ["bf16_offload_zero1.json", "bf16_zero1.json", "bf16_zero2.json", "fp32_zero1.json"]
     for name in shipped:
         read_ds_config(ROOT / "ds_configs" / name)
 
