@@ -91,6 +91,7 @@ def test_ctrl_c_while_ranks_start_is_one_line_and_130(path: Path, tmp_path: Path
     ends_with_one_line(launches[0], lambda: len(launches[0].ranks()) == 2)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_ranks_evaluate_is_one_line_and_130(path: Path, tmp_path: Path, launches: list[Launch]) -> None:
     launches.append(Launch(["evaluate", str(path), "--checkpoint", "base"], tmp_path / "log"))
     ends_with_one_line(launches[0], lambda: "evaluate: base" in launches[0].log.read_text())

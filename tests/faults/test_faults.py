@@ -38,6 +38,7 @@ def steps_done(path: Path) -> int:
     return len(read_rows(path.parent / "runs" / "tiny" / "stage1" / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_second_launch_on_the_same_run_refuses_and_the_first_goes_on(tmp_path: Path, launches: list[Launch]) -> None:
     path = write_long_run(tmp_path)
     launches.append(train(path))
@@ -73,6 +74,7 @@ def test_ranks_whose_launcher_died_end_within_30_seconds_and_the_lock_is_free(
     wait_for(lambda: steps_done(path) > done, launches[1])
 
 
+@pytest.mark.slow
 def test_ranks_end_whose_launcher_was_killed_while_they_started(tmp_path: Path, launches: list[Launch]) -> None:
     launches.append(train(write_long_run(tmp_path)))
     wait_for(lambda: len(launches[0].ranks()) == 2, launches[0])  # they import for seconds, and know no launcher yet

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.helpers.tiny import write_run
 
@@ -94,6 +95,7 @@ def test_stage_2_refuses_damaged_experts_of_stage_1_by_name(tmp_path: Path) -> N
     assert not (tmp_path / "runs" / "tiny" / "stage2").exists()
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_command_saves_stops_all_ranks_and_the_next_run_goes_on(tmp_path: Path) -> None:
     path = write_run(
         tmp_path,
@@ -137,6 +139,7 @@ def test_train_sh_under_deepspeed_trains_both_stages_and_then_evaluates(tmp_path
     assert "OLD   en" in output and f"report: {folder}/report.html" in output
 
 
+@pytest.mark.slow
 def test_train_sh_as_a_shell_script_trains_stage_1(tmp_path: Path) -> None:
     path = write_run(tmp_path, prepared=True)
     assert "6 steps of 8 x 32 tokens on 1 ranks" in command("bash", "launch/train.sh", str(path), "--stage", "1")

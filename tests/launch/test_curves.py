@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers.tiny import write_run
@@ -13,6 +14,7 @@ from tests.launch.test_commands import command
 STEPS = [8, 16, 24, 32, 40, 48]  # in samples
 
 
+@pytest.mark.slow
 def test_a_stage_that_goes_on_keeps_its_wandb_run_and_repeats_no_step(tmp_path: Path) -> None:
     path = write_run(
         tmp_path,

@@ -42,6 +42,7 @@ def can_cut_off() -> bool:
     return os.geteuid() == 0 and not subprocess.run([*CUT_OFF, "true"], capture_output=True, check=False).returncode
 
 
+@pytest.mark.slow
 def test_after_fetch_every_step_runs_with_the_network_cut_off(hub: Hub, tmp_path: Path) -> None:
     if not can_cut_off():
         pytest.skip("cutting off the network needs root and namespaces")

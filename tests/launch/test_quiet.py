@@ -4,6 +4,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.tiny import write_run
 from tests.launch.test_commands import command
 
@@ -13,6 +15,7 @@ OURS = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_a_run_with_activation_checkpointing_on_two_ranks_prints_no_line_of_a_library(tmp_path: Path) -> None:
     path = write_run(
         tmp_path,
