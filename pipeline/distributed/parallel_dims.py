@@ -50,7 +50,7 @@ class ParallelDims:
         return cls(manifest.ranks, manifest.ep_size, max_imbalance=manifest.max_imbalance)
 
     @classmethod
-    def from_options(cls, ranks: int, ep_size: int, max_imbalance: float = MAX_IMBALANCE) -> "ParallelDims":
+    def from_options(cls, ranks: int, ep_size: int) -> "ParallelDims":
         """The shape that the options ``--ranks`` and ``--ep-size`` ask for.
 
         Raises:
@@ -61,7 +61,7 @@ class ParallelDims:
                 f"ranks {ranks}, ep_size {ep_size}: the ranks must be a multiple of ep_size, and both at least 1; "
                 "change --ranks or --ep-size"
             )
-        return cls(ranks, ep_size, max_imbalance=max_imbalance)
+        return cls(ranks, ep_size)
 
     @property
     def num_replicas(self) -> int:
