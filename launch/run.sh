@@ -6,7 +6,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 entry=$1
 shift
 python=${PYTHON:-python}
-command -v "$python" >/dev/null || python=$root/.venv/bin/python
+if [ -z "${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$root/.venv/bin/python" ]; then
+  python=$root/.venv/bin/python # what the README's commands have made, where no environment is active
+fi
 
 started_by_srun() { # step numbers above are SLURM's own: the batch script, an interactive shell
   [[ ${SLURM_STEP_ID:-} =~ ^[0-9]+$ ]] && [ "$SLURM_STEP_ID" -lt 4294967280 ]

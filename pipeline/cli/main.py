@@ -124,7 +124,8 @@ def _check(options: argparse.Namespace) -> int:
     from pipeline.distributed.process_group import join, under_launcher
 
     if under_launcher():
-        return check_ranks(join(), options.megabytes)
+        run = load_run(options.run, options.set) if options.run else None
+        return check_ranks(join(), options.megabytes, run)
     named = [options.run] if options.run else []
     sets = [f"--set={change}" for change in options.set]
     arguments = ["check", *named, *sets, "--megabytes", str(options.megabytes)]

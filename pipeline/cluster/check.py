@@ -1,19 +1,18 @@
-"""What a cluster's ranks can do together: who they are, whether their software agrees, and how fast they talk."""
+"""What a cluster's ranks can do: who they are, whether their software agrees, how fast they compute and talk."""
 
 import importlib.metadata
 import os
 import platform
 import socket
-import time
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from common.text_table import aligned
+from pipeline.cluster.measure import find_slow, measure_network, measure_speeds, speed_table
+from pipeline.config.run import RunConfig
 from pipeline.distributed.device import device_name, driver_version
 from pipeline.distributed.process_group import Ranks, leave
 
@@ -22,16 +21,29 @@ PACKAGES = ("torch", "deepspeed", "transformers")
 OWN = ("node", "ranks")
 
 
-def check_ranks(ranks: Ranks, megabytes: int) -> int:
-    """Print the table of nodes and that of bandwidths on rank 0; 1 where nodes differ."""
+def check_ranks(ranks: Ranks, megabytes: int, run: RunConfig | None = None) -> int:
+    """Print the tables of nodes, of their speed and of bandwidths on rank 0; 1 where nodes differ.
+
+    Args:
+        ranks: all of them.
+        megabytes: the largest message.
+        run: whose expert-parallel groups are to stay within nodes.
+    """
     found: list[Any] = [None] * ranks.world_size
     dist.all_gather_object(found, describe_rank(ranks))
     nodes = describe_nodes(found)
     mismatches = find_mismatches(nodes)
     ranks.say(f"{ranks.world_size} ranks on {len(nodes)} nodes")
     ranks.say(aligned([list(nodes[0]), *([str(value) for value in node.values()] for node in nodes)]))
+    names = [row["node"] for row in found]
+    speeds = measure_speeds(ranks, names)
     ranks.say("")
-    ranks.say(aligned([["message", "all-reduce", "all-to-all"], *measure(ranks, megabytes)]))
+    ranks.say(aligned(speed_table(names, speeds)))
+    ranks.say("")
+    titles = ["message", "all-reduce", "all-to-all", "ragged, in a node", "ragged, between nodes"]
+    ranks.say(aligned([titles, *measure_network(ranks, megabytes, names)]))
+    for line in [*find_slow(names, speeds), *crossing_groups(names, run)]:
+        ranks.say(f"WARNING {line}")
     for line in mismatches:
         ranks.say(f"MISMATCH {line}")
     ranks.say("differences may give other results or errors: fix them" if mismatches else "all nodes agree")
@@ -93,35 +105,14 @@ def nodes_with(nodes: list[dict[str, str]], key: str, value: str) -> str:
     return f"{names[0]} has" if len(names) == 1 else f"{len(names)} others have"
 
 
-def measure(ranks: Ranks, megabytes: int) -> list[list[str]]:
-    """A row per message size: what each rank sends per second, by the usual counts of bytes.
-
-    All-reduce: 2 (n - 1) / n times the message over the time (nccl-tests' bus bandwidth); all-to-all: (n - 1) / n.
-    """
-    sizes = [size for size in (1, 8, 64, 512, 4096) if size < megabytes] + [megabytes]
-    n = ranks.world_size
-    rows = []
-    for size in sizes:
-        count = max(n, size * 2**20 // 4 // n * n)
-        sent, received = torch.zeros(count, device=ranks.device), torch.empty(count, device=ranks.device)
-        reduce = best_seconds(ranks, partial(dist.all_reduce, sent))
-        exchange = best_seconds(ranks, partial(dist.all_to_all_single, received, sent))
-        factors = (2 * (n - 1) / n / reduce, (n - 1) / n / exchange)
-        rows.append([f"{size} MB", *(f"{count * 4 * factor / 1e9:.2f} GB/s" for factor in factors)])
-    return rows
-
-
-def best_seconds(ranks: Ranks, operation: Callable[[], Any]) -> float:
-    """The fastest of five, over the slowest rank each; the first one only warms up."""
-    best = float("inf")
-    for repeat in range(6):
-        ranks.wait()
-        started = time.perf_counter()
-        operation()
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize(ranks.device)
-        took = torch.tensor([time.perf_counter() - started], device=ranks.device)
-        dist.all_reduce(took, op=dist.ReduceOp.MAX)
-        if repeat:
-            best = min(best, float(took))
-    return best
+def crossing_groups(names: list[str], run: RunConfig | None) -> list[str]:
+    """A line if an expert-parallel group of the run lies on several nodes, between which tokens travel slower."""
+    ep_size = 1 if run is None or run.parallel.ep_size == "auto" else run.parallel.ep_size
+    groups = [names[first : first + ep_size] for first in range(0, len(names), ep_size)]
+    crossing = sum(len(set(group)) > 1 for group in groups)
+    if not crossing:
+        return []
+    return [
+        f"parallel.ep_size {ep_size}: {crossing} of {len(groups)} expert-parallel groups lie on several nodes; "
+        "take one that divides the ranks of each node"
+    ]

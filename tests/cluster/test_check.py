@@ -11,7 +11,8 @@ def test_check_shows_nodes_and_bandwidth(cluster: Cluster) -> None:
     assert "2 ranks on 2 nodes" in output
     for node in ("node1", "node2"):
         assert re.search(rf"^{node} +1 .* CPU +gloo .*2\.13\.0", output, re.M)
-    rates = re.findall(r"^(\d) MB +([\d.]+) GB/s +([\d.]+) GB/s$", output, re.M)
+        assert re.search(rf"^{node} +[\d.]+ TFLOPS +\d+ GB/s$", output, re.M)
+    rates = re.findall(r"^(\d) MB +([\d.]+) GB/s +([\d.]+) GB/s +- +([\d.]+) GB/s$", output, re.M)
     assert [size for size, *_ in rates] == ["1", "4"]
     assert all(float(rate) > 0 for row in rates for rate in row[1:])
     assert "all nodes agree" in output
