@@ -1,5 +1,6 @@
 """The estimate of a run, as text."""
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -93,6 +94,13 @@ class Estimate:
             dtype=self.dtype, ds_config=self.ds_config, stage=stage, process=self.process,
             offloads=self.device.type == "cuda" and offloads(self.ds_config),
         )  # fmt: skip
+
+    def on(self, world_size: int) -> "Estimate":
+        """The same run on another number of ranks; its model is not measured again."""
+        other = copy.copy(self)
+        other.world_size = world_size
+        other.dims = other._dims(other._ep_size())
+        return other
 
     def _dims(self, ep_size: int) -> ParallelDims:
         return ParallelDims(self.world_size, ep_size, max_imbalance=self.run.parallel.max_imbalance)

@@ -142,7 +142,7 @@ class TrainingState:
 
     @cached_property
     def _flops_per_token(self) -> float:
-        return flops_per_token(self.engine.module, self.stage, self.settings.sequence_length)
+        return flops_per_token(self.engine.module, self.settings.sequence_length)
 
     def say(self, text: str) -> None:
         """Print a line about this stage, on rank 0."""

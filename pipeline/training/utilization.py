@@ -5,7 +5,6 @@ from torch import nn
 
 from pipeline.config.run import LogConfig
 from pipeline.distributed.device import device_name
-from pipeline.method.stage import Stage
 from pipeline.model.backbone import decoder_layers
 from pipeline.model.moe import MoELayer
 
@@ -14,7 +13,7 @@ PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40
                "RTX 4090": 165.0}  # fmt: skip
 
 
-def flops_per_token(model: nn.Module, stage: Stage, sequence_length: int) -> float:
+def flops_per_token(model: nn.Module, sequence_length: int) -> float:
     """Floating-point operations of a training step per token: forward and backward, recomputation left out.
 
     A multiplication and its addition are two. Forward: two per weight of each linear map that the token meets, K of
@@ -24,8 +23,7 @@ def flops_per_token(model: nn.Module, stage: Stage, sequence_length: int) -> flo
     trains: in stage 1 of the new experts, to which uniform routing sends a token K (N - 1) / N times.
 
     Args:
-        model: with its MoE layers.
-        stage: what trains.
+        model: with its MoE layers, as a stage trains it.
         sequence_length: L.
     """
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]

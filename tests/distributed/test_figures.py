@@ -35,8 +35,8 @@ def counted_and_expected(
     counts = {
         str(operation): count / state.batch_tokens for operation, count in counter.get_flop_counts()["Global"].items()
     }
-    linear = flops_per_token(model, state.stage, 0)
-    attention = flops_per_token(model, state.stage, length) - linear
+    linear = flops_per_token(model, 0)
+    attention = flops_per_token(model, length) - linear
     state.close()
     # Eager attention computes what causal masking throws away, too.
     return {"linear": (counts["aten.mm"], linear), "attention": (counts["aten.bmm"] / 2, attention)}
