@@ -35,13 +35,8 @@ def damaged_files(
     return bad
 
 
-def damaged_weights(folder: Path) -> list[str]:
-    """:func:`damaged_files` among a tag's weights: scoring and a later stage read nothing else."""
-    return damaged_files(folder, weight_files(folder))
-
-
 def weight_files(folder: Path) -> list[str] | None:
-    """Names of the files that hold weights; None if the manifest can't be read."""
+    """Names of the files that hold weights, all that scoring and a later stage read; None if there is no manifest."""
     try:
         return [name for name in read_files(folder) if name.endswith("model_states.pt")]
     except UserError:

@@ -10,9 +10,10 @@ from torch import nn
 from common.errors import UserError
 from common.files import sha256_file
 from pipeline.checkpoint.store import MANIFEST, best, check_same_run, complete_tags, read_manifest
-from pipeline.checkpoint.verify import damaged_weights
+from pipeline.checkpoint.verify import check_sound, weight_files
 from pipeline.checkpoint.weights import read_weights
 from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.distributed.process_group import Ranks
 from pipeline.method.stages import STAGES
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import moe_layers, move
@@ -45,7 +46,7 @@ def find_checkpoint(stage_folders: dict[str, Path], tag: str) -> Path:
         tag: what the user wrote.
 
     Raises:
-        UserError: there is no such checkpoint, or it is damaged.
+        UserError: there is no such checkpoint.
     """
     stage, _, which = tag.partition("/")
     if stage not in stage_folders:
@@ -59,18 +60,13 @@ def find_checkpoint(stage_folders: dict[str, Path], tag: str) -> Path:
         which = tags[0] if tags else "any"
     if which not in tags:
         raise UserError(f"--checkpoint {tag}: {folder} holds no complete checkpoint {which}; it has {tags or 'none'}")
-    bad = damaged_weights(folder / which)
-    if bad:
-        raise UserError(
-            f"--checkpoint {tag}: {folder / which}: {', '.join(bad)} damaged or missing; choose one of {tags}"
-        )
     return folder / which
 
 
 def checkpoint_to_score(
     stage_folders: dict[str, Path], label: str, identities: dict[int, CheckpointIdentity], upcycled: Path
 ) -> Scored:
-    """A checkpoint with the one of stage 1 that holds its experts, both verified.
+    """A checkpoint with the one of stage 1 that holds its experts.
 
     Args:
         stage_folders: by stage1 and stage2.
@@ -79,7 +75,7 @@ def checkpoint_to_score(
         upcycled: the folder that it is laid over.
 
     Raises:
-        UserError: it is missing, damaged, or of another model, plan, tokenizer or stage 1.
+        UserError: it is missing, or of another model, plan, tokenizer or stage 1.
     """
     folder = find_checkpoint(stage_folders, label)
     manifest = read_manifest(folder, CheckpointManifest)
@@ -95,10 +91,24 @@ def checkpoint_to_score(
     return Scored(label, tuple(folders), weights, STAGES[manifest.stage].has_classifiers)
 
 
+def check_weights(scored: Scored, ranks: Ranks) -> None:
+    """Verify the checkpoints of a model; the ranks share the files.
+
+    Raises:
+        AgreedError: names the damaged files.
+    """
+    for folder in scored.folders:
+        fix = f"name another checkpoint, such as {folder.parent.name}/best, or train {folder.parent.name} again"
+        check_sound(folder, ranks, fix, weight_files(folder))
+
+
 def load_model(
     scored: Scored, upcycled: Path, plan: ExpertPlan, dtype: torch.dtype, dims: ParallelDims, device: torch.device
 ) -> nn.Module:
-    """The upcycled model with a checkpoint's weights, each rank with its own experts, ready to score."""
+    """The upcycled model with a checkpoint's weights, each rank with its own experts, ready to score.
+
+    What it reads must have been verified: see :func:`check_weights`.
+    """
     model = load_upcycled(upcycled, plan, dtype, dims, classifiers=scored.has_classifiers)
     for folder in scored.folders:
         read_weights(model, folder)

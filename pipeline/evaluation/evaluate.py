@@ -13,7 +13,7 @@ from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
-from pipeline.evaluation.checkpoints import Scored, load_model
+from pipeline.evaluation.checkpoints import Scored, check_weights, load_model
 from pipeline.evaluation.score_cache import ScoreCache
 from pipeline.evaluation.scoring import score_set
 from pipeline.model.backbone import load_dense
@@ -77,6 +77,7 @@ class Evaluator:
     def _load(self, scored: Scored, ranks: Ranks, dims: ParallelDims) -> nn.Module:
         if scored.label == BASE:
             return load_dense(self.dense, self.dtype, ranks.device)
+        check_weights(scored, ranks)
         return load_model(scored, self.upcycled, self.plan, self.dtype, dims, ranks.device)
 
     def result(self, models: list[Scored], parameters: dict[str, int]) -> Evaluation:

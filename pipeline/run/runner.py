@@ -140,7 +140,7 @@ def evaluate_named(context: RunContext, tag: str) -> None:
     """Score one checkpoint that the user names, and print the table.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged, or it is of another model, plan or tokenizer.
+        UserError: there is no such checkpoint, or it is of another model, plan or tokenizer.
     """
     from pipeline.report.result_table import result_table
 

@@ -35,7 +35,7 @@ def has_work(context: RunContext, tag: str | None = None) -> bool:
     """Whether there is anything to compute, rather than to put together.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged, or it is of another model, plan or tokenizer.
+        UserError: there is no such checkpoint, or it is of another model, plan or tokenizer.
     """
     return bool(_missing(context, evaluator(context), models_to_score(context, tag)))
 
@@ -58,7 +58,7 @@ def score(context: RunContext, tag: str | None, ranks: "Ranks | None") -> Evalua
         What was written; None on ranks other than the first.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged, or it is of another model, plan or tokenizer.
+        UserError: there is no such checkpoint, or it is of another model, plan or tokenizer.
     """
     from pipeline.checkpoint.store import read_manifest
     from pipeline.estimate.divide import divide
@@ -99,7 +99,7 @@ def models_to_score(context: RunContext, tag: str | None) -> "list[Scored]":
     """The base model, and the stages' last checkpoints or the one that is named.
 
     Raises:
-        UserError: there is no such checkpoint, it is damaged, or it is of another model, plan or tokenizer.
+        UserError: there is no such checkpoint, or it is of another model, plan or tokenizer.
     """
     from pipeline.evaluation.checkpoints import Scored, checkpoint_to_score
 

@@ -1,21 +1,26 @@
 """Bits per character are the model's, whatever the ranks. Run: pytest tests/distributed/test_scoring.py"""
 
 import math
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
+from common.files import sha256_file
+from pipeline.checkpoint import verify
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
-from pipeline.evaluation.checkpoints import Scored, load_model
+from pipeline.evaluation.checkpoints import Scored, check_weights, load_model
 from pipeline.evaluation.evaluate import paired_change
 from pipeline.evaluation.scoring import document_windows, score_set
 from pipeline.model.backbone import load_dense
 from pipeline.records.evaluation import Change
 from pipeline.run.context import RunContext
 from tests.distributed.conftest import Pools
+from tests.distributed.stages import train_steps, with_parallel
 from tests.helpers.tiny import parse_run
 
 WINDOW = 16
@@ -81,3 +86,31 @@ def test_paired_interval_covers_the_true_change_95_times_in_100() -> None:
         covered += abs(change.percent - -20.0) <= change.interval
     assert 0.88 <= covered / 400 <= 0.98
     assert paired_change(np.array([2.0]), np.array([1.0])) == Change(percent=-50.0, interval=None)
+
+
+def hashed_before_scoring(ranks: Ranks, folder: Path) -> list[str]:
+    hashed: list[str] = []
+
+    def noting(path: Path) -> str:
+        hashed.append(path.name)
+        return sha256_file(path)
+
+    with patch.object(verify, "sha256_file", noting):
+        check_weights(Scored("stage1", (folder,), {}), ranks)
+    return hashed
+
+
+def test_ranks_share_the_verification_of_a_checkpoint_and_damage_is_named(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    spread = with_parallel(tree, ranks=2, ep_size=2, micro_batch_size=2)
+    pools[2].run(train_steps, spread, 1, tmp_path / "stage1", 1, 1)
+    folder = tmp_path / "stage1" / "step000001"
+    weights = sorted(path.name for path in folder.glob("*model_states.pt"))
+    hashed = pools[2].run(hashed_before_scoring, folder)
+    assert sorted(hashed[0] + hashed[1]) == weights and all(hashed)
+    (folder / weights[-1]).write_bytes(b"")
+    with pytest.raises(
+        AssertionError, match=f"AgreedError: .*{weights[-1]} damaged or missing; name another checkpoint"
+    ):
+        pools[2].run(hashed_before_scoring, folder)
