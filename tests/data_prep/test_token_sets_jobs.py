@@ -45,6 +45,7 @@ prepare(DataConfig.model_validate(tree), sys.argv[2], 300, Path(sys.argv[3]), 17
 """
 
 
+@pytest.mark.slow
 def test_kills_while_a_set_is_added_leave_the_others_alone_and_give_the_same_bytes(
     tree: Tree, watched: Tree, write_rows: Any, save_tokenizer: Any, stored: Any, tmp_path: Path
 ) -> None:

@@ -9,11 +9,20 @@ import torch
 
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, with_parallel
+from tests.helpers.tiny import prepared_run, run_tree
 
 ROOT = Path(__file__).parent.parent.parent
 BUCKETS = [100, 3_000, 20_000, 500_000_000]  # elements: from less than one weight to DeepSpeed's own default
-CASES = [(2, 2, "fp32"), (4, 2, "fp32"), (4, 4, "fp32"), (2, 2, "bf16"), (4, 2, "bf16"), (4, 4, "bf16"),
-         (4, 4, "bf16_offload")]  # fmt: skip
+CASES = [(2, 2, "fp32"), (4, 4, "fp32"), (2, 2, "bf16"), (4, 4, "bf16"), (4, 4, "bf16_offload")]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A tiny run of 4, 1, 0 and 3 new experts: with ep_size 4, groups of 4, 1 and 2 ranks."""
+    folder = tmp_path_factory.mktemp("buckets")
+    changes = {"experts": {"allocation": "explicit", "counts": [5, 2, 1, 4], "classifier_layers": [0, 3]}}
+    prepared_run(folder, **changes)
+    return run_tree(folder, **changes)
 
 
 @pytest.mark.parametrize(("ranks", "ep_size", "precision"), CASES)

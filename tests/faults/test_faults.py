@@ -56,7 +56,8 @@ def test_a_second_launch_on_the_same_run_refuses_and_the_first_goes_on(tmp_path:
     assert not (tmp_path / "runs" / "tiny" / ".lock").exists()
 
 
-@pytest.mark.parametrize("launcher", ["launch", pytest.param("deepspeed", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["launch", "deepspeed"])
 def test_ranks_whose_launcher_died_end_within_30_seconds_and_the_lock_is_free(
     launcher: str, tmp_path: Path, launches: list[Launch]
 ) -> None:

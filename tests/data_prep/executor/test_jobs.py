@@ -63,6 +63,7 @@ def campaign(run: Path, expected: dict[str, str], kills: int, seed: int) -> None
         assert not list((run.parent / "cache" / "tokens").glob(".*.work"))
 
 
+@pytest.mark.slow
 def test_jobs_killed_and_relaunched_otherwise_end_with_the_same_files(prepared: tuple[Path, dict[str, str]]) -> None:
     campaign(*prepared, kills=3, seed=1)
 
