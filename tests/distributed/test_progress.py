@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import lines_of_progress
 from tests.helpers.tiny import prepared_run, run_tree
@@ -14,6 +16,7 @@ def counts(lines: list[str]) -> list[int]:
     return [int(line.split()[2].partition("/")[0].replace(",", "")) for line in lines]
 
 
+@pytest.mark.slow
 def test_it_counts_every_micro_step_of_an_undivided_batch_and_ends_at_the_total_also_after_a_resume(
     pools: Pools, tmp_path: Path
 ) -> None:

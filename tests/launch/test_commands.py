@@ -85,6 +85,7 @@ def test_run_does_everything_on_two_ranks_and_a_second_run_skips_it(tmp_path: Pa
     assert "evaluate: stage2 " not in back and "bits/char, lower is better" in back
 
 
+@pytest.mark.slow
 def test_stage_2_refuses_damaged_experts_of_stage_1_by_name(tmp_path: Path) -> None:
     path = write_run(tmp_path, prepared=True)
     command(sys.executable, "-m", "pipeline", "run", str(path), "--until", "stage1")
