@@ -170,7 +170,10 @@ def main() -> None:
     run = load_run(options.run, options.set)
     costs = Costs(**{name: getattr(options, name) for name in Costs.__dataclass_fields__})
     device = Device.named(options.device)
-    peak = next(tflops for name, tflops in PEAK_TFLOPS.items() if name.lower() in options.device.lower()) * 1e12
+    peaks = (t * 1e12 for name, t in PEAK_TFLOPS.items() if name.lower().replace(" ", "") in options.device.lower())
+    peak = next(peaks, None)
+    if peak is None:
+        parser.error(f"--device {options.device}: its peak is not known; use one of {', '.join(PEAK_TFLOPS)}")
     first = Estimate(run, GPUS[0], device, num_new=options.num_new)
     estimates = [first.on(gpus) for gpus in GPUS]
     found: dict[str, list[Point]] = {}

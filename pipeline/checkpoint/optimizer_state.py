@@ -165,6 +165,11 @@ class SavedOptimizer:
         self.folder, self.plan, self.dims = folder, plan, dims
         self.bf16 = (folder / optimizer_file(0, bf16=True)).is_file()
 
+    @property
+    def of_routers(self) -> Path:
+        """The file of a stage that trains routers alone, without ZeRO: every rank holds all of it."""
+        return self.folder / router_optimizer_file()
+
     @cached_property
     def shapes(self) -> Shapes:
         """Sizes of the parameters, from the checkpoint's own files."""
@@ -208,10 +213,7 @@ class SavedOptimizer:
     def main_for(self, dims: ParallelDims) -> dict[str, Any]:
         """The checkpoint's main file as other ranks would have saved it: the schedule has a value for each group."""
         main = load_tensors(self.folder / main_file())
-        if (self.folder / router_optimizer_file()).is_file():  # without ZeRO, routers alone train
-            groups = 1
-        else:
-            groups = len(Layout(self.plan, self.shapes, dims).dims)
+        groups = 1 if self.of_routers.is_file() else len(Layout(self.plan, self.shapes, dims).dims)
         schedule = {
             name: value[:1] * groups if isinstance(value, list) else value
             for name, value in main["lr_scheduler"].items()

@@ -19,7 +19,6 @@ from pipeline.checkpoint.tensors import (
     load_tensors,
     main_file,
     optimizer_file,
-    router_optimizer_file,
     save_tensors,
 )
 from pipeline.checkpoint.verify import damaged_files
@@ -85,9 +84,8 @@ def _link_experts(folder: Path, target: Path, plan: ExpertPlan) -> None:
 
 
 def _write_optimizer(saved: SavedOptimizer, target: Path, dims: ParallelDims) -> None:
-    of_routers = saved.folder / router_optimizer_file()
-    if of_routers.is_file():  # stage 2: every rank holds all of it
-        shutil.copyfile(of_routers, target / router_optimizer_file())
+    if saved.of_routers.is_file():
+        shutil.copyfile(saved.of_routers, target / saved.of_routers.name)
         return
     with progress(dims.world_size, "resize", "rank") as bar:
         for rank in range(dims.world_size):

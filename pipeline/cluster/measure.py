@@ -53,29 +53,27 @@ def _own_speeds(device: torch.device) -> dict[str, float]:
     }
 
 
+def _seconds(device: torch.device, operation: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    operation()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
 def _fastest(device: torch.device, operation: Callable[[], Any]) -> float:
     """Seconds of the fastest of ``REPEATS``; the first one only warms up."""
-    best = float("inf")
-    for repeat in range(REPEATS + 1):
-        started = time.perf_counter()
-        operation()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if repeat:
-            best = min(best, time.perf_counter() - started)
-    return best
+    return min([_seconds(device, operation) for _ in range(REPEATS + 1)][1:])
 
 
 def speed_table(names: list[str], speeds: list[dict[str, float]]) -> list[list[str]]:
     """A row per node, each figure that of its slowest rank."""
-    slowest = {
-        name: {
-            what: min(s[what] for s, other in zip(speeds, names, strict=True) if other == name) for what in speeds[0]
-        }
-        for name in dict.fromkeys(names)
-    }
-    rows = [[name, f"{s['matrix product']:.3g} TFLOPS", f"{s['memory']:.0f} GB/s"] for name, s in slowest.items()]
-    return [["slowest rank of", "matrix product", "memory"], *rows]
+    rows = [["slowest rank of", "matrix product", "memory"]]
+    for node in dict.fromkeys(names):
+        own = [speed for speed, name in zip(speeds, names, strict=True) if name == node]
+        product, memory = (min(speed[what] for speed in own) for what in ("matrix product", "memory"))
+        rows.append([node, f"{product:.3g} TFLOPS", f"{memory:.0f} GB/s"])
+    return rows
 
 
 def find_slow(names: list[str], speeds: list[dict[str, float]]) -> list[str]:
@@ -142,15 +140,10 @@ def _ragged_rate(ranks: Ranks, count: int, groups: list[tuple[list[int], Any]]) 
 
 def best_seconds(ranks: Ranks, operation: Callable[[], Any]) -> float:
     """The fastest of ``REPEATS``, over the slowest rank each; the first one only warms up."""
-    best = float("inf")
-    for repeat in range(REPEATS + 1):
+    times = []
+    for _ in range(REPEATS + 1):
         ranks.wait()
-        started = time.perf_counter()
-        operation()
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize(ranks.device)
-        took = torch.tensor([time.perf_counter() - started], device=ranks.device)
+        took = torch.tensor([_seconds(ranks.device, operation)], device=ranks.device)
         dist.all_reduce(took, op=dist.ReduceOp.MAX)
-        if repeat:
-            best = min(best, float(took))
-    return best
+        times.append(float(took))
+    return min(times[1:])

@@ -29,8 +29,7 @@ def _choose(run: RunConfig, ranks: Ranks) -> int:
     ep_size = torch.zeros((), dtype=torch.int64, device=ranks.device)
     if ranks.is_first:
         estimate = Estimate(run, ranks.world_size, Device.of_this_rank(ranks.device), per_node=ranks_per_node())
-        found = estimate.smallest_ep_size()
-        ep_size += found or estimate.leanest_ep_size()
-        if found is None:
+        ep_size += estimate.dims.ep_size
+        if estimate.smallest_ep_size() is None:
             print(f"warning: parallel.ep_size: {estimate.fit_line()}; ep_size {int(ep_size)} is tried", flush=True)
     return int(ranks.sum(ep_size))

@@ -146,10 +146,9 @@ def memory_by_kind(
         logits), ``allocator``, and the ``peak`` of all together.
     """
     width, trained = dtype.itemsize, trained_parameters(sizes, plan, dims, stage)
-    each = gradient_bytes(ds_config)
-    summed = FP32 * (trained.optimized(dims, stage) if ds_config["zero_optimization"]["stage"] == 2 else trained.total)
+    held, each = trained.optimized(dims, stage), gradient_bytes(ds_config)
+    summed = FP32 * (held if ds_config["zero_optimization"]["stage"] == 2 else trained.total)
     experts = sum(most_experts(plan, dims).values()) * sizes.mlp
-    held = trained.optimized(dims, stage)
     weights = (sizes.total + experts) * width + trained.routers * (width if stage.uses_zero else FP32)
     kinds = {
         "process": float(process),

@@ -19,6 +19,7 @@ from pipeline.records.run_folder import PLAN_FILE, RunFolder
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.distributed.parallel_dims import ParallelDims
     from pipeline.method.stage import Stage
 
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
@@ -105,6 +106,14 @@ class RunContext:
         from pipeline.training.ds_config import read_ds_config, training_dtype
 
         return training_dtype(read_ds_config(self.run.deepspeed))
+
+    @cached_property
+    def dims(self) -> "ParallelDims":
+        """How the ranks that this process has joined are divided, chosen once; all of them must ask for it."""
+        from pipeline.distributed.process_group import join
+        from pipeline.estimate.divide import divide
+
+        return divide(self.run, join())
 
     def stage(self, number: int) -> "Stage":
         """A stage of the method, with the run's settings.

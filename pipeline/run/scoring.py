@@ -61,12 +61,11 @@ def score(context: RunContext, tag: str | None, ranks: "Ranks | None") -> Evalua
         UserError: there is no such checkpoint, or it is of another model, plan or tokenizer.
     """
     from pipeline.checkpoint.store import read_manifest
-    from pipeline.estimate.divide import divide
     from pipeline.model.backbone import parameter_counts
 
     models, scoring = models_to_score(context, tag), evaluator(context)
     if ranks is not None:
-        scoring.score(models, _missing(context, scoring, models), ranks, divide(context.run, ranks))
+        scoring.score(models, _missing(context, scoring, models), ranks, context.dims)
         if not ranks.is_first:
             return None
     upcycled = read_manifest(context.upcycled, UpcycledManifest)

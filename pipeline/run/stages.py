@@ -74,7 +74,6 @@ def _starting_checkpoint(context: RunContext, number: int) -> Path | None:
 def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | None:
     """Train a stage on this rank; None if it was asked to stop before its end."""
     from pipeline.checkpoint.store import MANIFEST
-    from pipeline.estimate.divide import divide
     from pipeline.training.inputs import StageInputs
     from pipeline.training.monitors import finish_wandb_run, keep_wandb_run
     from pipeline.training.train import train_stage
@@ -94,7 +93,7 @@ def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | N
         update={"settings": content_key(done_with.inputs), "stage1": origin}
     )
     inputs = StageInputs(
-        run, stage, context.plan, context.store, context.upcycled, target, identity, done_with, divide(run, ranks),
+        run, stage, context.plan, context.store, context.upcycled, target, identity, done_with, context.dims,
         experts,
     )  # fmt: skip
     figures = train_stage(inputs, ranks)

@@ -35,6 +35,15 @@ def pools() -> Iterator[Pools]:
 
 
 @pytest.fixture(scope="session")
+def tree_of_groups(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A tiny run of 4, 1, 0 and 3 new experts: with ep_size 4, groups of 4, 1 and 2 ranks."""
+    folder = tmp_path_factory.mktemp("groups")
+    changes = {"experts": {"allocation": "explicit", "counts": [5, 2, 1, 4], "classifier_layers": [0, 3]}}
+    prepared_run(folder, **changes)
+    return run_tree(folder, **changes)
+
+
+@pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The settings of a tiny run that is done up to upcycling; tests change copies, and nothing in its folders."""
     folder = tmp_path_factory.mktemp("prepared")

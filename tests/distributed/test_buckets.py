@@ -9,25 +9,15 @@ import torch
 
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, with_parallel
-from tests.helpers.tiny import prepared_run, run_tree
 
 ROOT = Path(__file__).parent.parent.parent
 BUCKETS = [100, 3_000, 20_000, 500_000_000]  # elements: from less than one weight to DeepSpeed's own default
 CASES = [(2, 2, "fp32"), (4, 4, "fp32"), (2, 2, "bf16"), (4, 4, "bf16"), (4, 4, "bf16_offload")]
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A tiny run of 4, 1, 0 and 3 new experts: with ep_size 4, groups of 4, 1 and 2 ranks."""
-    folder = tmp_path_factory.mktemp("buckets")
-    changes = {"experts": {"allocation": "explicit", "counts": [5, 2, 1, 4], "classifier_layers": [0, 3]}}
-    prepared_run(folder, **changes)
-    return run_tree(folder, **changes)
-
-
 @pytest.mark.parametrize(("ranks", "ep_size", "precision"), CASES)
 def test_unequal_experts_in_buckets_of_any_size(
-    pools: Pools, tree: dict[str, Any], tmp_path: Path, ranks: int, ep_size: int, precision: str
+    pools: Pools, tree_of_groups: dict[str, Any], tmp_path: Path, ranks: int, ep_size: int, precision: str
 ) -> None:
     results = []
     for bucket in BUCKETS:
@@ -35,7 +25,7 @@ def test_unequal_experts_in_buckets_of_any_size(
         config["zero_optimization"]["reduce_bucket_size"] = bucket
         path = tmp_path / f"{bucket}.json"
         path.write_text(json.dumps(config))
-        spread = with_parallel(tree, ranks=ranks, ep_size=ep_size, micro_batch_size=4 // ranks) | {
+        spread = with_parallel(tree_of_groups, ranks=ranks, ep_size=ep_size, micro_batch_size=4 // ranks) | {
             "deepspeed": str(path)
         }
         results.append(pools[ranks].run(train_steps, spread, 1, tmp_path / str(bucket), 2))

@@ -73,7 +73,8 @@ def test_each_file_of_a_checkpoint_is_named_if_damaged_and_the_checkpoint_before
     folder: Path, damage: Callable[[Path], None]
 ) -> None:
     names = [path.name for path in (folder / BAD).iterdir()]
-    assert len(names) >= 3
+    # Manifest and weights of all; then two ranks' optimizers and six experts, or the routers' optimizer.
+    assert len(names) in (10, 3)
     for name in names:
         path = folder / BAD / name
         content = path.read_bytes()

@@ -20,8 +20,6 @@ from pipeline.training.utilization import flops_per_token, peak_flops
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import stage_inputs, train_to_the_end, with_parallel
 
-SLOW_READ = 0.05
-
 
 def counted_and_expected(
     ranks: Ranks, tree: dict[str, Any], number: int, folder: Path

@@ -17,7 +17,7 @@ from pipeline.model.backbone import moe_layers
 from pipeline.model.moe import Routing
 from pipeline.training.state import TrainingState
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import stage_inputs, with_parallel
+from tests.distributed.stages import stage_inputs, train_steps, with_parallel
 
 NEW = (2, 1, 3)  # new experts of the layers that have any
 TOKENS = 48  # a multiple of the layers' numbers of experts, 3, 2 and 4
@@ -70,8 +70,6 @@ def test_the_busiest_rank_of_each_layer_computes_at_most_1_3_times_the_mean(
 def test_replicas_stay_equal_though_each_rank_has_its_own_tokens(
     pools: Pools, tree: dict[str, Any], tmp_path: Path, ep_size: int
 ) -> None:
-    from tests.distributed.stages import train_steps
-
     spread = with_parallel(tree, ranks=4, ep_size=ep_size, micro_batch_size=1)
     found = [one["weights"] for one in pools[4].run(train_steps, spread, 1, tmp_path, 2)]
     holders = {name: [one[name] for one in found if name in one] for name in found[0] | found[1]}

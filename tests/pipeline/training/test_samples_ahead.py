@@ -1,6 +1,7 @@
 """Samples are read while others are trained on, in the same order. Run: pytest tests/pipeline/training"""
 
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -77,6 +78,21 @@ def test_what_fails_while_reading_is_raised_where_the_samples_are_taken(
     reader = SamplesAhead(order, Places(8, 8, 1, 1, 0), pin=False)
     with pytest.raises(OSError, match="the disk is gone"):
         reader.take(0)
+    reader.close()
+
+
+def test_what_it_has_waited_is_counted(order: SampleOrder, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = SampleOrder.batch
+
+    def slow(self: SampleOrder, first: int, size: int) -> Batch:
+        time.sleep(0.05)
+        return original(self, first, size)
+
+    monkeypatch.setattr(SampleOrder, "batch", slow)
+    reader = SamplesAhead(order, Places(8, 8, 1, 1, 0), pin=False)
+    assert reader.waited == 0.0
+    reader.take(0)
+    assert reader.waited > 0.04
     reader.close()
 
 
