@@ -12,6 +12,7 @@ from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.backbone import moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
+from pipeline.model.moe.experts import fused_weights
 
 
 def local_expert_names(model: nn.Module) -> dict[tuple[int, int], str]:
@@ -36,9 +37,11 @@ def expert_files(plan: ExpertPlan, dims: ParallelDims, layers: Collection[int] |
 
 
 def files_read_once(plan: ExpertPlan, dims: ParallelDims) -> list[str]:
-    """The files that this rank reads with ``once``; see :func:`read_weights`."""
+    """The files that this rank reads with ``once``, if they are there; see :func:`read_weights`."""
     mine = [layer for layer, placement in plan.placement(dims).items() if placement.dims.edp_rank == 0]
-    return [main_file()] * (dims.rank == 0) + expert_files(plan, dims, mine)
+    experts = expert_files(plan, dims, mine)
+    reads_main = dims.rank == 0 or experts  # see copy_mlps
+    return [main_file()] * bool(reads_main) + experts
 
 
 @torch.no_grad()
@@ -100,3 +103,32 @@ def read_weights(model: nn.Module, folder: Path, *, once: bool = False, mapped: 
             for name, tensor in load_tensors(path).items():
                 copy(f"{prefix}.{name.rsplit('.', 1)[1]}", tensor, path)
     return missing
+
+
+@torch.no_grad()
+def copy_mlps(model: nn.Module, folder: Path, names: set[str]) -> set[str]:
+    """Let new experts begin as copies of their layers' MLPs, from an upcycled tag that has no files of experts.
+
+    Args:
+        model: its experts are set in place; whether its MLPs have been read does not matter.
+        folder: of the tag.
+        names: parameters to set; those that are not an expert's are left alone.
+
+    Returns:
+        Which of them were set.
+    """
+    layers = [name for name, module in model.named_modules() if isinstance(module, MoELayer)]
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    experts = {
+        expert: f"{layers[index]}.base_mlp."
+        for (index, _), expert in local_expert_names(model).items()
+        if any(name.startswith(f"{expert}.") for name in parameters)
+    }
+    stored = load_tensors(folder / main_file())["module"] if experts else {}
+    done: set[str] = set()
+    for expert, mlp in experts.items():
+        weights = {name.removeprefix(mlp): tensor for name, tensor in stored.items() if name.startswith(mlp)}
+        for name, weight in fused_weights(weights).items():
+            parameters[f"{expert}.{name}"].copy_(weight)
+            done.add(f"{expert}.{name}")
+    return done

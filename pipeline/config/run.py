@@ -34,8 +34,9 @@ class ExpertsConfig(Section):
     ``num_new`` is the budget of new experts over all layers. ``delta`` is LayerMoE's own parameter instead.
     ``counts``, with ``allocation: explicit``, lists the experts of each layer, the original included. ``mola`` gives
     the four quarters of the layers 2, 4, 6 and 8 (arXiv 2402.08562). New experts are copies of the original MLP, or
-    random with ``init: random``, an ablation of MoE-LPR's. ``classifier_layers`` is a number, of the most similar
-    layers, or a list of layers; 0 is none.
+    random with ``init: random``, an ablation of MoE-LPR's. With ``write_copies`` the upcycled checkpoint has a file
+    for each new expert even if it is a copy, so that DeepSpeed itself can load it. ``classifier_layers`` is a number,
+    of the most similar layers, or a list of layers; 0 is none.
     """
 
     allocation: Literal["layerwise", "uniform", "mola", "explicit"] = "layerwise"
@@ -45,6 +46,7 @@ class ExpertsConfig(Section):
     rounding: Literal["ceil", "largest_remainder"] = "ceil"
     top_k: Positive = 2
     init: Literal["copy", "random"] = "copy"
+    write_copies: bool = False
     classifier_layers: int | list[int] = 0
 
     @model_validator(mode="after")

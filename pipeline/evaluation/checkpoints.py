@@ -11,7 +11,6 @@ from common.errors import UserError
 from common.files import sha256_file
 from pipeline.checkpoint.store import MANIFEST, best, check_same_run, complete_tags, read_manifest
 from pipeline.checkpoint.verify import check_sound, weight_files
-from pipeline.checkpoint.weights import read_weights
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.stages import STAGES
@@ -109,9 +108,7 @@ def load_model(
 
     What it reads must have been verified: see :func:`check_weights`.
     """
-    model = load_upcycled(upcycled, plan, dtype, dims, classifiers=scored.has_classifiers)
-    for folder in scored.folders:
-        read_weights(model, folder)
+    model = load_upcycled(upcycled, plan, dtype, dims, checkpoints=scored.folders, classifiers=scored.has_classifiers)
     move(model, device)
     if dims.ep_size > 1:
         for layer in moe_layers(model):

@@ -1,7 +1,9 @@
 """Turns a dense Hugging Face model into a DeepSpeed-MoE checkpoint (MoE-LPR, arXiv 2408.11396, section 3.1)."""
 
 import shutil
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +15,9 @@ from transformers import PreTrainedModel
 from common.errors import UserError
 from common.files import new_folder, write_text
 from common.progress import progress
-from pipeline.checkpoint.store import write_manifest
+from pipeline.checkpoint.store import read_manifest, write_manifest
 from pipeline.checkpoint.tensors import expert_file, file_entry, main_file, save_tensors
-from pipeline.checkpoint.weights import read_weights
+from pipeline.checkpoint.weights import copy_mlps, read_weights
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.backbone import (
     ONE_RANK,
@@ -28,7 +30,8 @@ from pipeline.model.backbone import (
     moe_layers,
 )
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.model.moe.experts import fused_weights
+from pipeline.model.moe import MoELayer
+from pipeline.model.moe.experts import Expert, fused_weights
 from pipeline.records.checkpoint import UpcycledManifest
 
 TAG = "upcycled"
@@ -69,11 +72,13 @@ def upcycle(
     seed: int,
     model_hash: str,
     init: Literal["copy", "random"] = "copy",
+    write_copies: bool = False,
 ) -> UpcycledManifest:
     """Write the upcycled checkpoint; returns its manifest.
 
     It has three parts: the checkpoint proper in DeepSpeed's layout under ``upcycled/``, config and tokenizer under
-    ``hf/``, and a manifest (:class:`pipeline.records.checkpoint.UpcycledManifest`).
+    ``hf/``, and a manifest (:class:`pipeline.records.checkpoint.UpcycledManifest`). Experts that begin as copies of
+    an MLP have no files of their own unless they are asked for: :func:`load_upcycled` copies the MLP.
 
     Args:
         dense: folder of the dense model.
@@ -83,13 +88,15 @@ def upcycle(
         seed: of the routers' Xavier-normal initialisation.
         model_hash: of the dense model's files.
         init: whether new experts are copies of the original MLP, or random; then the logits may differ.
+        write_copies: whether experts have files though they are copies, so that DeepSpeed itself can load them.
 
     Raises:
         UserError: the model's MLPs can't become experts, or the logits differ.
     """
     dtype = getattr(torch, str(_config_dtype(dense)))
     with new_folder(target) as folder:
-        shape = _write_weights(dense, plan, folder / TAG, dtype=dtype, seed=seed, init=init)
+        init_of_files = "none" if init == "copy" and not write_copies else init
+        shape = _write_weights(dense, plan, folder / TAG, dtype=dtype, seed=seed, experts=init_of_files)
         (folder / HF_FOLDER).mkdir()
         for pattern in _HF_FILES:
             for file in dense.glob(pattern):
@@ -122,32 +129,27 @@ def _config_dtype(dense: Path) -> str:
 
 @torch.no_grad()
 def _write_weights(
-    dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.dtype, seed: int, init: str
+    dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.dtype, seed: int, experts: str
 ) -> dict[str, Any]:
-    """DeepSpeed's layout: one file per new expert, and one of everything else."""
+    """DeepSpeed's layout: one file per new expert ("copy", "random" or "none"), and one of everything else."""
     folder.mkdir()
     model = load_dense(dense, dtype)
-    layers = decoder_layers(model)
-    mlps = {layer: getattr(layers[layer], find_mlp(layers[layer])) for layer in plan.moe_layers if layer < len(layers)}
     dense_parameters = sum(p.numel() for p in model.parameters())
-    first_mlp = getattr(layers[0], find_mlp(layers[0]))
+    first = decoder_layers(model)[0]
+    first_mlp = getattr(first, find_mlp(first))
     install_moe_layers(model, plan)
     generator = torch.Generator().manual_seed(seed)
-    with progress(sum(plan.num_new), "upcycle", "expert") as bar:
-        for moe_layer, (index, layer) in enumerate(zip(plan.moe_layers, moe_layers(model), strict=True)):
+    spread = getattr(model.config.get_text_config(), "initializer_range", 0.02) if experts == "random" else None
+    with progress(sum(plan.num_new), "upcycle", "expert", show=experts != "none") as bar:
+        for index, (prefix, layer) in enumerate(_named_moe_layers(model)):
             layer.router.reset(generator)
-            weights = fused_weights(mlps[index])
-            prefix = next(name for name, module in model.named_modules() if module is layer)
-            for file_number in range(plan.num_new[index]):
-                names = f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{file_number}"
-                if init == "random":
-                    spread = getattr(model.config.get_text_config(), "initializer_range", 0.02)
-                    weights = {
-                        name: weight.clone().normal_(0, spread, generator=generator)
-                        for name, weight in weights.items()
-                    }
-                state = {f"{names}.{name}": weight for name, weight in weights.items()}
-                save_tensors(state, folder / expert_file(moe_layer, file_number))
+            for number in range(0 if experts == "none" else layer.num_experts - 1):
+                weights = fused_weights(layer.base_mlp.state_dict())
+                if spread is not None:
+                    weights = {k: w.clone().normal_(0, spread, generator=generator) for k, w in weights.items()}
+                expert = f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{number}"
+                state = {f"{expert}.{name}": weight for name, weight in weights.items()}
+                save_tensors(state, folder / expert_file(index, number))
                 bar.update(1)
     state = {name: tensor for name, tensor in model.state_dict().items() if ".deepspeed_experts." not in name}
     save_tensors(
@@ -160,6 +162,10 @@ def _write_weights(
         "mlp_parameters": sum(p.numel() for p in first_mlp.parameters()),
         "hidden_size": first_mlp.gate_proj.in_features,
     }
+
+
+def _named_moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
 
 
 def _without_aliases(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -175,20 +181,20 @@ def load_upcycled(
     dtype: torch.dtype,
     dims: ParallelDims = ONE_RANK,
     *,
+    checkpoints: Sequence[Path] = (),
     classifiers: bool = False,
     once: bool = False,
-    mapped: bool = False,
 ) -> PreTrainedModel:
-    """The MoE model with its upcycled weights; each rank gets its own experts only.
+    """The MoE model with its upcycled weights, or those of checkpoints; each rank gets its own experts only.
 
     Args:
         folder: the upcycled checkpoint.
         plan: of the experts.
         dtype: of all weights but the routers', which are in fp32.
         dims: how experts are spread over ranks; all on one rank unless given.
+        checkpoints: training checkpoints whose weights replace the upcycled ones, later ones last.
         classifiers: whether the plan's classifier layers get their classifier.
-        once: whether each file is read by one rank alone; see :func:`pipeline.checkpoint.weights.read_weights`.
-        mapped: whether weights stay in their files, mapped into memory; see there.
+        once: whether each weight is read by one rank alone; see :func:`pipeline.checkpoint.weights.read_weights`.
 
     Raises:
         UserError: a file is missing or does not hold what the plan says.
@@ -196,8 +202,11 @@ def load_upcycled(
     model = empty_model(folder / HF_FOLDER, dtype)
     install_moe_layers(model, plan, dims, classifiers=classifiers)
     model.tie_weights()
-    missing = read_weights(model, folder / TAG, once=once, mapped=mapped)
+    tags = (folder / TAG, *checkpoints)
+    missing = set.intersection(*(read_weights(model, tag, once=once) for tag in tags))
     missing = {name for name in missing if not name.endswith(".gate.classifier.weight")}
+    if not read_manifest(folder, UpcycledManifest).holds_experts:
+        missing -= copy_mlps(model, folder / TAG, missing)
     if missing:
         raise UserError(
             f"{folder}: {sorted(missing)[0]} and {len(missing) - 1} more are missing; upcycle again with --force"
@@ -209,24 +218,44 @@ def load_upcycled(
 def measure_parity(dense: Path, folder: Path, plan: ExpertPlan, samples: np.ndarray, dtype: torch.dtype) -> Parity:
     """Compare the dense model's logits with those of the upcycled one, read back from its files, in fp32.
 
-    It takes the memory of the dense model in its own dtype, and of one layer in fp32.
+    It takes the memory of the dense model in its own dtype, and of one layer in fp32: files are mapped into memory,
+    and experts that have none are copied from their layer's MLP when its turn comes.
     """
     ids_BL = torch.from_numpy(samples.astype(np.int64))
     expected = _logits_in_fp32(load_dense(dense, dtype), ids_BL)
-    found = _logits_in_fp32(load_upcycled(folder, plan, dtype, mapped=True), ids_BL)
+    model = empty_model(folder / HF_FOLDER, dtype)
+    install_moe_layers(model, plan)
+    model.tie_weights()
+    missing = read_weights(model, folder / TAG, mapped=True)
+    found = _logits_in_fp32(model, ids_BL, missing)
     largest = float(expected.abs().max())
     difference = float((found - expected).abs().max())
     return Parity(difference, largest, TOLERANCE * max(largest, 1.0), ids_BL.numel())
 
 
-def _logits_in_fp32(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
-    """Logits [B, L, V] as ``model.float()`` would compute them; each part is converted when its turn comes."""
+def _logits_in_fp32(model: PreTrainedModel, ids_BL: Tensor, copies: Collection[str] = ()) -> Tensor:
+    """Logits [B, L, V] as ``model.float()`` would compute them; each part is converted when its turn comes.
+
+    Experts whose parameters ``copies`` names get the weights of their layer's MLP then.
+    """
     layers = list(decoder_layers(model))
     inside = {module for layer in layers for module in layer.modules()}
     others = [module for module in model.modules() if module not in inside and module._parameters]
     for part in (*layers, *others):
         _compute_in_fp32(part)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for layer in moe_layers(model):
+        experts = [e for e in layer.local_experts.experts if all(names[p] in copies for p in e.parameters())]
+        layer.register_forward_pre_hook(partial(_copy_mlp, experts))
     return model(input_ids=ids_BL, use_cache=False).logits
+
+
+def _copy_mlp(experts: list[Expert], layer: MoELayer, _inputs: Any) -> None:
+    """Share an MLP's weights, fused, among experts."""
+    weights = fused_weights(layer.base_mlp.state_dict()) if experts else {}
+    for expert in experts:
+        for name, weight in weights.items():
+            getattr(expert, name).data = weight
 
 
 def _compute_in_fp32(module: nn.Module) -> None:

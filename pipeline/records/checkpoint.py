@@ -41,6 +41,11 @@ class UpcycledManifest(Manifest):
     mlp_parameters: int
     hidden_size: int
 
+    @property
+    def holds_experts(self) -> bool:
+        """Whether new experts have files; if not, they are copies of their layers' MLPs."""
+        return any("_expert_" in name for name in self.files)
+
 
 class ExpertsFrom(Record):
     """The checkpoint of an earlier stage that holds the experts: its tag, and its manifest's sha256."""

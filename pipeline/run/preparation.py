@@ -134,7 +134,7 @@ def allocate_inputs(context: RunContext) -> Inputs:
     return {
         "model": context.model_hash,
         "similarity": context.folder.manifest("similarity").outputs["similarity"] if has_old else None,
-        "experts": context.run.experts.model_dump(mode="json", exclude={"init"}),
+        "experts": context.run.experts.model_dump(mode="json", exclude={"init", "write_copies"}),
         "not_positive": context.run.similarity.not_positive,
     }
 
@@ -181,17 +181,22 @@ def _upcycled_name(context: RunContext) -> str:
 
 
 def upcycled_is_there(context: RunContext) -> bool:
-    """Whether the cache still holds it."""
-    return (context.run.cache_dir / "upcycled" / _upcycled_name(context)).is_dir()
+    """Whether the cache still holds it, with files of experts if they are asked for."""
+    from pipeline.checkpoint.store import read_manifest
+
+    target = context.run.cache_dir / "upcycled" / _upcycled_name(context)
+    if not target.is_dir():
+        return False
+    return not context.run.experts.write_copies or read_manifest(target, UpcycledManifest).holds_experts
 
 
 def upcycle_model(context: RunContext, _ranks: object) -> Result:
-    """Dense model and plan to a native DeepSpeed-MoE checkpoint in the cache."""
+    """Dense model and plan to a DeepSpeed-MoE checkpoint in the cache."""
     from pipeline.checkpoint.store import read_manifest
 
     run = context.run
     target = run.cache_dir / "upcycled" / _upcycled_name(context)
-    if target.is_dir():
+    if upcycled_is_there(context):
         print(f"upcycle: {target} is there already, skipped", flush=True)
     else:
         from pipeline.method.upcycle import upcycle
@@ -200,6 +205,7 @@ def upcycle_model(context: RunContext, _ranks: object) -> Result:
         upcycle(
             context.dense, context.plan, samples, target,
             seed=run.seed, model_hash=context.model_hash, init=run.experts.init,
+            write_copies=run.experts.write_copies,
         )  # fmt: skip
     context.folder.link_upcycled(target)
     manifest = read_manifest(target, UpcycledManifest)

@@ -10,7 +10,6 @@ import deepspeed
 from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline.checkpoint.engine import AtomicCheckpointEngine
-from pipeline.checkpoint.weights import read_weights
 from pipeline.config.run import StageConfig
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import moe_layers, parameter_groups
@@ -49,11 +48,11 @@ def _load_model(inputs: StageInputs, ds_config: dict[str, Any]) -> Any:
     """The upcycled model, with the experts of the stage before if there is one; only what trains is not frozen."""
     stage = inputs.stage
     dtype = training_dtype(ds_config)
+    checkpoints = [inputs.stage1_checkpoint] if inputs.stage1_checkpoint else []
     model = load_upcycled(
-        inputs.upcycled, inputs.plan, dtype, inputs.dims, classifiers=stage.has_classifiers, once=True
-    )
-    if inputs.stage1_checkpoint is not None:
-        read_weights(model, inputs.stage1_checkpoint, once=True)
+        inputs.upcycled, inputs.plan, dtype, inputs.dims,
+        checkpoints=checkpoints, classifiers=stage.has_classifiers, once=True,
+    )  # fmt: skip
     stage.train_only(model)
     model.train()
     if stage.settings.activation_checkpointing:

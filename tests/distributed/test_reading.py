@@ -10,6 +10,7 @@ import torch
 from pipeline.checkpoint.tensors import main_file
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import files_read, with_parallel
+from tests.helpers.tiny import prepared_run, run_tree
 
 NEW = 6  # new experts, each a file
 READS = {1: {0: 6}, 2: {0: 4, 1: 2}}  # files by ep_size and rank; a layer's only expert is on both ranks of a group
@@ -33,4 +34,22 @@ def test_every_weight_is_read_by_one_rank_and_verified_by_one_more(
         for name, tensor in one["weights"].items():
             assert torch.equal(tensor, alone["weights"][name]), name
     hashed = Counter(name for one in found for name in one["hashed"])
-    assert len(hashed) >= NEW + 1 and max(hashed.values()) <= 2
+    assert len(hashed) >= NEW + 1
+    assert max(count for name, count in hashed.items() if name != main_file()) <= 2
+
+
+@pytest.mark.parametrize(("ranks", "ep_size", "first"), [(4, 1, 1), (4, 2, 2)])
+def test_experts_without_files_are_copied_by_the_first_ranks_that_hold_them(
+    pools: Pools, tmp_path: Path, ranks: int, ep_size: int, first: int
+) -> None:
+    prepared_run(tmp_path, distinct_experts=False)
+    spread = with_parallel(run_tree(tmp_path), ranks=ranks, ep_size=ep_size)
+    found = pools[ranks].run(files_read, spread, 1, tmp_path / "stage")
+    for rank, one in enumerate(found):
+        assert set(one["loaded"]) == ({main_file()} if rank < first else set())
+        assert set(one["loaded"]) <= set(one["hashed"]), "a rank verifies what it loads"
+    together = {name: tensor for one in found for name, tensor in one["weights"].items()}
+    for moe_layer, (layer, new) in enumerate({0: 2, 1: 1, 3: 3}.items()):
+        mlp = together[f"model.layers.{layer}.mlp.base_mlp.down_proj.weight"]
+        for number in range(new):
+            assert torch.equal(together[f"expert {(moe_layer, number)} down_proj"], mlp)

@@ -101,6 +101,7 @@ FLIPS = [
     Flip("experts.rounding", "largest_remainder", {A}),
     Flip("experts.top_k", 1, {A}),
     Flip("experts.init", "random", {U}),
+    Flip("experts.write_copies", True, set()),  # the same weights
     Flip("experts.classifier_layers", [0], {A}),
     # Training.
     Flip("stage?.tokens", 1792, {T, S1, S2}, "stage1.tokens"),  # of which old text is replayed

@@ -166,7 +166,9 @@ def prepared_run(folder: Path, *, distinct_experts: bool = True, **changes: Any)
     """A tiny run, done up to upcycling. Its new experts are made distinct, as after training."""
     run = parse_run(run_tree(folder, **changes), "tiny.yaml")
     RunFolder.create(run)
-    context = do_steps(RunContext(run), "tokenize", "similarity", "allocate", "upcycle")
+    written = run.experts.model_copy(update={"write_copies": distinct_experts or run.experts.write_copies})
+    context = RunContext(run.model_copy(update={"experts": written}))
+    do_steps(context, "tokenize", "similarity", "allocate", "upcycle")
     if distinct_experts:
         generator = torch.Generator().manual_seed(3)
         manifest = read_manifest(context.upcycled, UpcycledManifest)

@@ -1,6 +1,6 @@
 """The new experts that this rank holds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,15 +55,17 @@ class Expert(nn.Module):
         return F.linear(self.act_fn(gate_AF) * up_AF, self.down_proj, self.down_bias)
 
 
-def fused_weights(mlp: nn.Module) -> dict[str, Tensor]:
-    """An MLP's weights under an :class:`Expert`'s parameter names."""
-    gate, up, down = projections(mlp)
-    weights = {"gate_up_proj": torch.cat([gate.weight, up.weight]), "down_proj": down.weight}
-    if gate.bias is not None:
-        weights["gate_up_bias"] = torch.cat([gate.bias, up.bias])
-    if down.bias is not None:
-        weights["down_bias"] = down.bias
-    return {name: weight.detach() for name, weight in weights.items()}
+def fused_weights(mlp: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a gated MLP's ``state_dict`` under an :class:`Expert`'s parameter names."""
+    weights = {
+        "gate_up_proj": torch.cat([mlp["gate_proj.weight"], mlp["up_proj.weight"]]),
+        "down_proj": mlp["down_proj.weight"],
+    }
+    if "gate_proj.bias" in mlp:
+        weights["gate_up_bias"] = torch.cat([mlp["gate_proj.bias"], mlp["up_proj.bias"]])
+    if "down_proj.bias" in mlp:
+        weights["down_bias"] = mlp["down_proj.bias"]
+    return weights
 
 
 class EmptySlot(nn.Module):

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForC
 
 from common.errors import UserError
 from common.files import read_json
-from pipeline.checkpoint.tensors import load_tensors, main_file
+from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file
 from pipeline.checkpoint.verify import damaged_files
 from pipeline.method.upcycle import _logits_in_fp32, load_upcycled, upcycle
 from pipeline.model.backbone import load_dense, moe_layers
@@ -164,10 +164,32 @@ def test_a_bad_receipt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest
     assert [p.name for p in tmp_path.iterdir()] == ["dense"]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_copies_are_not_written_and_load_as_if_they_were(family: str, tmp_path: Path) -> None:
+    options = {"mlp_bias": True} if family == "llama" else {}
+    dense, plan = save_model(tmp_path / "dense", family, **options), plan_of([3, 2, 1, 4])
+    without = upcycle(dense, plan, SAMPLES, tmp_path / "without", seed=1, model_hash="x")
+    written = upcycle(dense, plan, SAMPLES, tmp_path / "written", seed=1, model_hash="x", write_copies=True)
+    assert (without.holds_experts, written.holds_experts) == (False, True)
+    assert without.parity == written.parity
+    assert [path.name for path in (tmp_path / "without" / "upcycled").iterdir()] == [main_file()]
+    models = [load_upcycled(tmp_path / name, plan, torch.bfloat16) for name in ("without", "written")]
+    for (name, parameter), other in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(parameter, other), name
+
+
+def test_a_lost_file_of_an_expert_is_no_copy(tmp_path: Path) -> None:
+    dense, plan = save_model(tmp_path / "dense"), plan_of([3, 2, 1, 4])
+    upcycle(dense, plan, SAMPLES, tmp_path / "out", seed=1, model_hash="x", init="random")
+    (tmp_path / "out" / "upcycled" / expert_file(1, 0)).unlink()
+    with pytest.raises(UserError, match=r"layers\.1\..*deepspeed_experts\.0\..* 1 more are missing"):
+        load_upcycled(tmp_path / "out", plan, torch.float32)
+
+
 def test_the_checkpoint_is_native_and_its_manifest_says_where_it_is_from(tmp_path: Path) -> None:
     dense = save_model(tmp_path / "dense")
     plan = plan_of([3, 2, 1, 4])
-    upcycle(dense, plan, SAMPLES, tmp_path / "out", seed=1, model_hash="abc")
+    upcycle(dense, plan, SAMPLES, tmp_path / "out", seed=1, model_hash="abc", write_copies=True)
     folder = tmp_path / "out" / (tmp_path / "out" / "latest").read_text()
     main = load_tensors(folder / "mp_rank_00_model_states.pt")
     assert main["num_experts"] == [2, 1, 3]

@@ -22,6 +22,18 @@ def outputs(folder: Path, **changes: Any) -> dict[str, Any]:
     return found | {"languages": read_json(run.folder / "similarity.json")["new"]}
 
 
+def test_copies_of_experts_are_written_when_they_are_asked_for_and_stay(tmp_path: Path) -> None:
+    def written(**experts: Any) -> list[str]:
+        context = RunContext(prepared_run(tmp_path, distinct_experts=False, experts=experts))
+        assert context.folder.manifest("upcycle").outputs == first
+        return [path.name for path in (context.upcycled / "upcycled").glob("layer_*")]
+
+    first = RunContext(prepared_run(tmp_path, distinct_experts=False)).folder.manifest("upcycle").outputs
+    assert written() == []
+    assert len(written(write_copies=True)) == 6
+    assert len(written()) == 6
+
+
 def test_a_change_redoes_what_depends_on_it_and_nothing_else(tmp_path: Path) -> None:
     first = outputs(tmp_path)
     assert first["languages"] == ["el", "hu"]
