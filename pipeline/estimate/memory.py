@@ -180,7 +180,10 @@ def _activations(
         for count, rows in zip(plan.counts, busiest_rank(plan, dims), strict=True)
     ][plan.moe_layers[0] :]
     if batch.checkpoint_activations:  # each layer keeps its input, and one layer at a time is computed again
-        return batch.tokens * (hidden_bytes * len(kept) + max(kept))
+        # Rows that came from other ranks are kept too, and results that came back, as they are not sent again.
+        layers_apart = [num for num in plan.num_new if num and dims.of_layer(num).ep_size > 1]
+        exchanged = sum(2 * plan.top_k * num / (num + 1) for num in layers_apart)
+        return batch.tokens * (hidden_bytes * (len(kept) + exchanged) + max(kept))
     return batch.tokens * sum(kept)
 
 
@@ -194,7 +197,7 @@ def network_per_token(
         per step in a ring.
     """
     trained = trained_parameters(sizes, plan, dims, stage)
-    trips = 4 + (2 if batch.checkpoint_activations else 0)
+    trips = 4
     layers = [(num, dims.of_layer(num).ep_size) for num in plan.num_new if num]
     away = sum(plan.top_k * num / (num + 1) * (ranks - 1) / ranks for num, ranks in layers)
     reduced = trained.reduced(dims) / (batch.tokens * batch.accumulation)

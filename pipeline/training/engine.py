@@ -13,6 +13,7 @@ from pipeline.checkpoint.engine import AtomicCheckpointEngine
 from pipeline.config.run import StageConfig
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import moe_layers, parameter_groups
+from pipeline.model.moe.recompute import keep_exchanges
 from pipeline.training.ds_config import BatchShape, fill_ds_config, read_ds_config, training_dtype
 from pipeline.training.inputs import StageInputs
 
@@ -58,7 +59,8 @@ def _load_model(inputs: StageInputs, ds_config: dict[str, Any]) -> Any:
     if stage.settings.activation_checkpointing:
         # Its new name is not in every transformers that works.
         warnings.filterwarnings("ignore", "`gradient_checkpointing_enable`", FutureWarning, "transformers")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False, "context_fn": keep_exchanges}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     return model
 
 

@@ -266,6 +266,21 @@ def summed_over_ranks(ranks: Ranks, tree: dict[str, Any], number: int, folder: P
     return dict(summed)
 
 
+def exchanges(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> int:
+    """How many all-to-alls a step takes."""
+    state, sizes = TrainingState.start(stage_inputs(tree, number, folder, ranks), ranks), []
+    all_to_all = torch.distributed.all_to_all_single
+
+    def counting(output: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(output.numel())
+        return all_to_all(output, *arguments, **options)
+
+    with patch("torch.distributed.all_to_all_single", counting):
+        train_step(state)
+    state.close()
+    return len(sizes)
+
+
 def engines_left(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> int:
     """How many more of DeepSpeed's engines there are after a stage than before it."""
 

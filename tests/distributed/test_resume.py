@@ -12,6 +12,7 @@ from pipeline.records.record import read_rows
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import (
     engines_left,
+    exchanges,
     kernels_are_deterministic,
     train_steps,
     train_to_the_end,
@@ -84,14 +85,30 @@ def test_deterministic_asks_torch_for_such_kernels_and_changes_nothing_on_a_cpu(
     assert losses[0] == losses[1]
 
 
-def test_activation_checkpointing_changes_no_result(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
-    plain = pools[2].run(train_steps, tree, 1, tmp_path / "plain", 2)
-    with_setting = {**tree, "stage1": {**tree["stage1"], "activation_checkpointing": True}}
-    checkpointed = pools[2].run(train_steps, with_setting, 1, tmp_path / "checkpointed", 2)
+@pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
+def test_activation_checkpointing_changes_no_result(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path, number: int
+) -> None:
+    plain = pools[2].run(train_steps, tree, number, tmp_path / "plain", 2)
+    checkpointed = pools[2].run(train_steps, checkpointing(tree, number), number, tmp_path / "checkpointed", 2)
     for ours, expected in zip(checkpointed, plain, strict=True):
         assert ours["rows"][-1]["loss"] == pytest.approx(expected["rows"][-1]["loss"], rel=1e-5)
         for name, tensor in expected["weights"].items():
             torch.testing.assert_close(ours["weights"][name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def checkpointing(tree: dict[str, Any], number: int) -> dict[str, Any]:
+    stage = f"stage{number}"
+    return {**tree, stage: {**tree[stage], "activation_checkpointing": True}}
+
+
+def test_activation_checkpointing_exchanges_no_rows_again(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:
+    plain = pools[2].run(exchanges, tree, 1, tmp_path / "plain")
+    micro_steps = 8 // (2 * tree["parallel"]["micro_batch_size"])
+    # Two layers of several new experts: counts, rows out, rows back, and two gradients; the first layer's input needs
+    # none, but its experts do.
+    assert plain == [micro_steps * 2 * 5] * 2
+    assert pools[2].run(exchanges, checkpointing(tree, 1), 1, tmp_path / "checkpointed") == plain
 
 
 def test_a_checkpoint_holds_what_trains_and_nothing_else(pools: Pools, tree: dict[str, Any], tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
+from pipeline.model.moe.recompute import exchanged
+
 
 class _AllToAll(torch.autograd.Function):
     """all_to_all_single with unequal splits, begun; the backward sends the gradients the other way.
@@ -21,9 +23,14 @@ class _AllToAll(torch.autograd.Function):
         ctx: Any, rows: Tensor, anchor: Tensor, sent: list[int], received: list[int], group: Any, handles: list[Any]
     ) -> Tensor:
         ctx.splits = sent, received, group
-        output = rows.new_empty(sum(received), *rows.shape[1:])
-        handles.append(dist.all_to_all_single(output, rows.contiguous(), received, sent, group=group, async_op=True))
-        return output
+
+        def begin() -> Tensor:
+            output = rows.new_empty(sum(received), *rows.shape[1:])
+            handle = dist.all_to_all_single(output, rows.contiguous(), received, sent, group=group, async_op=True)
+            handles.append(handle)
+            return output
+
+        return exchanged(begin).detach()  # what is kept must not hold the graph
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -36,14 +43,15 @@ class _AllToAll(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Travelling:
-    """Rows on their way. They may be read when :meth:`wait` has returned."""
+    """Rows on their way. They may be read when :meth:`wait` has returned; without handles they have come before."""
 
     rows: Tensor
-    handle: Any
+    handles: list[Any]
 
     def wait(self) -> Tensor:
         """The rows, arrived."""
-        self.handle.wait()
+        for handle in self.handles:
+            handle.wait()
         return self.rows
 
 
@@ -85,6 +93,12 @@ class Exchange:
         Returns:
             The exchange, and ``counts_E`` as numbers.
         """
+        return exchanged(lambda: cls._plan(counts_E, slots_N, shape, group, needs_gradient))
+
+    @classmethod
+    def _plan(
+        cls, counts_E: Tensor, slots_N: Tensor, shape: tuple[int, int], group: Any, needs_gradient: bool
+    ) -> tuple["Exchange", list[int]]:
         num_ranks, num_slots = shape
         sent_S = counts_E.new_zeros(num_ranks * num_slots).index_copy_(0, slots_N, counts_E[1:])
         received_S = torch.empty_like(sent_S)
@@ -117,4 +131,4 @@ class Exchange:
     def _begin(self, rows: Tensor, sent: list[int], received: list[int]) -> Travelling:
         handles: list[Any] = []
         output = _AllToAll.apply(rows, self.anchor, sent, received, self.group, handles)
-        return Travelling(output, handles[0])
+        return Travelling(output, handles)

@@ -11,7 +11,8 @@ from pipeline.distributed.process_group import take_timeout
 from pipeline.model.expert_plan import LayerPlacement
 from pipeline.model.moe.dispatch import Exchange
 from pipeline.model.moe.experts import LocalExperts, in_whole_blocks, projections
-from pipeline.model.moe.router import Router, Routing
+from pipeline.model.moe.router import Router
+from pipeline.model.moe.rows import Rows, sorted_choices
 
 
 class _RoutedExperts(nn.Module):
@@ -98,12 +99,10 @@ class MoELayer(MoE):
         """Shape [..., D] to [..., D]: y = sum_i w_i E_i(x) (MoE-LPR, arXiv 2408.11396, section 3.1, eq. 2)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.router(x_TD)
-        choices_C, counts_E = _sorted_choices(routing)
+        choices_C, counts_E = sorted_choices(routing)
         exchange, counts = self._exchange(counts_E, x_TD.requires_grad)
-        sizes = [counts[0], sum(counts[1:])]
-        chosen_A = choices_C[: sum(sizes)]
-        token_A, weight_A = chosen_A // routing.ids_TK.shape[1], routing.weights_TK.flatten()[chosen_A]
-        base_AD, new_AD = x_TD.index_select(0, token_A).split(sizes)
+        rows = Rows.of(choices_C, routing.active_TK, sum(counts))
+        base_AD, new_AD = rows.take(x_TD).split([counts[0], sum(counts[1:])])
         if exchange is None:
             outputs = in_whole_blocks(self.base_mlp, base_AD), self.local_experts(new_AD, counts[1:])
         else:
@@ -111,11 +110,7 @@ class MoELayer(MoE):
             base = in_whole_blocks(self.base_mlp, base_AD)  # while rows travel
             new = self.local_experts(exchange.arrived(travelling), exchange.slot_counts)
             outputs = base, exchange.send_back(new)
-        # With K = 2 at most two rows are added to zero, in any order: so a GPU's result is repeatable too.
-        y_TD = torch.zeros_like(x_TD, dtype=torch.float32)
-        for output_AD, tokens, weights in zip(outputs, token_A.split(sizes), weight_A.split(sizes), strict=True):
-            y_TD = y_TD.index_add_(0, tokens, output_AD.float() * weights.unsqueeze(-1))
-        return y_TD.to(hidden_states.dtype).view(hidden_states.shape)
+        return rows.sum_by_token(torch.cat(outputs), routing.weights_TK).view(hidden_states.shape)
 
     def _exchange(self, counts_E: Tensor, input_needs_gradient: bool) -> tuple[Exchange | None, list[int]]:
         """How rows go to the ranks that hold their experts, if there are several, and the rows of each expert."""
@@ -125,15 +120,3 @@ class MoELayer(MoE):
         needs_gradient = torch.is_grad_enabled() and (self.experts_train or input_needs_gradient)
         shape = self.ep_size, self.num_local_experts
         return Exchange.plan(counts_E, self.slots_N, shape, self.deepspeed_moe.ep_group, needs_gradient)
-
-
-def _sorted_choices(routing: Routing) -> tuple[Tensor, Tensor]:
-    """All choices, as token x K + k, sorted by expert, then token, with inactive ones last; and the rows by expert.
-
-    Nothing here waits for the device.
-    """
-    num_experts = routing.scores_TE.shape[1]
-    expert_C = torch.where(routing.active_TK, routing.ids_TK, num_experts).flatten()
-    expert_C, choices_C = expert_C.sort(stable=True)
-    counts = expert_C.new_zeros(num_experts + 1).index_add_(0, expert_C, torch.ones_like(expert_C))
-    return choices_C, counts[:num_experts]

@@ -11,6 +11,7 @@ from pipeline.model.backbone import install_moe_layers, moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer, Routing, collect_routings
 from pipeline.model.moe.router import NEW, OLD
+from pipeline.model.moe.rows import Rows, sorted_choices
 
 
 @pytest.fixture
@@ -209,6 +210,49 @@ def test_layer_is_the_plain_formula(model: Any) -> None:
                 weight = scores[token, expert] / scores[token, chosen].sum()
                 expected[token] += weight * experts[expert](x[token : token + 1])[0]
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_rows_taken_and_summed_have_the_gradients_of_a_plain_sum(top_k: int) -> None:
+    torch.manual_seed(2)
+    tokens, hidden, num_experts = 11, 5, 4
+    scores = torch.randn(tokens, num_experts).softmax(-1)
+    active = torch.rand(tokens, top_k) < 0.6
+    active[:, 0] = True
+    weights, ids = scores.topk(top_k)
+    weights = (weights * active).requires_grad_()
+    x = torch.randn(tokens, hidden, requires_grad=True)
+    factors = torch.randn(num_experts, hidden, requires_grad=True)
+    upstream = torch.randn(tokens, hidden)
+
+    choices, counts = sorted_choices(Routing(scores, scores, ids, weights, active, None))
+    assert counts.tolist() == [int((active & (ids == expert)).sum()) for expert in range(num_experts)]
+    rows = Rows.of(choices, active, int(active.sum()))
+    output = rows.take(x) * factors.repeat_interleave(counts, dim=0)
+    y = rows.sum_by_token(output, weights)
+    found = torch.autograd.grad(y, (x, weights, factors), upstream)
+
+    plain = (x.unsqueeze(1) * factors[ids] * weights.unsqueeze(-1) * active.unsqueeze(-1)).sum(1)
+    expected = torch.autograd.grad(plain, (x, weights, factors), upstream)
+    torch.testing.assert_close(y, plain)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_outputs_of_experts_are_kept_once_and_in_their_dtype(model: Any) -> None:
+    layer = moe_layers(model)[2].bfloat16()
+    x = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    num_rows = int(routing_of(layer, x).active_TK.sum())
+    outputs = [tensor for tensor in kept if tensor.shape == (num_rows, 32)]
+    assert [tensor.dtype for tensor in outputs] == [torch.bfloat16]
 
 
 def test_padding_rows_to_whole_blocks_changes_no_result(model: Any) -> None:

@@ -1,0 +1,102 @@
+"""A layer's rows: a token and one of its experts each. They are taken from tokens, and their outputs summed by token.
+
+Both are gathers, forward and backward, with sums in fp32: on a GPU no atomic additions, and for the backward an
+expert's output is kept once, in its own dtype.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.model.moe.router import Routing
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The choices that are computed, sorted by expert, then token.
+
+    Attributes:
+        choice_A: the choice of each row, as token x K + k.
+        token_A: its token.
+        row_TK: the row of each choice; of one that is not computed, the row of the token's first choice.
+        active_TK: whether a choice is computed, as 1 or 0, fp32.
+    """
+
+    choice_A: Tensor
+    token_A: Tensor
+    row_TK: Tensor
+    active_TK: Tensor
+
+    @classmethod
+    def of(cls, choices_C: Tensor, active_TK: Tensor, num_rows: int) -> "Rows":
+        """The first ``num_rows`` of :func:`sorted_choices`."""
+        row_C = torch.empty_like(choices_C)
+        row_C[choices_C] = torch.arange(len(choices_C), device=choices_C.device)
+        row_TK = row_C.view(active_TK.shape)
+        row_TK = torch.where(active_TK, row_TK, row_TK[:, :1])  # a token's first choice is always computed
+        choice_A = choices_C[:num_rows]
+        return cls(choice_A, choice_A // active_TK.shape[1], row_TK, active_TK.float())
+
+    def take(self, x_TD: Tensor) -> Tensor:
+        """Each row's token, [A, D]."""
+        return _Take.apply(x_TD, self)
+
+    def sum_by_token(self, output_AD: Tensor, weights_TK: Tensor) -> Tensor:
+        """Each token's outputs, weighted and summed, [T, D]: y = sum_k w_k E_k(x)."""
+        return _SumByToken.apply(output_AD, weights_TK, self)
+
+
+def sorted_choices(routing: Routing) -> tuple[Tensor, Tensor]:
+    """All choices, as token x K + k, sorted by expert, then token, with inactive ones last; and the rows by expert.
+
+    Nothing here waits for the device.
+    """
+    num_experts = routing.scores_TE.shape[1]
+    expert_C = torch.where(routing.active_TK, routing.ids_TK, num_experts).flatten()
+    expert_C, choices_C = expert_C.sort(stable=True)
+    counts = expert_C.new_zeros(num_experts + 1).index_add_(0, expert_C, torch.ones_like(expert_C))
+    return choices_C, counts[:num_experts]
+
+
+def _weighted_sum(rows_AD: Tensor, row_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Sum over k of weight x row in fp32, in the order of k, in the rows' dtype."""
+    products = (
+        rows_AD.index_select(0, row_T).float().mul_(w_T1)
+        for row_T, w_T1 in zip(row_TK.unbind(1), weights_TK.split(1, dim=1), strict=True)
+    )
+    sum_TD = next(products)
+    for product_TD in products:
+        sum_TD += product_TD
+    return sum_TD.to(rows_AD.dtype)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, rows: Rows) -> Tensor:
+        ctx.save_for_backward(rows.row_TK, rows.active_TK)
+        return x_TD.index_select(0, rows.token_A)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        row_TK, active_TK = ctx.saved_tensors
+        return _weighted_sum(gradients[0], row_TK, active_TK), None
+
+
+class _SumByToken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output_AD: Tensor, weights_TK: Tensor, rows: Rows) -> Tensor:
+        ctx.save_for_backward(output_AD, weights_TK, rows.choice_A, rows.token_A, rows.row_TK, rows.active_TK)
+        return _weighted_sum(output_AD, rows.row_TK, weights_TK)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        output_AD, weights_TK, choice_A, token_A, row_TK, active_TK = ctx.saved_tensors
+        gradient_AD = gradients[0].float().index_select(0, token_A)
+        of_output, of_weights = None, None
+        if ctx.needs_input_grad[1]:
+            of_weights = output_AD.to(torch.float32, copy=True).mul_(gradient_AD).sum(-1)[row_TK] * active_TK
+        if ctx.needs_input_grad[0]:
+            of_output = gradient_AD.mul_(weights_TK.flatten()[choice_A].unsqueeze(-1)).to(output_AD.dtype)
+        return of_output, of_weights, None
