@@ -91,8 +91,8 @@ def score_set(
     batches = make_batches(windows, TOKENS_PER_BATCH[ranks.device.type])
     num_documents = max(w.document for w in windows) + 1
     num_layers = len(moe_layers(model))
-    bits = torch.zeros(num_documents, dtype=torch.float64)
-    routed = torch.zeros(num_layers, len(STATISTICS), dtype=torch.float64)
+    bits = torch.zeros(num_documents, dtype=torch.float64, device=ranks.device)
+    routed = torch.zeros(num_layers, len(STATISTICS), dtype=torch.float64, device=ranks.device)
     for start in range(0, len(batches), ranks.world_size):
         ranks.at(f"scoring {name}, batch {start // ranks.world_size + 1}")
         mine = batches[start + ranks.rank] if start + ranks.rank < len(batches) else []
@@ -101,8 +101,8 @@ def score_set(
         mask = _mask(mine).flatten().to(ranks.device)
         for index, routing in enumerate(routings):
             sums = routing_statistics(routing, mask)
-            routed[index] += torch.stack([sums[key] for key in STATISTICS]).cpu().double()
-    packed = ranks.sum(torch.cat([bits, routed.flatten()]).to(ranks.device)).cpu()
+            routed[index] += torch.stack([sums[key] for key in STATISTICS]).double()
+    packed = ranks.sum(torch.cat([bits, routed.flatten()])).cpu()
     bits, routed = packed[:num_documents], packed[num_documents:].view(num_layers, len(STATISTICS))
     shares = (routed[:, 1:] / routed[:, :1].clamp(min=1)).T.tolist() if num_layers else [[], [], []]
     documents = store.held_out_documents(name)[:num_documents]
@@ -130,4 +130,4 @@ def _score_batch(model: nn.Module, batch: list[Window], filler: int, device: tor
     for window, logits_LV, labels_L in zip(batch, logits_BLV, rows[:, 1:].to(device), strict=False):
         length = len(window.ids) - 1
         nats = token_losses(logits_LV[:length], labels_L[:length]).double().sum()
-        bits[window.document] += float(nats) / math.log(2)
+        bits[window.document] += nats / math.log(2)
