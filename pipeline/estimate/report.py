@@ -64,7 +64,7 @@ class Estimate:
         self.run, self.world_size, self.device = run, world_size, device
         self.per_node = per_node or run.cluster.job("stage1").gpus_per_node or GPUS_PER_NODE
         self.config = model_config(model_folder(run.model))
-        self.ds_config = read_ds_config(run.deepspeed)
+        self.ds_config = read_ds_config(run.ds_config_file)
         self.dtype = training_dtype(self.ds_config)
         self.sizes: ModelSizes = model_sizes(self.config)
         self.plan, self.plan_note = find_plan(run, self.config.get_text_config().num_hidden_layers, num_new)
