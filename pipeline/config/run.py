@@ -11,6 +11,8 @@ from data_prep.config import DataConfig, PreparationConfig, Stage1Tokens
 from data_prep.config import ModelConfig as ModelConfig  # others import it from here
 from pipeline.config.cluster import ClusterConfig
 
+PROGRAM = Path(__file__).resolve().parents[2]
+
 
 class SimilarityConfig(Section):
     """How many ``tokens`` of each set are read (paper: 100,000), drawn over the whole of its text, whatever its caps.
@@ -217,7 +219,11 @@ class LogConfig(Section):
 
 
 class RunConfig(Section):
-    """A whole run."""
+    """A whole run.
+
+    Paths are relative to the working directory. Only ``deepspeed``, where there is no such file, names one of those
+    that come with this program, such as ``ds_configs/bf16_zero1.json``.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output_dir: Path = Path("runs")
@@ -278,6 +284,12 @@ class RunConfig(Section):
             cache_dir=self.cache_dir,
             stage1=Stage1Tokens(tokens=self.stage1.tokens),
         )
+
+    @property
+    def ds_config_file(self) -> Path:
+        """The DeepSpeed config: the path ``deepspeed``, or where there is none, this program's own of that name."""
+        own = PROGRAM / self.deepspeed
+        return own if own.is_file() and not self.deepspeed.is_file() else self.deepspeed
 
     @property
     def environment(self) -> dict[str, str]:

@@ -4,10 +4,12 @@ import datetime
 import gc
 import os
 import resource
+import socket
 import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -73,6 +75,13 @@ class Ranks:
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+    def hosts(self) -> list[str]:
+        """The name of each rank's node. All ranks must call this."""
+        names: list[Any] = [socket.gethostname()] * self.world_size
+        if self.world_size > 1:
+            torch.distributed.all_gather_object(names, socket.gethostname())
+        return names
 
 
 def environment_world_size() -> int:

@@ -10,15 +10,15 @@ from transformers import AutoModelForCausalLM
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.activations import LayerActivations
 from pipeline.estimate.imbalance import busiest_rank
+from pipeline.estimate.zero import FP32, MOMENTS, Gradients, offloaded, zero_gradients
 from pipeline.method.stage import Stage
 from pipeline.model.backbone import decoder_layers, find_mlp
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.training.ds_config import gradient_bytes
+from pipeline.training.ds_config import offloads
 
 # A share of all tensors: gaps between blocks, and buffers of the kernels. Measured: 7 to 10 % on a CPU, 1 and 2 ranks.
 ALLOCATOR = 0.08
-FP32 = 4  # bytes
-MOMENTS = 2 * FP32  # Adam's, per parameter
+OFFLOADED = "in host memory"
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,14 @@ def memory_by_kind(
     ds_config: dict[str, Any],
     stage: Stage,
     process: int,
-    offloads: bool = False,
+    on_gpu: bool = False,
 ) -> dict[str, float]:
     """Bytes of the fullest rank in training.
 
     ZeRO-1 as we configure it: gradients are summed in fp32 for all that trains on a rank; masters and moments are
-    divided among the ranks that hold the same parameters, with ZeRO-2 the sums of gradients too. Without ZeRO the
-    weights that train are in fp32, need no masters, and each rank holds all of their moments.
+    divided among the ranks that hold the same parameters, with ZeRO-2 the sums of gradients too; see
+    :mod:`pipeline.estimate.zero`. Without ZeRO the weights that train are in fp32, need no masters, and each rank
+    holds all of their moments.
 
     Args:
         sizes: of the dense model.
@@ -139,30 +140,39 @@ def memory_by_kind(
         ds_config: the run's DeepSpeed config.
         stage: what trains, and how.
         process: bytes of the process before it holds any model.
-        offloads: whether ZeRO's masters and moments are elsewhere.
+        on_gpu: whether it has memory of its own, so that what is offloaded does not count.
 
     Returns:
-        Bytes by kind: ``process``, ``weights``, ``gradients``, ``master weights``, ``moments``, ``activations`` (with
-        logits), ``allocator``, and the ``peak`` of all together.
+        Bytes by kind: ``process``, ``weights``, ``gradients``, ``buckets`` (from which gradients are reduced),
+        ``master weights``, ``moments``, ``activations`` (with logits), ``allocator``, and the ``peak`` of all
+        together; and where a GPU's share is offloaded ``in host memory``, which is not among them.
     """
     width, trained = dtype.itemsize, trained_parameters(sizes, plan, dims, stage)
-    held, each = trained.optimized(dims, stage), gradient_bytes(ds_config)
-    summed = FP32 * (held if ds_config["zero_optimization"]["stage"] == 2 else trained.total)
+    held = trained.optimized(dims, stage)
+    elsewhere = offloaded(dtype, held) if stage.uses_zero and offloads(ds_config) else {}
     experts = sum(most_experts(plan, dims).values()) * sizes.mlp
     weights = (sizes.total + experts) * width + trained.routers * (width if stage.uses_zero else FP32)
+    gradients = Gradients(float(FP32 * trained.total))
+    if stage.uses_zero:
+        accumulates = batch.accumulation > 1
+        gradients = zero_gradients(ds_config, dtype, trained.total, held, on_gpu=on_gpu, accumulates=accumulates)
     kinds = {
         "process": float(process),
         "weights": float(weights),
-        "gradients": summed + trained.total * (each - FP32) if stage.uses_zero else float(FP32 * trained.total),
-        "master weights": FP32 * held if stage.uses_zero and not offloads else 0.0,
-        "moments": 0.0 if stage.uses_zero and offloads else MOMENTS * held,
+        "gradients": gradients.sums,
+        "buckets": gradients.buckets,
+        "master weights": FP32 * held if stage.uses_zero else 0.0,
+        "moments": MOMENTS * held,
     }
+    for kind, there in elsewhere.items():
+        stays = kinds[kind] if kind == "gradients" else 0.0
+        kinds[kind] = stays if on_gpu else stays + there
     logits = 2 * batch.tokens * sizes.vocabulary * width  # and their gradient
     kinds["activations"] = _activations(plan, dims, batch, layers, sizes.hidden * width) + logits
-    fresh = trained.total * (each - FP32) if stage.uses_zero and batch.accumulation == 1 else 0.0
     kinds["allocator"] = ALLOCATOR * (sum(kinds.values()) - process)
-    # With one micro-batch per step, its gradients come as its activations go.
-    kinds["peak"] = sum(kinds.values()) - min(kinds["activations"], fresh)
+    kinds["peak"] = sum(kinds.values()) - min(kinds["activations"], gradients.fresh)
+    if on_gpu and elsewhere:
+        kinds[OFFLOADED] = sum(elsewhere.values())
     return kinds
 
 

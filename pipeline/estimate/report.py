@@ -30,7 +30,7 @@ from pipeline.model.backbone import model_config, model_folder, parameter_counts
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.metrics import StepRow
 from pipeline.records.run_folder import METRICS_FILE, PLAN_FILE, RunFolder
-from pipeline.training.ds_config import batch_shape, offloads, read_ds_config, training_dtype
+from pipeline.training.ds_config import batch_shape, read_ds_config, training_dtype
 
 USABLE = 0.92  # of a device's memory; the rest goes to the runtime and to gaps between blocks
 GPUS_PER_NODE = 8  # where the run's cluster section does not say
@@ -64,7 +64,7 @@ class Estimate:
         self.run, self.world_size, self.device = run, world_size, device
         self.per_node = per_node or run.cluster.job("stage1").gpus_per_node or GPUS_PER_NODE
         self.config = model_config(model_folder(run.model))
-        self.ds_config = read_ds_config(run.deepspeed)
+        self.ds_config = read_ds_config(run.ds_config_file)
         self.dtype = training_dtype(self.ds_config)
         self.sizes: ModelSizes = model_sizes(self.config)
         self.plan, self.plan_note = find_plan(run, self.config.get_text_config().num_hidden_layers, num_new)
@@ -84,15 +84,12 @@ class Estimate:
         )
 
     def memory(self, stage: Stage, dims: ParallelDims | None = None) -> dict[str, float]:
-        """Bytes of the fullest rank, by the kinds of :func:`memory_by_kind`; ``dims`` replaces the estimate's own.
-
-        What is offloaded from a GPU is not among them.
-        """
+        """Bytes of the fullest rank, by the kinds of :func:`memory_by_kind`; ``dims`` replaces the estimate's own."""
         dims = dims or self.dims
         return memory_by_kind(
             self.sizes, self.plan, dims, self.batch(stage, dims), self.layers[stage.number],
             dtype=self.dtype, ds_config=self.ds_config, stage=stage, process=self.process,
-            offloads=self.device.type == "cuda" and offloads(self.ds_config),
+            on_gpu=self.device.type == "cuda",
         )  # fmt: skip
 
     def on(self, world_size: int) -> "Estimate":
@@ -162,7 +159,7 @@ class Estimate:
         found = [self.memory(stage) for stage in self.stages]
         rows = [["GB of the fullest rank", *(f"stage {stage.number}" for stage in self.stages)]]
         for kind in found[0]:
-            rows.append([kind, *(f"{memory[kind] / 1e9:.2f}" for memory in found)])
+            rows.append([kind, *(f"{memory.get(kind, 0.0) / 1e9:.2f}" for memory in found)])
         return aligned(rows)
 
     def _ep_table(self) -> str:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch import distributed as dist
 
+from pipeline.distributed.own_time import OWN_TIME
 from pipeline.model.moe.router import NEW, OLD, Routing
 
 BYTES_AT_ONCE = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits held at a time; on a CPU they fit its cache
@@ -96,7 +97,8 @@ def load_balancing_loss(
     statistic = torch.cat([*counts, ones.sum().view(1)])
     num_ranks = 1
     if statistics == "global" and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(statistic)
+        with OWN_TIME.waiting():
+            dist.all_reduce(statistic)
         num_ranks = dist.get_world_size()
     tokens = statistic[-1].clamp(min=1.0)
     losses = []

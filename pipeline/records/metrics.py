@@ -3,6 +3,25 @@
 from pipeline.records.record import Record
 
 
+class SlowestRank(Record):
+    """A rank that others wait for.
+
+    Attributes:
+        rank: its number.
+        host: of its node.
+        percent: how much longer it worked than the median of the other ranks.
+    """
+
+    rank: int
+    host: str
+    percent: float
+
+    @property
+    def name(self) -> str:
+        """Its host and number, such as node7:59."""
+        return f"{self.host}:{self.rank}"
+
+
 class StepRow(Record):
     """A row of ``metrics.jsonl``: one optimizer step.
 
@@ -22,6 +41,8 @@ class StepRow(Record):
         data_seconds: of which rank 0 waited for samples to be read.
         mfu: model FLOPs utilization, see :mod:`pipeline.training.utilization`; None where the device's peak is not
             known.
+        slowest_rank: the one that worked longest before the step's gradients were reduced, where it is far behind,
+            see :mod:`pipeline.training.slowest_rank`; else None.
     """
 
     step: int
@@ -38,6 +59,7 @@ class StepRow(Record):
     seconds: float
     data_seconds: float = 0.0
     mfu: float | None = None
+    slowest_rank: SlowestRank | None = None
 
 
 class ValidationRow(Record):

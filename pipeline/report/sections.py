@@ -11,7 +11,7 @@ from data_prep.statistics import charts as text_charts
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.evaluation import StageRouting
 from pipeline.records.metrics import StepRow
-from pipeline.report import charts, curves
+from pipeline.report import charts, curves, summary
 from pipeline.report.data import RunData, Stage, stage_label
 
 Width = Literal["full", "half", "third"]
@@ -34,12 +34,13 @@ class Chart:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; ``missing`` says why a picture is not there."""
+    """A part of the page; ``missing`` says why a picture is not there, ``notes`` are sentences beneath the title."""
 
     key: str
     title: str
     charts: list[Chart] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def picture_sections(data: RunData) -> list[Section]:
@@ -125,6 +126,7 @@ def _training(data: RunData, stage: Stage) -> Section:
     if not stage.rows:
         section.missing.append(_why_not_trained(data, stage))
         return section
+    section.notes.extend(summary.slowest_ranks(stage))
     section.charts.append(
         Chart.single(
             curves.curve(stage, lambda row: row.loss.get("next_token"), y="nats per token", digits=".3f", tall=True),

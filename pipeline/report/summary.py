@@ -1,11 +1,12 @@
 """The result in words and numbers: the headline's sentence and tiles, and the tables."""
 
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.records.evaluation import BASE, GROUPS, Change, Evaluation, Group, SetResult
-from pipeline.report.data import RunData, stage_label
+from pipeline.report.data import RunData, Stage, stage_label
 
 NOT_EVALUATED = "This run has not been evaluated yet: evaluation.json is not in its folder."
 _TITLES = {"new": "New languages", "old": "Old languages", "watch": "Watched, never trained on"}
@@ -83,6 +84,22 @@ def warnings(data: RunData) -> list[str]:
             sets = ", ".join(f"{name} {signed(change.percent)}" for name, change in worse.items())
             lines.append(f"{stage_label(checkpoint)} is worse than the dense model on languages that it knew: {sets}")
     return lines
+
+
+def slowest_ranks(stage: Stage) -> list[str]:
+    """A sentence on the ranks that others waited for most often, at most three of them; none where no rank was."""
+    behind: dict[str, list[float]] = {}
+    for row in stage.rows:
+        if row.slowest_rank is not None:
+            behind.setdefault(row.slowest_rank.name, []).append(row.slowest_rank.percent)
+    if not behind:
+        return []
+    most = sorted(behind.items(), key=lambda entry: -len(entry[1]))[:3]
+    each = ", ".join(
+        f"{name} in {len(percents):,} of {len(stage.rows):,} steps (median {statistics.median(percents):+.0f} %)"
+        for name, percents in most
+    )
+    return [f"The slowest rank, where it worked at least 10 % longer than the median of the others: {each}."]
 
 
 def tiles(data: RunData) -> list[Tile]:

@@ -55,7 +55,7 @@ def check_parallel(context: RunContext, world_size: int, device: str) -> None:
     from pipeline.training.monitors import check_monitors
 
     run = context.run
-    ds_config = read_ds_config(run.deepspeed)
+    ds_config = read_ds_config(run.ds_config_file)
     check_monitors(run.log)
     if run.parallel.ep_size != "auto":
         ParallelDims(world_size, run.parallel.ep_size)

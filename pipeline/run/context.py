@@ -105,7 +105,7 @@ class RunContext:
         """What the model is computed in."""
         from pipeline.training.ds_config import read_ds_config, training_dtype
 
-        return training_dtype(read_ds_config(self.run.deepspeed))
+        return training_dtype(read_ds_config(self.run.ds_config_file))
 
     @cached_property
     def dims(self) -> "ParallelDims":

@@ -33,7 +33,7 @@ def stage_inputs(context: RunContext, number: int) -> Inputs:
         "temperature": run.data.temperature,
         "isolate_documents": run.data.isolate_documents,
         "seed": run.seed,
-        "deepspeed": read_json(run.deepspeed),
+        "deepspeed": read_json(run.ds_config_file),
         "bad_steps": run.bad_steps.model_dump(mode="json"),
         "settings": stage.settings.model_dump(mode="json", exclude=NOT_A_RESULT),
     }

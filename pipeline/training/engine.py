@@ -28,7 +28,7 @@ def build_engine(inputs: StageInputs, shape: BatchShape) -> Any:
     Returns:
         A ``deepspeed.DeepSpeedEngine`` that writes and reads checkpoints in our way.
     """
-    ds_config = read_ds_config(inputs.run.deepspeed)
+    ds_config = read_ds_config(inputs.run.ds_config_file)
     model = _load_model(inputs, ds_config)
     settings = inputs.stage.settings
     with redirect_stdout(io.StringIO()):  # it prints memory figures, not through its logger

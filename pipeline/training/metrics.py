@@ -127,6 +127,7 @@ class MetricsLog:
         events.append(("train/data_seconds", row.data_seconds))
         if row.mfu is not None:
             events.append(("train/mfu", row.mfu))
+        events.append(("train/slowest_rank_percent", row.slowest_rank.percent if row.slowest_rank else 0.0))
         events.append(("train/skipped", float(row.skipped is not None)))
         self._send(events, row.samples)
 

@@ -22,6 +22,7 @@ from pipeline.training.rank_log import RankLog
 from pipeline.training.sample_order import SampleOrder, stage_order
 from pipeline.training.samples_ahead import Places, SamplesAhead
 from pipeline.training.skipped_steps import SkippedSteps
+from pipeline.training.slowest_rank import watch_backward
 from pipeline.training.utilization import flops_per_token, peak_flops
 
 
@@ -39,6 +40,7 @@ class TrainingState:
         engine: DeepSpeed's.
         skipped_steps: which steps are skipped, and how many were.
         rank_log: what this rank notes of itself.
+        hosts: the name of each rank's node.
         step: number of optimizer steps taken, skipped ones included.
         best_value: the lowest mean of bits per character of any validation.
         best_tag: the checkpoint that it was measured on; empty if there is none.
@@ -56,6 +58,7 @@ class TrainingState:
     engine: Any
     skipped_steps: SkippedSteps
     rank_log: RankLog
+    hosts: list[str]
     step: int = 0
     best_value: float = math.inf
     best_tag: str = ""
@@ -77,6 +80,7 @@ class TrainingState:
         shape = batch_shape(run, settings, ranks.world_size, ranks.device.type)
         _check_weights(inputs, ranks)
         engine = build_engine(inputs, shape)
+        watch_backward(engine)
         inputs.folder.mkdir(parents=True, exist_ok=True)
         if ranks.is_first:
             inputs.done_with.save(inputs.folder / INPUTS_FILE)
@@ -85,7 +89,8 @@ class TrainingState:
             settings.global_batch_size, shape.micro_batch, shape.accumulation, ranks.world_size, ranks.rank
         )
         samples = SamplesAhead(order, places, pin=ranks.device.type == "cuda")
-        return cls(inputs, ranks, shape, order, samples, engine, SkippedSteps(run.bad_steps, engine), rank_log)
+        skipped_steps = SkippedSteps(run.bad_steps, engine)
+        return cls(inputs, ranks, shape, order, samples, engine, skipped_steps, rank_log, ranks.hosts())
 
     def close(self) -> None:
         """Let go of the engine, which DeepSpeed's hooks would keep, and stop reading."""

@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import torch
 
+from pipeline.distributed.own_time import OWN_TIME
 from pipeline.distributed.process_group import peak_memory_bytes
 from pipeline.method.stage import GlobalBatch, MicroBatch
 from pipeline.model.moe import collect_routings
 from pipeline.records.metrics import StepRow
 from pipeline.training.metrics import StepSums
+from pipeline.training.slowest_rank import find_slowest, own_seconds
 from pipeline.training.state import TrainingState
 
 
@@ -34,7 +36,9 @@ def train_step(state: TrainingState, advance: Callable[[int], object] = lambda _
         advance(samples * batch.sequence_length)
         if micro_step < state.shape.accumulation - 1:
             state.engine.step()  # counts the micro-step; only the last one updates the weights
-    figures = sums.read(state.ranks.sum(sums.pack()))
+    seconds_R = own_seconds(state.ranks)
+    summed = state.ranks.sum(torch.cat([sums.pack(), seconds_R])).cpu()
+    figures = sums.read(summed[: -len(seconds_R)])
     learning_rate = state.engine.get_lr()[0]
     grad_norm, skipped = _optimizer_step(state, sum(figures["loss"].values()))
     state.step += 1
@@ -50,6 +54,7 @@ def train_step(state: TrainingState, advance: Callable[[int], object] = lambda _
         seconds=seconds,
         data_seconds=state.samples.waited - waited,
         mfu=state.utilization(state.batch_tokens / seconds),
+        slowest_rank=find_slowest(summed[-len(seconds_R) :].tolist(), state.hosts),
     )
 
 
@@ -68,6 +73,7 @@ def _micro_step(state: TrainingState, micro_step: int, batch: GlobalBatch, sums:
     """Forward and backward of one micro-batch; returns the number of samples that count, of all ranks together."""
     size, device, length = state.shape.micro_batch, state.ranks.device, batch.sequence_length
     samples_at_once = state.ranks.world_size * size
+    OWN_TIME.begin(device)
     number = state.step * state.shape.accumulation + micro_step
     first, empty = state.samples.places.first(number)
     state.rank_log.samples(state.step + 1, first + empty, size - empty)
@@ -89,6 +95,7 @@ def _micro_step(state: TrainingState, micro_step: int, batch: GlobalBatch, sums:
     sources_T = torch.from_numpy(samples.sources).to(device, non_blocking=True).repeat_interleave(length)
     sums.add_routing(routings, torch.where(counts_T, sources_T, -1))
     total = sum(weight * loss for loss, weight in losses.values())
+    OWN_TIME.mark()
     # The engine averages over ranks and divides by the accumulation steps; our losses are divided already.
     state.engine.backward(total * state.ranks.world_size * state.shape.accumulation)
     return micro.samples

@@ -188,4 +188,5 @@ def _short(row: StepRow) -> str:
     waits = row.data_seconds / row.seconds
     mfu = "" if row.mfu is None else f" mfu {row.mfu:.0%}"
     data = f" waiting for data {waits:.0%}" if waits > WORTH_SAYING else ""
-    return f"{losses} lr {row.lr:.1e} grad {row.grad_norm:.2f}{mfu}{data}"
+    slowest = "" if row.slowest_rank is None else f" slowest {row.slowest_rank.name} {row.slowest_rank.percent:+.0f} %"
+    return f"{losses} lr {row.lr:.1e} grad {row.grad_norm:.2f}{mfu}{data}{slowest}"

@@ -1,19 +1,29 @@
 """What `estimate` says is what ranks hold. Run: pytest tests/distributed/test_estimate.py"""
 
+import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 from common.errors import UserError
 from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.distributed.process_group import Ranks, forget_earlier_stages
 from pipeline.estimate.device import Device
-from pipeline.estimate.memory import checkpoint_bytes, most_experts, network_per_token
+from pipeline.estimate.memory import OFFLOADED, checkpoint_bytes, most_experts, network_per_token
 from pipeline.estimate.report import Estimate
 from pipeline.method.stages import find_stage
+from pipeline.training.state import TrainingState
+from pipeline.training.step import train_step
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import held_bytes, with_parallel
+from tests.distributed.stages import held_bytes, stage_inputs, with_parallel
 from tests.helpers.tiny import parse_run, prepared_run, run_tree, save_model
+
+ROOT = Path(__file__).parent.parent.parent
+GPU = Device.named("80GB")
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +52,105 @@ def test_weights_gradients_masters_moments_and_checkpoint_are_what_the_fullest_r
         assert memory["gradients"] == pytest.approx(max(rank["gradients"] for rank in held), rel=0.02)
         size = checkpoint_bytes(estimate.sizes, estimate.plan, estimate.dims, estimate.dtype, stage)
         assert held[0]["checkpoint"] == pytest.approx(size, rel=0.02)
+
+
+def held_by_zero(ranks: Ranks, tree: dict[str, Any], folder: Path) -> dict[str, float]:
+    """What this rank's optimizer holds, by kind, in stage 1; of gradients the most while a step is taken."""
+    forget_earlier_stages(ranks.device)
+    state = TrainingState.start(stage_inputs(tree, 1, folder, ranks), ranks)
+    train_step(state)
+    optimizer, inner = state.engine.optimizer, state.engine.basic_optimizer
+    trained = [parameter for parameter in state.engine.module.parameters() if parameter.requires_grad]
+    largest: Counter[str] = Counter()
+    known_buckets: dict[int, int] = {}
+
+    def look(*_: Any) -> None:
+        buckets = storages(bucket.buffer for bucket in optimizer.ipg_buckets.values())
+        known_buckets.update(buckets)  # gradients lie in one when DeepSpeed itself has let it go
+        sums = storages([[(p.grad, getattr(p, "grad_accum", None)) for p in trained], optimizer.averaged_gradients])
+        of_sums = {pointer: size for pointer, size in sums.items() if known_buckets.get(pointer) != size}
+        found = {"buckets": sum(buckets.values()), "sums": sum(of_sums.values())}
+        for kind, size in found.items():
+            largest[kind] = max(largest[kind], size)
+
+    all_reduce = torch.distributed.all_reduce
+
+    def looking(*arguments: Any, **options: Any) -> Any:
+        look()
+        return all_reduce(*arguments, **options)
+
+    hooks = [parameter.register_post_accumulate_grad_hook(look) for parameter in trained]
+    with patch("torch.distributed.all_reduce", looking):
+        train_step(state)
+    for hook in hooks:
+        hook.remove()
+    masters = [p for group in inner.param_groups for p in group["params"]]
+    host = optimizer.cpu_offload
+    held = {
+        **largest,
+        "masters": sum(storages(masters).values()),
+        "moments": sum(storages(v for entry in inner.state.values() for v in entry.values() if v.ndim).values()),
+        "copies": sum(storages(optimizer.param_buffer_of_bit16_for_cpu_offload_groups).values()) if host else 0,
+        "host sums": sum(storages(p.grad for p in masters).values()) if host else 0,
+    }
+    state.close()
+    return held
+
+
+def storages(tensors: Any) -> dict[int, int]:
+    """Bytes of the memory of tensors, which may lie in lists and dictionaries, by its address."""
+    if isinstance(tensors, torch.Tensor):
+        memory = tensors.untyped_storage()
+        return {memory.data_ptr(): memory.nbytes()} if memory.nbytes() else {}
+    if tensors is None:
+        return {}
+    found: dict[int, int] = {}
+    for entry in tensors.values() if isinstance(tensors, dict) else tensors:
+        found |= storages(entry)
+    return found
+
+
+def with_config(tree: dict[str, Any], name: str, bucket: int | None, folder: Path) -> dict[str, Any]:
+    """The run with one of the shipped DeepSpeed configs, or with smaller buckets than it says."""
+    config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    config["zero_optimization"]["reduce_bucket_size"] = bucket or config["zero_optimization"]["reduce_bucket_size"]
+    path = folder / "ds.json"
+    path.write_text(json.dumps(config))
+    return {**tree, "deepspeed": str(path)}
+
+
+@pytest.mark.parametrize("bucket", [None, 600_000], ids=["as shipped", "smaller than what trains"])
+@pytest.mark.parametrize(
+    ("name", "ranks", "ep_size", "micro_batch"),
+    [("bf16_offload_zero1", 2, 1, 2), ("bf16_offload_zero1", 2, 2, 4), ("bf16_zero2", 2, 1, 2),
+     ("bf16_zero2", 2, 1, 4), ("fp32_zero1", 2, 1, 2)],
+)  # fmt: skip
+def test_with_offloading_and_zero_2_gradients_masters_and_moments_are_what_the_fullest_rank_holds(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path, name: str, ranks: int, ep_size: int, micro_batch: int,
+    bucket: int | None,
+) -> None:  # fmt: skip
+    tree = with_config(
+        with_parallel(tree, ranks=ranks, ep_size=ep_size, micro_batch_size=micro_batch), name, bucket, tmp_path
+    )
+    by_rank = pools[ranks].run(held_by_zero, tree, tmp_path)
+    held = {kind: max(rank[kind] for rank in by_rank) for kind in by_rank[0]}
+    cpu, gpu = (Estimate(parse_run(tree, "x"), ranks, device, ep_size=ep_size) for device in (Device(), GPU))
+    on_cpu, on_gpu = cpu.memory(cpu.stages[0]), gpu.memory(gpu.stages[0])
+    # The parameter whose gradient comes while the bucket is full, and where a bucket ends, are not in the formula.
+    near = 0.02 if bucket is None else 0.12
+    assert on_cpu["gradients"] == pytest.approx(held["sums"] + held["host sums"], rel=near)
+    assert on_cpu["master weights"] == pytest.approx(held["masters"] + held["copies"], rel=0.02)
+    assert on_cpu["moments"] == pytest.approx(held["moments"], rel=0.02)
+    assert on_gpu["gradients"] == pytest.approx(held["sums"], rel=near)
+    copies = 6 * min(bucket or 10**9, 2_360_448) if name == "bf16_zero2" else 0  # see pipeline/estimate/zero.py
+    assert on_gpu["buckets"] == pytest.approx(held["buckets"] + copies, rel=0.01)
+    if name == "bf16_offload_zero1":
+        assert on_gpu["master weights"] == on_gpu["moments"] == 0
+        host = sum(held[kind] for kind in ("masters", "copies", "moments", "host sums"))
+        assert on_gpu[OFFLOADED] == pytest.approx(host, rel=0.02)
+        assert f"\n{OFFLOADED} " in gpu.text(None)
+    else:
+        assert on_gpu["master weights"] == on_cpu["master weights"] and OFFLOADED not in on_gpu
 
 
 def test_the_plan_is_the_runs_own_and_the_network_follows_from_it(tree: dict[str, Any]) -> None:
@@ -92,9 +201,7 @@ def test_offload_and_zero_2_take_less_of_a_gpu(tree: dict[str, Any]) -> None:
     plain, offloaded = kinds("bf16_zero1", gpu), kinds("bf16_offload_zero1", gpu)
     assert offloaded["master weights"] == offloaded["moments"] == 0 < plain["moments"]
     assert kinds("bf16_offload_zero1", Device())["moments"] == plain["moments"]  # the CPU's memory is the same
-    zero2 = kinds("bf16_zero2", gpu)
-    # Of two ranks each sums half of the gradients in fp32, and holds a micro-batch's in bf16.
-    assert zero2["gradients"] == pytest.approx(plain["gradients"] * (4 / 2 + 2) / 4)
+    assert kinds("bf16_zero2", gpu)["gradients"] == pytest.approx(plain["gradients"] / 2)  # each rank sums half
     run = parse_run({**tree, "deepspeed": "ds_configs/bf16_zero2.json"}, "x")
     assert Estimate(run, 2, gpu).ep_sizes() == [1]
 

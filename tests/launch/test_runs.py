@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, Qwen2Config
 
+from common.errors import UserError
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.estimate.device import Device
@@ -15,7 +16,7 @@ from pipeline.method.allocation import allocate
 from pipeline.method.similarity import layer_similarity
 from pipeline.method.stages import find_stage
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.training.ds_config import batch_shape
+from pipeline.training.ds_config import batch_shape, read_ds_config
 from tests.launch.test_commands import ROOT
 
 RUNS = ROOT / "launch" / "runs"
@@ -49,6 +50,26 @@ def test_a_ready_run_parses_and_its_batches_divide_among_its_ranks(path: Path) -
         assert shape.micro_batch * shape.accumulation * world_size == run.stage(number).global_batch_size
         assert job.world_size == 1 or job.world_size % ep_size == 0
     assert run.cluster.job("tokenize").gpus_per_node == 0
+
+
+@pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_ready_run_finds_its_deepspeed_config_from_any_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = load_run(path)
+    assert run.ds_config_file == ROOT / "ds_configs" / "bf16_zero1.json"
+    assert read_ds_config(run.ds_config_file)["bf16"]["enabled"]
+    own = tmp_path / run.deepspeed
+    own.parent.mkdir()
+    own.write_text("{}")
+    assert run.ds_config_file.resolve() == own  # a file of the user's comes first
+
+
+def test_a_deepspeed_config_that_is_nowhere_is_named_as_the_run_names_it() -> None:
+    run = load_run(RUNS / "my-languages.yaml", ["deepspeed=mine/zero.json"])
+    with pytest.raises(UserError, match="deepspeed: mine/zero.json does not exist"):
+        read_ds_config(run.ds_config_file)
 
 
 # What the papers' scripts say: the reference's lists of experts, batches of stage 2, and the Trainer's defaults.

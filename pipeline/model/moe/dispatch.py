@@ -7,6 +7,7 @@ import torch
 from deepspeed import comm as dist
 from torch import Tensor
 
+from pipeline.distributed.own_time import OWN_TIME
 from pipeline.model.moe.recompute import exchanged
 
 
@@ -37,7 +38,8 @@ class _AllToAll(torch.autograd.Function):
         sent, received, group = ctx.splits
         gradient = gradients[0].contiguous()
         output = gradient.new_empty(sum(sent), *gradient.shape[1:])
-        dist.all_to_all_single(output, gradient, sent, received, group=group)
+        with OWN_TIME.waiting():
+            dist.all_to_all_single(output, gradient, sent, received, group=group)
         return output, torch.zeros((), device=gradient.device), None, None, None, None
 
 
@@ -50,8 +52,9 @@ class Travelling:
 
     def wait(self) -> Tensor:
         """The rows, arrived."""
-        for handle in self.handles:
-            handle.wait()
+        with OWN_TIME.waiting():
+            for handle in self.handles:
+                handle.wait()
         return self.rows
 
 
@@ -102,7 +105,8 @@ class Exchange:
         num_ranks, num_slots = shape
         sent_S = counts_E.new_zeros(num_ranks * num_slots).index_copy_(0, slots_N, counts_E[1:])
         received_S = torch.empty_like(sent_S)
-        dist.all_to_all_single(received_S, sent_S, group=group)
+        with OWN_TIME.waiting():
+            dist.all_to_all_single(received_S, sent_S, group=group)
         numbers = torch.cat([counts_E, sent_S, received_S]).tolist()  # the layer's only wait for the device
         counts, flat = numbers[: len(counts_E)], numbers[len(counts_E) :]
         rows = [flat[start : start + num_slots] for start in range(0, len(flat), num_slots)]

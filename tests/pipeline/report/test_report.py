@@ -155,6 +155,18 @@ def test_a_run_without_stage_2_says_so_and_shows_the_rest(copy: Path) -> None:
     assert "This run has no stage 2: stage2 is not in its run.yaml." in Page(write_report(copy)).texts["stage2"]
 
 
+def test_the_ranks_that_others_waited_for_are_named(copy: Path, page: Page) -> None:
+    metrics = copy / "stage1" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for row, percent in zip(rows, (12.0, 18.0, 40.0), strict=False):
+        row["slowest_rank"] = {"rank": 59, "host": "node7", "percent": percent}
+    rows[3]["slowest_rank"] = {"rank": 2, "host": "node0", "percent": 11.0}
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = f"node7:59 in 3 of {len(rows)} steps (median +18 %), node0:2 in 1 of {len(rows)} steps (median +11 %)."
+    assert said in Page(write_report(copy)).texts["stage1"]
+    assert "slowest rank" not in page.texts["stage1"] + page.texts["stage2"]
+
+
 def test_a_run_that_has_only_begun_has_a_sentence_in_place_of_each_picture(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(RUN_YAML)
     page = Page(write_report(tmp_path))
