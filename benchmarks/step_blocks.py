@@ -44,8 +44,8 @@ class TwoDenseAsRouted(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Shape [..., D] to [..., D]."""
         x_TD = x.flatten(0, -2)
-        missing = len(x_TD) - self.frozen_rows
-        others_TD = torch.cat([self.frozen(x_TD[: self.frozen_rows]), self.trained(x_TD[:missing])])
+        frozen_TD, others_TD = x_TD[: self.frozen_rows], x_TD[self.frozen_rows :]
+        others_TD = torch.cat([self.frozen(frozen_TD), self.trained(others_TD)])
         return (self.trained(x_TD) + others_TD).view_as(x)
 
 

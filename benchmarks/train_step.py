@@ -33,6 +33,7 @@ from benchmarks.step_engine import Memory, memory, step_times
 from benchmarks.step_models import Bench, Sizes, contenders
 from benchmarks.step_ranks import compare_ep, show_ep
 from benchmarks.step_run import run_config, start_stage1, write_upcycled
+from common.errors import exit_on_user_error
 from common.files import write_json
 from common.text_table import aligned
 from pipeline.distributed.process_group import Ranks, environment_world_size, join, leave
@@ -82,6 +83,9 @@ def engine(sizes: Sizes, dtype: str, arguments: argparse.Namespace, folder: Path
     return [Row.of(name, "", taken, whole) for name, taken in times.items()]
 
 
+PARTS = {"forward + backward, x its floor": models, "a step of stage 1, x the floor with AdamW": engine}
+
+
 def show(title: str, rows: list[Row]) -> str:
     """A table."""
     cells = [[title, "trains", "ms", "wall", "CPU"]]
@@ -107,15 +111,12 @@ def one_rank(arguments: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
         say_conditions(arguments, sizes, ranks)
         report: dict[str, Any] = {}
         for dtype, folder in folders.items():
-            found = {
-                "forward + backward, x its floor": models(sizes, dtype, arguments, folder, ranks),
-                "a step of stage 1, x the floor with AdamW": engine(sizes, dtype, arguments, folder, ranks),
-            }
-            for title, rows in found.items():
-                print(f"\n{show(f'{dtype}: {title}', rows)}")
             print(f"\n{dtype}: {show_memory(held[dtype], arguments.device)}", flush=True)
-            rows_of = {title: [asdict(row) for row in rows] for title, rows in found.items()}
-            report[dtype] = {**rows_of, "memory": asdict(held[dtype])}
+            report[dtype] = {"memory": asdict(held[dtype])}
+            for title, part in PARTS.items():
+                rows = part(sizes, dtype, arguments, folder, ranks)
+                print(f"\n{show(f'{dtype}: {title}', rows)}", flush=True)
+                report[dtype][title] = [asdict(row) for row in rows]
     print(f"\n{TARGETS}")
     return report
 
@@ -185,4 +186,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(exit_on_user_error(main))
