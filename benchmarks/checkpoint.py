@@ -9,7 +9,6 @@ import argparse
 import os
 import shutil
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -18,6 +17,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from benchmarks.measuring import PeakMemory
 from common.files import fsync_path, write_json
 from common.text_table import aligned
 from pipeline.config.load import load_run
@@ -72,31 +72,6 @@ def forget(folder: Path) -> None:
             descriptor = os.open(path, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
-
-
-class PeakMemory:
-    """The most anonymous memory of this process while a block runs, in bytes, above what it began with."""
-
-    def __enter__(self) -> "PeakMemory":
-        self.before, self.peak, self._done = _anonymous(), 0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.01):
-            self.peak = max(self.peak, _anonymous() - self.before)
-
-
-def _anonymous() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    return 0
 
 
 class Benchmark:

@@ -8,21 +8,27 @@ same tokens and a random router. Benchmarks/README.md says what the columns mean
 """
 
 import argparse
-import gc
 import os
-import platform
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import median
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from benchmarks.measuring import (
+    CPU,
+    DTYPES,
+    WALL,
+    Taken,
+    Turn,
+    add_options,
+    check_options,
+    in_turns,
+    milliseconds,
+    processor,
+    ratio,
+)
 
 
 @dataclass(frozen=True)
@@ -145,67 +151,47 @@ def contenders(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[C
     return made
 
 
-def once(contender: Contender, x_TD: Tensor, upstream_TD: Tensor | None) -> tuple[float, float]:
-    """(wall, CPU) seconds of one forward, and of its backward too where there is an upstream gradient."""
-    contender.module.zero_grad(set_to_none=True)
+def run_once(contender: Contender, x_TD: Tensor, upstream_TD: Tensor | None) -> None:
+    """One forward, and its backward too where there is an upstream gradient."""
     x_TD = x_TD.detach().requires_grad_(upstream_TD is not None)
-    synchronize(x_TD.device)
-    wall, cpu = time.perf_counter(), time.process_time()
     with torch.set_grad_enabled(upstream_TD is not None):
         output = contender.call(x_TD)
     if upstream_TD is not None:
         output.backward(upstream_TD.view_as(output))
-    synchronize(x_TD.device)
-    return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(sizes: Sizes, dtype_name: str, device: torch.device, rounds: int) -> list[Result]:
-    """Every contender once a round, in an order that turns from round to round, so that drift hits all alike."""
+    """Every contender once a round."""
     torch.manual_seed(0)
     dtype = DTYPES[dtype_name]
     everyone = contenders(sizes, dtype, device)
     x_TD, upstream_TD = (torch.randn(sizes.tokens, sizes.hidden, device=device).to(dtype) for _ in range(2))
-    times: dict[str, list[list[tuple[float, float]]]] = {c.name: [[], []] for c in everyone}
-    for number in tqdm(range(-2, rounds), desc=dtype_name, disable=not sys.stderr.isatty(), leave=False):
-        turn = number % len(everyone)
-        for contender in everyone[turn:] + everyone[:turn]:
-            for kind, upstream in enumerate((None, upstream_TD)):
-                taken = once(contender, x_TD, upstream)
-                if number >= 0:  # the first two rounds warm up
-                    times[contender.name][kind].append(taken)
-        gc.collect()
+    turns = [
+        Turn(
+            c.name,
+            {"forward": partial(run_once, c, x_TD, None), "both": partial(run_once, c, x_TD, upstream_TD)},
+            partial(c.module.zero_grad, set_to_none=True),
+        )
+        for c in everyone
+    ]
+    times = in_turns(turns, rounds, device, dtype_name)
     return [summarise(c, dtype_name, times[c.name], times[everyone[0].name]) for c in everyone]
 
 
 def summarise(
-    contender: Contender,
-    dtype: str,
-    taken: list[list[tuple[float, float]]],
-    yardstick: list[list[tuple[float, float]]],
+    contender: Contender, dtype: str, taken: dict[str, list[Taken]], yardstick: dict[str, list[Taken]]
 ) -> Result:
     """Medians of what was taken, in both kinds of pass and on both clocks."""
-
-    def ratio(kind: int, clock: int) -> float:
-        pairs = zip(taken[kind], yardstick[kind], strict=True)
-        return median(mine[clock] / dense[clock] for mine, dense in pairs)
-
-    milliseconds = [1e3 * median(wall for wall, _ in taken[kind]) for kind in range(2)]
     return Result(
         contender.name,
         contender.trains,
         dtype,
-        milliseconds[0],
-        ratio(0, 0),
-        ratio(0, 1),
-        milliseconds[1],
-        ratio(1, 0),
-        ratio(1, 1),
+        milliseconds(taken["forward"]),
+        ratio(taken["forward"], yardstick["forward"], WALL),
+        ratio(taken["forward"], yardstick["forward"], CPU),
+        milliseconds(taken["both"]),
+        ratio(taken["both"], yardstick["both"], WALL),
+        ratio(taken["both"], yardstick["both"], CPU),
     )
 
 
@@ -228,18 +214,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--intermediate", type=int, default=1536)
     parser.add_argument("--experts", type=int, default=4, help="of the layer, expert 0 included")
     parser.add_argument("--top-k", type=int, default=2)
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=15, help="each runs every contender once")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="write the results there too")
+    add_options(parser, rounds=15)
     arguments = parser.parse_args()
-    for name in ("tokens", "hidden", "intermediate", "top_k", "rounds"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(arguments, name)}: give at least 1")
+    check_options(parser, arguments, ("tokens", "hidden", "intermediate", "top_k"))
     if arguments.experts < max(2, arguments.top_k):
         parser.error(f"--experts {arguments.experts}: give at least 2, and no fewer than --top-k {arguments.top_k}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: torch finds no GPU here; leave it out")
     return arguments
 
 
@@ -254,7 +233,7 @@ def main() -> int:
     ranks = join()
     device = ranks.device
     sizes = Sizes(arguments.tokens, arguments.hidden, arguments.intermediate, arguments.experts, arguments.top_k)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    where = processor(device)
     print(f"{sizes}\n{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds")
     print("Time as a multiple of two dense MLP calls on the same tokens; every router is random.")
     print("In ours, expert 0 is the dense model's own MLP: frozen in stage 1, where the new experts train.")
