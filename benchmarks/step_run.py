@@ -115,5 +115,5 @@ def start_stage1(sizes: Sizes, run: RunConfig, folder: Path, ep_size: int, ranks
     samples = SamplesAhead(order, places, pin=ranks.device.type == "cuda")
     rank_log = RankLog(inputs.folder, ranks.rank, [], writes=False)
     return TrainingState(
-        inputs, ranks, shape, order, samples, engine, SkippedSteps(run.bad_steps, engine), rank_log
+        inputs, ranks, shape, order, samples, engine, SkippedSteps(run.bad_steps, engine), rank_log, ranks.hosts()
     )  # fmt: skip
