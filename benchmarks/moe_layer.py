@@ -72,7 +72,13 @@ def dense_mlp(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> nn.Modu
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaMLP
 
-    config = LlamaConfig(hidden_size=sizes.hidden, intermediate_size=sizes.intermediate)
+    # The heads only let transformers accept any hidden size; an MLP has none.
+    config = LlamaConfig(
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.intermediate,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
     return LlamaMLP(config).to(device, dtype)
 
 
