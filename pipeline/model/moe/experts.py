@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS_MULTIPLE = 64
+ROWS_MULTIPLE = 32
 
 
 def in_whole_blocks(function: Callable[[Tensor], Tensor], x_AD: Tensor) -> Tensor:
-    """``function(x)`` for a function of rows, padded with zeros to a multiple of 64 rows in bf16 on a CPU.
+    """``function(x)`` for a function of rows, padded with zeros to a multiple of 32 rows in bf16 on a CPU.
 
     There a kernel is generated for each new number of rows, which takes longer than the product itself, and stays in
     memory. Expert batches have a different size every time.
