@@ -1,6 +1,6 @@
 """Reads weights from a checkpoint into a model."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +13,8 @@ from pipeline.model.backbone import moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
 from pipeline.model.moe.experts import fused_weights
+
+PIECES, SMALLEST_PIECE = 32, 4 << 20  # of a file, and bytes
 
 
 def local_expert_names(model: nn.Module) -> dict[tuple[int, int], str]:
@@ -42,6 +44,23 @@ def files_read_once(plan: ExpertPlan, dims: ParallelDims) -> list[str]:
     experts = expert_files(plan, dims, mine)
     reads_main = dims.rank == 0 or experts  # see copy_mlps
     return [main_file()] * bool(reads_main) + experts
+
+
+def _shared_tensors(path: Path, *, by_pieces: bool) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a tag's main file by name, mapped into memory.
+
+    Args:
+        path: of the file.
+        by_pieces: whether the file is mapped anew after each piece of it, so that no more of it is in this process's
+            memory, beside the copies that the caller makes of its tensors; these must not be kept.
+    """
+    tensors, read = load_tensors(path)["module"], 0
+    piece = max(SMALLEST_PIECE, path.stat().st_size // PIECES)
+    for name in list(tensors):
+        if by_pieces and read > piece:
+            tensors, read = load_tensors(path)["module"], 0
+        read += tensors[name].nbytes
+        yield name, tensors[name]
 
 
 @torch.no_grad()
@@ -94,7 +113,7 @@ def read_weights(model: nn.Module, folder: Path, *, once: bool = False, mapped: 
     if not path.is_file():
         raise UserError(f"{path}: does not exist, so the checkpoint is not complete; use another one")
     if reads_shared or buffers:  # DeepSpeed broadcasts parameters alone
-        for name, tensor in load_tensors(path)["module"].items():
+        for name, tensor in _shared_tensors(path, by_pieces=not mapped):
             if reads_shared or name in buffers:
                 copy(name, tensor, path)
     for (layer, number), prefix in experts.items():
