@@ -12,7 +12,7 @@ from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.backbone import moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
-from pipeline.model.moe.experts import fused_weights
+from pipeline.model.moe.experts import Expert
 
 PIECES, SMALLEST_PIECE = 32, 4 << 20  # of a file, and bytes
 
@@ -137,17 +137,14 @@ def copy_mlps(model: nn.Module, folder: Path, names: set[str]) -> set[str]:
         Which of them were set.
     """
     layers = [name for name, module in model.named_modules() if isinstance(module, MoELayer)]
-    parameters = {name: parameter for name, parameter in model.named_parameters() if name in names}
-    experts = {
-        expert: f"{layers[index]}.base_mlp."
-        for (index, _), expert in local_expert_names(model).items()
-        if any(name.startswith(f"{expert}.") for name in parameters)
-    }
-    stored = load_tensors(folder / main_file())["module"] if experts else {}
     done: set[str] = set()
-    for expert, mlp in experts.items():
-        weights = {name.removeprefix(mlp): tensor for name, tensor in stored.items() if name.startswith(mlp)}
-        for name, weight in fused_weights(weights).items():
-            parameters[f"{expert}.{name}"].copy_(weight)
-            done.add(f"{expert}.{name}")
+    for (index, _), prefix in local_expert_names(model).items():
+        expert = model.get_submodule(prefix)
+        assert isinstance(expert, Expert)
+        parameters = {f"{prefix}.{name}" for name, _ in expert.named_parameters()}
+        if parameters & names:
+            mlp = f"{layers[index]}.base_mlp."
+            stored = load_tensors(folder / main_file())["module"]  # mapped anew, so that one MLP at most is in memory
+            expert.copy_mlp({n.removeprefix(mlp): tensor for n, tensor in stored.items() if n.startswith(mlp)})
+            done |= parameters
     return done

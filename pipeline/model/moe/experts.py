@@ -46,6 +46,19 @@ class Expert(nn.Module):
         self.down_bias = None if down.bias is None else nn.Parameter(torch.empty(down.out_features, **options))
         self.act_fn: Callable[[Tensor], Tensor] = mlp.act_fn  # type: ignore[assignment]
 
+    @torch.no_grad()
+    def copy_mlp(self, mlp: Mapping[str, Tensor]) -> None:
+        """Take the weights of a gated MLP's ``state_dict``."""
+        for kind, gate_up, down in (
+            ("weight", self.gate_up_proj, self.down_proj),
+            ("bias", self.gate_up_bias, self.down_bias),
+        ):
+            if gate_up is not None:
+                for part, name in zip(gate_up.chunk(2), ("gate_proj", "up_proj"), strict=True):
+                    part.copy_(mlp[f"{name}.{kind}"])
+            if down is not None:
+                down.copy_(mlp[f"down_proj.{kind}"])
+
     def forward(self, x_AD: Tensor) -> Tensor:
         """Shape [A, D] to [A, D]. A may be 0; the weights then get gradients of zero."""
         return in_whole_blocks(self._forward, x_AD)
