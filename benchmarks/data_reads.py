@@ -41,7 +41,7 @@ def _ways(folder: Path) -> dict[str, tuple[Callable[[int], Any], int]]:
         with ShardWriter(folder / f"{number}", "uint16") as writer:
             writer.append(part)
     shards = ShardSequence([folder / f"{number}" for number in range(NUM_SHARDS)], "uint16")
-    order = SampleOrder([Source("el", shards, 1.0, False)], sequence_length=LENGTH, num_samples=READS, seed=1)
+    order = SampleOrder([Source("el", shards, 1.0, False, 1)], sequence_length=LENGTH, num_samples=READS, seed=1)
     ids.tofile(folder / "raw.bin")
     raw = np.memmap(folder / "raw.bin", np.uint16, "r")
     starts = draw.integers(0, NUM_TOKENS - LENGTH, READS).tolist()

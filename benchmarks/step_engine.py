@@ -63,8 +63,8 @@ def forward_backward(state: TrainingState, bench: Bench) -> None:
     batch = GlobalBatch(bench.batch.samples, bench.batch.sequence_length, 0)
     with collect_routings(state.engine.module) as routings:
         logits_BLV = state.engine(input_ids=bench.ids_BL, use_cache=False).logits
-    all_T, none_T = torch.ones_like(bench.old_T), torch.zeros_like(bench.old_T)
-    micro = MicroBatch(logits_BLV, routings, bench.labels_BL, all_T, none_T, batch.samples, 1)
+    all_T, new_T = torch.ones_like(bench.group_T, dtype=torch.bool), torch.ones_like(bench.group_T)
+    micro = MicroBatch(logits_BLV, routings, bench.labels_BL, all_T, new_T, batch.samples, 1)
     losses = state.stage.losses(micro, batch)
     state.engine.backward(torch.stack([weight * loss for loss, weight in losses.values()]).sum())
 

@@ -99,8 +99,8 @@ class Bench:
         ids = torch.randint(sizes.vocab, (sizes.samples, sizes.sequence + 1), device=device)
         self.ids_BL, self.labels_BL = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         old_B = torch.arange(sizes.samples, device=device) % 2 == 1
-        self.old_T = old_B.repeat_interleave(sizes.sequence)
-        self.batch = GlobalBatch(sizes.samples, sizes.sequence, int(self.old_T.sum()))
+        self.group_T = torch.where(old_B, 0, 1).repeat_interleave(sizes.sequence)
+        self.batch = GlobalBatch(sizes.samples, sizes.sequence, int((self.group_T == 0).sum()))
 
     def new_mlp(self) -> nn.Module:
         """A trained MLP of the model's shape."""
@@ -116,8 +116,8 @@ class Bench:
         """Forward with the blocks that are in place; returns the weighted sum of a stage's losses."""
         with collect_routings(self.model) as routings:
             logits_BLV = self.model(input_ids=self.ids_BL, use_cache=False).logits
-        counts_T = torch.ones_like(self.old_T)
-        micro = MicroBatch(logits_BLV, routings, self.labels_BL, counts_T, self.old_T, self.batch.samples, 1)
+        counts_T = torch.ones_like(self.group_T, dtype=torch.bool)
+        micro = MicroBatch(logits_BLV, routings, self.labels_BL, counts_T, self.group_T, self.batch.samples, 1)
         if stage is None:
             return mean_next_token_loss(micro, self.batch)
         return torch.stack([weight * loss for loss, weight in stage.losses(micro, self.batch).values()]).sum()

@@ -93,7 +93,7 @@ def start_stage1(sizes: Sizes, run: RunConfig, folder: Path, ep_size: int, ranks
     ids = np.random.default_rng(1).integers(sizes.vocab, size=SAMPLES_OF_TEXT * sizes.sequence + 1, dtype=np.int64)
     settings = stage.settings
     order = SampleOrder(
-        [Source("new", RandomTokens(ids), 1.0, is_old=False)],
+        [Source("new", RandomTokens(ids), 1.0, is_old=False, group=1)],
         sequence_length=settings.sequence_length,
         num_samples=settings.num_steps * settings.global_batch_size,
         seed=run.seed,

@@ -75,7 +75,12 @@ class ExpertsConfig(Section):
 
 
 class StageConfig(Section):
-    """What both stages share: ``tokens`` to train on, in batches of ``global_batch_size`` x ``sequence_length``."""
+    """What both stages share: ``tokens`` to train on, in batches of ``global_batch_size`` x ``sequence_length``.
+
+    The LPR loss is the paper's or the reference implementation's (``lpr``). In a further expansion it protects the
+    languages of all earlier ones (``lpr_groups: all``), or the dense model's alone, as LayerMoE's reference
+    implementation does (``base``).
+    """
 
     tokens: Positive
     sequence_length: Positive = 1024
@@ -88,6 +93,8 @@ class StageConfig(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clipping: float = Field(default=1.0, ge=0)
     activation_checkpointing: bool = False
+    lpr: Literal["paper", "reference"] = "paper"
+    lpr_groups: Literal["all", "base"] = "all"
 
     @model_validator(mode="after")
     def _check(self) -> "StageConfig":
@@ -113,7 +120,6 @@ class Stage1Config(StageConfig):
     """
 
     old_share: float = Field(default=0.0, ge=0, lt=1)
-    lpr: Literal["paper", "reference"] = "paper"
     lpr_weight: float = Field(default=0.0, ge=0)
 
     balance_weight: float = Field(default=0.01, ge=0)
@@ -125,7 +131,6 @@ class Stage2Config(StageConfig):
     """Stage 2: routers and classifiers train on a replay of all languages (MoE-LPR section 3.3)."""
 
     old_share: Fraction = 0.5
-    lpr: Literal["paper", "reference"] = "paper"
     lpr_weight: float = Field(default=0.1, ge=0)
     classifier_weight: float = Field(default=0.1, ge=0)
 

@@ -105,7 +105,7 @@ def trained_parameters(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, 
     """What trains on the fullest rank."""
     routers = sum(sizes.hidden * plan.counts[layer] for layer in plan.moe_layers)
     if stage.has_classifiers:
-        routers += 2 * sizes.hidden * len(plan.classifier_layers)
+        routers += plan.num_groups * sizes.hidden * len(plan.classifier_layers)
     held = most_experts(plan, dims) if stage.trains_experts else {}
     return Trained(routers, {replicas: number * sizes.mlp for replicas, number in held.items()})
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from pipeline.distributed.own_time import OWN_TIME
-from pipeline.model.moe.router import NEW, OLD, Routing
+from pipeline.model.moe.router import Routing, classify
 
 BYTES_AT_ONCE = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits held at a time; on a CPU they fit its cache
 
@@ -118,41 +118,57 @@ def _choices(routing: Routing, ones_T: Tensor) -> Tensor:
     return torch.zeros(num_experts, device=ones_T.device).index_add_(0, routing.ids_TK.flatten(), weights)
 
 
-def lpr_loss(routings: Sequence[Routing], old_T: Tensor, form: Literal["paper", "reference"] = "paper") -> Tensor:
-    """L_LPR: - log G_0, summed over tokens of old languages, the mean over layers (MoE-LPR, arXiv 2408.11396, eq. 6).
+def lpr_loss(
+    routings: Sequence[Routing],
+    group_T: Tensor,
+    mask_T: Tensor | None = None,
+    *,
+    form: Literal["paper", "reference"] = "paper",
+    only_base: bool = False,
+) -> Tensor:
+    """L_LPR: - log of the probability of a token's own experts, summed over old groups' tokens, the mean over layers.
 
-    Without any such token it is 0, and so is its gradient.
+    A token of the dense model's languages, group 0, has expert 0: - log G_0 (MoE-LPR, arXiv 2408.11396, eq. 6). One
+    of a group g of an earlier expansion has those that existed after it: - log sum_(i in A(g)) G_i. Without any token
+    of an old group it is 0, and so is its gradient.
 
     Args:
         routings: one per MoE layer.
-        old_T: true for tokens of old languages that count.
+        group_T: the group of languages that each token is of, int64; the new ones are the last.
+        mask_T: true for tokens that count; None counts all.
         form: ``reference`` feeds the probabilities to another softmax, as the reference implementation does; it
             can't reach 0.
+        only_base: whether only group 0 is protected, as in LayerMoE's reference implementation.
     """
     losses = []
     for routing in routings:
         scores = routing.logits_TE if form == "paper" else routing.scores_TE
-        losses.append(-(F.log_softmax(scores, dim=-1)[:, 0] * old_T).sum())
+        log_TE = F.log_softmax(scores, dim=-1)
+        loss = log_TE.new_zeros(())
+        for group, size in enumerate(routing.old_experts[:1] if only_base else routing.old_experts):
+            own_T = log_TE[:, 0] if size == 1 else log_TE[:, :size].logsumexp(-1)
+            counts_T = group_T == group if mask_T is None else (group_T == group) & mask_T
+            loss = loss - (own_T * counts_T).sum()
+        losses.append(loss)
     return torch.stack(losses).mean()
 
 
-def classifier_loss(routings: Sequence[Routing], old_T: Tensor, mask_T: Tensor | None = None) -> Tensor:
+def classifier_loss(routings: Sequence[Routing], group_T: Tensor, mask_T: Tensor | None = None) -> Tensor:
     """L_cls: cross-entropy of the language group, summed over tokens, the mean over layers with a classifier.
 
     LayerMoE, arXiv 2505.22582, section 3.3. It is 0 if no layer has a classifier.
 
     Args:
         routings: one per MoE layer.
-        old_T: true for tokens of old languages.
+        group_T: the group of languages that each token is of, int64; the new ones are the last.
         mask_T: true for tokens that count; None counts all.
     """
-    target_T = torch.where(old_T, OLD, NEW)
     losses = []
     for routing in routings:
         if routing.class_logits_TC is not None:
-            loss_T = F.cross_entropy(routing.class_logits_TC, target_T, reduction="none")
+            loss_T = F.cross_entropy(routing.class_logits_TC, group_T, reduction="none")
             losses.append(loss_T.sum() if mask_T is None else (loss_T * mask_T).sum())
-    return torch.stack(losses).mean() if losses else torch.zeros((), device=old_T.device)
+    return torch.stack(losses).mean() if losses else torch.zeros((), device=group_T.device)
 
 
 def routing_statistics(routing: Routing, mask_T: Tensor) -> dict[str, Any]:
@@ -164,13 +180,13 @@ def routing_statistics(routing: Routing, mask_T: Tensor) -> dict[str, Any]:
 
     Returns:
         ``tokens``: how many count. ``on_expert_0``: how many use expert 0. ``probability_0``: their G_0 summed.
-        ``classified_old``: how many the classifier sends to expert 0 alone. ``choices``: [E], how many active choices
+        ``classified_old``: how many the classifier takes for an old group's. ``choices``: [E], how many active choices
         each expert gets.
     """
     mask = mask_T.float()
     on_expert_0 = ((routing.ids_TK == 0) & routing.active_TK).any(-1)
     logits = routing.class_logits_TC
-    old = torch.zeros_like(mask) if logits is None else (logits[:, OLD] > logits[:, NEW]).float()
+    old = torch.zeros_like(mask) if logits is None else (classify(logits) < logits.shape[-1] - 1).float()
     return {
         "tokens": mask.sum(),
         "on_expert_0": (on_expert_0.float() * mask).sum(),

@@ -24,7 +24,7 @@ class GlobalBatch:
     Attributes:
         samples: number of samples.
         sequence_length: tokens per sample.
-        old_tokens: how many of its tokens are of old languages.
+        old_tokens: how many of its tokens are of old languages that L_LPR protects.
     """
 
     samples: int
@@ -46,7 +46,7 @@ class MicroBatch:
         routings: one per MoE layer.
         labels_BL: the next tokens.
         counts_T: false for tokens of samples that only fill up the last micro-step; they count for nothing.
-        old_T: whether the token is of an old language.
+        group_T: the token's group of languages, int64; see :class:`pipeline.model.expert_plan.ExpertPlan`.
         samples: how many samples of this micro-step count, on all ranks together.
         world_size: number of ranks.
     """
@@ -55,7 +55,7 @@ class MicroBatch:
     routings: list[Routing]
     labels_BL: Tensor
     counts_T: Tensor
-    old_T: Tensor
+    group_T: Tensor
     samples: int
     world_size: int
 
@@ -84,6 +84,11 @@ class Stage(ABC):
     has_classifiers: ClassVar[bool]
     uses_zero: ClassVar[bool]
     starts_from: ClassVar[int | None]
+
+    @property
+    def protects_base_only(self) -> bool:
+        """Whether L_LPR protects the dense model's languages alone, not those of earlier expansions."""
+        return self.settings.lpr_groups == "base"
 
     @property
     def name(self) -> str:
@@ -135,6 +140,9 @@ def mean_next_token_loss(micro: MicroBatch, batch: GlobalBatch) -> Tensor:
     return next_token_loss(micro.logits_BLV, micro.labels_BL, mask_BL) / batch.tokens
 
 
-def mean_lpr_loss(micro: MicroBatch, batch: GlobalBatch, form: Literal["paper", "reference"]) -> Tensor:
-    """This micro-batch's part of L_LPR, the mean over the global batch's old tokens."""
-    return lpr_loss(micro.routings, micro.old_T & micro.counts_T, form) / max(1, batch.old_tokens)
+def mean_lpr_loss(
+    micro: MicroBatch, batch: GlobalBatch, form: Literal["paper", "reference"], *, only_base: bool
+) -> Tensor:
+    """This micro-batch's part of L_LPR, the mean over the global batch's tokens of old groups that it protects."""
+    loss = lpr_loss(micro.routings, micro.group_T, micro.counts_T, form=form, only_base=only_base)
+    return loss / max(1, batch.old_tokens)

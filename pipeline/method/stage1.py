@@ -44,7 +44,10 @@ class Stage1(Stage):
             "balance": (balance * self._share(micro, batch) / micro.world_size, self.settings.balance_weight),
         }
         if self.settings.lpr_weight:
-            losses["lpr"] = (mean_lpr_loss(micro, batch, self.settings.lpr), self.settings.lpr_weight)
+            losses["lpr"] = (
+                mean_lpr_loss(micro, batch, self.settings.lpr, only_base=self.protects_base_only),
+                self.settings.lpr_weight,
+            )
         return losses
 
     def _share(self, micro: MicroBatch, batch: GlobalBatch) -> float:

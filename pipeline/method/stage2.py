@@ -33,10 +33,11 @@ class Stage2(Stage):
 
     def losses(self, micro: MicroBatch, batch: GlobalBatch) -> Losses:
         """L_NTP; L_LPR, a mean over old tokens, with the weight gamma; L_cls, over all tokens, with gamma_c."""
-        classifier = classifier_loss(micro.routings, micro.old_T, micro.counts_T) / batch.tokens
+        classifier = classifier_loss(micro.routings, micro.group_T, micro.counts_T) / batch.tokens
+        lpr = mean_lpr_loss(micro, batch, self.settings.lpr, only_base=self.protects_base_only)
         return {
             "next_token": (mean_next_token_loss(micro, batch), 1.0),
-            "lpr": (mean_lpr_loss(micro, batch, self.settings.lpr), self.settings.lpr_weight),
+            "lpr": (lpr, self.settings.lpr_weight),
             "classifier": (classifier, self.settings.classifier_weight),
         }
 

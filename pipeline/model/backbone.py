@@ -160,6 +160,7 @@ def install_moe_layers(
             top_k=plan.top_k,
             placement=placement,
             has_classifier=classifiers and index in plan.classifier_layers,
+            old_experts=plan.old_experts(index),
         )
         setattr(layers[index], name, installed[index])
     return installed
@@ -220,11 +221,11 @@ def parameter_counts(dense_total: int, mlp: int, hidden_size: int, plan: ExpertP
         ``stage1_trained`` and ``stage2_trained``.
     """
     routers = sum(hidden_size * plan.counts[layer] for layer in plan.moe_layers)
-    routers += 2 * hidden_size * len(plan.classifier_layers)
+    classifiers = plan.num_groups * hidden_size * len(plan.classifier_layers)
     return {
         "dense": dense_total,
-        "total": dense_total + mlp * sum(plan.num_new) + routers,
-        "active": dense_total + mlp * (plan.top_k - 1) * len(plan.moe_layers) + routers,
-        "stage1_trained": mlp * sum(plan.num_new) + routers - 2 * hidden_size * len(plan.classifier_layers),
-        "stage2_trained": routers,
+        "total": dense_total + mlp * sum(plan.num_new) + routers + classifiers,
+        "active": dense_total + mlp * (plan.top_k - 1) * len(plan.moe_layers) + routers + classifiers,
+        "stage1_trained": mlp * sum(plan.rounds[-1].num_new) + routers,
+        "stage2_trained": routers + classifiers,
     }

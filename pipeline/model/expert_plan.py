@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -139,6 +140,20 @@ class ExpertPlan(BaseModel):
     def num_new(self) -> tuple[int, ...]:
         """For each layer, its experts besides the original MLP."""
         return tuple(count - 1 for count in self.counts)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of languages: those of the dense model, and one per expansion. The last are the new languages."""
+        return len(self.rounds)
+
+    def old_experts(self, layer: int) -> tuple[int, ...]:
+        """For each old group, how many of a layer's experts existed after its round, A(g); they come first."""
+        return tuple(accumulate(r.num_new[layer] for r in self.rounds[:-1]))
+
+    def group_of(self, language: str) -> int:
+        """The group of an old language: the expansion that added it, or 0, the dense model's."""
+        added = {name: number for number, one in enumerate(self.rounds[:-1]) for name in one.languages}
+        return added.get(language, 0)
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -113,7 +113,11 @@ _LOSS_CAPTIONS = {
         "Load balancing loss",
         "How unevenly tokens spread over experts: 1 is even (2 with balance_scale: reference), lower is better.",
     ),
-    "lpr": ("LPR loss", "How far the routers are from giving old-language tokens to expert 0 alone: lower is better."),
+    "lpr": (
+        "LPR loss",
+        "How far the routers are from giving old-language tokens to the experts of their own time alone, at first "
+        "expert 0: lower is better.",
+    ),
     "classifier": (
         "Classifier loss",
         "How badly the classifiers tell old from new: lower is better, 0.69 is guessing.",

@@ -99,7 +99,8 @@ def sample_warnings(context: RunContext, numbers: Sequence[int]) -> list[str]:
 
     lines = []
     for number in numbers:
-        epochs = stage_order(context.store, context.run.data, context.stage(number), context.run.seed).epochs()
+        stage = context.stage(number)
+        epochs = stage_order(context.store, context.run.data, stage, context.plan, context.run.seed).epochs()
         lines += [
             f"stage {number} reads {name} {value:.1f} times; after {MOST_EPOCHS:g} passes a text teaches ever less: "
             f"give it more text, or lower stage{number}.tokens"

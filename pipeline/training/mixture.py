@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from data_prep.config import DataConfig, SetConfig
 from data_prep.store import TokenStore
 from pipeline.method.stage import Group
+from pipeline.model.expert_plan import ExpertPlan
 
 Turns = tuple[NDArray[np.int64], NDArray[np.int64]]
 CHUNK = 1 << 14  # samples whose turns are worked out at a time
@@ -34,21 +35,24 @@ class Source:
         tokens: its training tokens.
         weight: its share of samples, up to a common factor.
         is_old: whether its language is an old one.
+        group: the group of its language; see :class:`pipeline.model.expert_plan.ExpertPlan`.
     """
 
     name: str
     tokens: Tokens
     weight: float
     is_old: bool
+    group: int
 
 
-def stage_sources(store: TokenStore, data: DataConfig, shares: dict[Group, float]) -> list[Source]:
+def stage_sources(store: TokenStore, data: DataConfig, shares: dict[Group, float], plan: ExpertPlan) -> list[Source]:
     """The sources of a stage, with their shares.
 
     Args:
         store: the tokens.
         data: the run's ``data`` section.
         shares: for each group, ``old`` or ``new``, the share of all samples that its sets divide among them.
+        plan: which expansion added which languages.
     """
     sources: list[Source] = []
     for group, share in shares.items():
@@ -56,7 +60,8 @@ def stage_sources(store: TokenStore, data: DataConfig, shares: dict[Group, float
         weights = {name: _weight(store, name, entry, data.temperature) for name, entry in sets.items()}
         total = sum(weights.values())
         for name, entry in sets.items():
-            sources += _sources_of_set(store, name, entry, share * weights[name] / total, group == "old")
+            number = plan.group_of(entry.language) if group == "old" else plan.num_groups - 1
+            sources += _sources_of_set(store, name, entry, share * weights[name] / total, number, group == "old")
     return sources
 
 
@@ -67,14 +72,16 @@ def _weight(store: TokenStore, name: str, entry: SetConfig, temperature: float |
     return float(entry.weight * len(store.train(name)) ** (1 / temperature))
 
 
-def _sources_of_set(store: TokenStore, name: str, entry: SetConfig, share: float, is_old: bool) -> list[Source]:
+def _sources_of_set(
+    store: TokenStore, name: str, entry: SetConfig, share: float, group: int, is_old: bool
+) -> list[Source]:
     """A set as one source; if its sources have weights, each of them as one."""
     weights = [source.weight for source in entry.sources]
     if not any(weight is not None for weight in weights):
-        return [Source(name, store.train(name), share, is_old)]
+        return [Source(name, store.train(name), share, is_old, group)]
     total = sum(weight or 1.0 for weight in weights)
     return [
-        Source(f"{name}/{number}", store.train(name, number), share * (weight or 1.0) / total, is_old)
+        Source(f"{name}/{number}", store.train(name, number), share * (weight or 1.0) / total, is_old, group)
         for number, weight in enumerate(weights)
     ]
 

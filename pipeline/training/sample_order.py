@@ -16,6 +16,7 @@ from common.errors import UserError
 from data_prep.config import DataConfig
 from data_prep.store import TokenStore
 from pipeline.method.stage import Stage
+from pipeline.model.expert_plan import ExpertPlan
 from pipeline.training.mixture import GroupedInterleaving, Source, stage_sources
 
 FORMAT = 2  # raised when the same tokens and settings give other samples
@@ -28,7 +29,7 @@ class Batch:
     Attributes:
         ids: [B, L] int64, the input.
         labels: [B, L] int64, the next tokens.
-        is_old: [B, L] bool, whether the token is of an old language.
+        groups: [B, L] int64, the group of languages that each token is of.
         sources: [B] int64, index of the source that each sample is from.
         positions: [B, L] int64, each token's place in its document, counted from the sample's first token; None if
             documents are not isolated.
@@ -36,7 +37,7 @@ class Batch:
 
     ids: np.ndarray
     labels: np.ndarray
-    is_old: np.ndarray
+    groups: np.ndarray
     sources: np.ndarray
     positions: np.ndarray | None = None
 
@@ -65,6 +66,7 @@ class SampleOrder:
         num_samples: of the whole stage.
         seed: of the orders of windows.
         isolate: the document separator's id, if each document of a sample attends to itself alone.
+        only_base: whether L_LPR protects group 0 alone.
 
     Raises:
         UserError: a source has fewer tokens than one sample.
@@ -78,6 +80,7 @@ class SampleOrder:
         num_samples: int,
         seed: int,
         isolate: int | None = None,
+        only_base: bool = False,
     ) -> None:
         self.sources, self.sequence_length, self.num_samples, self.seed = sources, sequence_length, num_samples, seed
         self.isolate = isolate
@@ -91,7 +94,8 @@ class SampleOrder:
                 )
         is_old = [source.is_old for source in sources]
         self._interleaving = GroupedInterleaving([source.weight for source in sources], is_old)
-        self.old_sources = np.array(is_old)
+        self.groups = np.array([source.group for source in sources], np.int64)
+        self.protected = np.array([source.is_old and not (only_base and source.group) for source in sources])
 
     def window(self, source: int, number: int) -> np.ndarray:
         """The ``number``-th sample of a source: [L + 1] token ids."""
@@ -111,9 +115,9 @@ class SampleOrder:
         """Samples ``first`` to ``first + size - 1``."""
         which, rows = self.read(first, size)
         ids = rows[:, :-1]
-        is_old = np.repeat(self.old_sources[which, None], self.sequence_length, axis=1)
+        groups = np.repeat(self.groups[which, None], self.sequence_length, axis=1)
         positions = None if self.isolate is None else document_positions(ids, self.isolate)
-        return Batch(ids, rows[:, 1:], is_old, which, positions)
+        return Batch(ids, rows[:, 1:], groups, which, positions)
 
     def read(self, first: int, size: int) -> tuple[np.ndarray, np.ndarray]:
         """The sources of samples ``first`` to ``first + size - 1``, [B], and their token ids, [B, L + 1] int64."""
@@ -125,8 +129,8 @@ class SampleOrder:
         return which, rows
 
     def old_tokens(self, first: int, size: int) -> int:
-        """How many tokens of old languages the samples hold, without reading them."""
-        return int(self.old_sources[self._interleaving.turns(first, size)[0]].sum()) * self.sequence_length
+        """How many tokens of old languages that L_LPR protects the samples hold, without reading them."""
+        return int(self.protected[self._interleaving.turns(first, size)[0]].sum()) * self.sequence_length
 
     def epochs(self) -> dict[str, float]:
         """How often each source is read over all samples, by the source's name; 1 is once."""
@@ -142,22 +146,24 @@ def document_positions(ids: np.ndarray, separator_id: int) -> np.ndarray:
     return places - np.maximum.accumulate(begins, axis=1)
 
 
-def stage_order(store: TokenStore, data: DataConfig, stage: Stage, seed: int) -> SampleOrder:
+def stage_order(store: TokenStore, data: DataConfig, stage: Stage, plan: ExpertPlan, seed: int) -> SampleOrder:
     """The samples of a stage.
 
     Args:
         store: the tokens.
         data: the run's ``data`` section.
         stage: which sets it reads, how many samples of which length.
+        plan: which expansion added which languages.
         seed: the run's.
 
     Raises:
         UserError: a set has fewer tokens than one sample.
     """
     return SampleOrder(
-        stage_sources(store, data, stage.shares()),
+        stage_sources(store, data, stage.shares(), plan),
         sequence_length=stage.settings.sequence_length,
         num_samples=stage.settings.num_steps * stage.settings.global_batch_size,
         seed=seed + stage.seed_offset,
         isolate=store.separator_id if data.isolate_documents else None,
+        only_base=stage.protects_base_only,
     )

@@ -87,6 +87,6 @@ def _pinned(batch: Batch) -> Batch:
 
     positions = None if batch.positions is None else pinned(batch.positions)
     return replace(
-        batch, ids=pinned(batch.ids), labels=pinned(batch.labels), is_old=pinned(batch.is_old),
+        batch, ids=pinned(batch.ids), labels=pinned(batch.labels), groups=pinned(batch.groups),
         sources=pinned(batch.sources), positions=positions,
     )  # fmt: skip

@@ -76,7 +76,7 @@ class TrainingState:
             UserError: a setting does not fit the ranks or the data.
         """
         run, settings = inputs.run, inputs.stage.settings
-        order = stage_order(inputs.store, run.data, inputs.stage, run.seed)
+        order = stage_order(inputs.store, run.data, inputs.stage, inputs.plan, run.seed)
         shape = batch_shape(run, settings, ranks.world_size, ranks.device.type)
         _check_weights(inputs, ranks)
         engine = build_engine(inputs, shape)

@@ -86,7 +86,7 @@ def _micro_step(state: TrainingState, micro_step: int, batch: GlobalBatch, sums:
         routings,
         labels_BL=torch.from_numpy(samples.labels).to(device, non_blocking=True),
         counts_T=counts_T,
-        old_T=torch.from_numpy(samples.is_old).flatten().to(device, non_blocking=True),
+        group_T=torch.from_numpy(samples.groups).flatten().to(device, non_blocking=True),
         samples=min(samples_at_once, batch.samples - micro_step * samples_at_once),
         world_size=state.ranks.world_size,
     )

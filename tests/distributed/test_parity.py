@@ -103,7 +103,7 @@ def test_old_tokens_fall_unevenly_on_ranks_and_accumulation_steps(tree: dict[str
     from tests.distributed.stages import stage_inputs
 
     inputs = stage_inputs(tree, 2, tmp_path, Ranks(0, 1, torch.device("cpu")))
-    order = stage_order(inputs.store, inputs.run.data, inputs.stage, inputs.run.seed)
+    order = stage_order(inputs.store, inputs.run.data, inputs.stage, inputs.plan, inputs.run.seed)
     counts = {order.old_tokens(first, 2) for first in range(0, 8 * STEPS, 2)}
     assert len(counts) > 1
     assert 0 in counts

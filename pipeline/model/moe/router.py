@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-OLD, NEW = 0, 1  # the routing classifier's classes
-
 
 @dataclass(frozen=True)
 class Routing:
@@ -22,7 +20,9 @@ class Routing:
         ids_TK: each token's chosen experts; only those where ``active_TK`` is true are computed.
         weights_TK: their weights in the output, 0 where not active; each token's sum to 1.
         active_TK: false for the second and later choices of a token that was classified as old.
-        class_logits_TC: the routing classifier's logits (old, new), fp32; None if the layer has no classifier.
+        class_logits_TC: the routing classifier's logits, fp32: one class per old group of languages, the last for new
+            ones; None if the layer has no classifier.
+        old_experts: for each old group of languages, how many of the layer's experts it may use: the first ones.
     """
 
     logits_TE: Tensor
@@ -31,29 +31,48 @@ class Routing:
     weights_TK: Tensor
     active_TK: Tensor
     class_logits_TC: Tensor | None
+    old_experts: tuple[int, ...] = (1,)
+
+
+def classify(class_logits_TC: Tensor) -> Tensor:
+    """Each token's class, [T]: the largest logit's, the last of equal ones."""
+    return class_logits_TC.shape[-1] - 1 - class_logits_TC.flip(-1).argmax(-1)
 
 
 class Router(nn.Module):
     """A bias-free linear map to one score per expert, computed in fp32 (MoE-LPR, arXiv 2408.11396, eq. 1-3).
 
-    A routing classifier, where there is one, comes first (LayerMoE, arXiv 2505.22582, section 3.3): a bias-free
-    linear map from the same input to (old, new). A token that it calls old takes expert 0 alone, with weight 1.
-    It starts at zero, where both classes tie and every token is routed as if there were no classifier.
+    A routing classifier, where there is one, comes first (LayerMoE, arXiv 2505.22582, sections 3.3 and 4): a bias-free
+    linear map from the same input to the groups of languages. A token of an old group takes its experts from those
+    that existed after the group's round: after the first expansion that is expert 0 alone, with weight 1. A token of
+    the last group, the new languages, takes them from all. It starts at zero, where all classes tie, which counts as
+    the last: every token is routed as if there were no classifier.
 
     Args:
         hidden_size: D.
         num_experts: N_l, expert 0 included.
         top_k: K.
         has_classifier: whether the layer has a routing classifier.
+        old_experts: for each old group, how many experts, the first ones, existed after its round.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, has_classifier: bool) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        has_classifier: bool,
+        old_experts: tuple[int, ...] = (1,),
+    ) -> None:
         super().__init__()
         assert num_experts >= top_k
         self.top_k = top_k
         # DeepSpeed's native checkpoints call a router's weight "gate.wg.weight".
         self.wg = nn.Linear(hidden_size, num_experts, bias=False)
-        self.classifier = nn.Linear(hidden_size, 2, bias=False) if has_classifier else None
+        self.old_experts = old_experts
+        self.classifier = nn.Linear(hidden_size, len(old_experts) + 1, bias=False) if has_classifier else None
+        self.allowed_C: Tensor  # how many experts a token of each class may use
+        self.register_buffer("allowed_C", torch.tensor([*old_experts, num_experts]), persistent=False)
         if self.classifier is not None:
             nn.init.zeros_(self.classifier.weight)
 
@@ -66,19 +85,17 @@ class Router(nn.Module):
         x_TD = x_TD.float()
         logits_TE = F.linear(x_TD, self.wg.weight.float())
         scores_TE = logits_TE.softmax(-1)
-        weights_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        active_TK = torch.ones_like(ids_TK, dtype=torch.bool)
-        class_logits_TC = None
+        selected_TE, allowed_T1, class_logits_TC = scores_TE, None, None
         if self.classifier is not None:
             class_logits_TC = F.linear(x_TD, self.classifier.weight.float())
-            is_old_T1 = (class_logits_TC[:, OLD] > class_logits_TC[:, NEW]).unsqueeze(-1)
-            first_TK = torch.zeros_like(active_TK)
-            first_TK[:, 0] = True
-            ids_TK = ids_TK.masked_fill(is_old_T1, 0)
-            weights_TK = torch.where(is_old_T1, first_TK.to(weights_TK.dtype), weights_TK)
-            active_TK = active_TK & (first_TK | ~is_old_T1)
-        return Routing(logits_TE, scores_TE, ids_TK, weights_TK, active_TK, class_logits_TC)
+            allowed_T1 = self.allowed_C[classify(class_logits_TC)].unsqueeze(-1)
+            numbers_E = torch.arange(scores_TE.shape[1], device=x_TD.device)
+            selected_TE = logits_TE.masked_fill(numbers_E >= allowed_T1, -torch.inf).softmax(-1)
+        weights_TK, ids_TK = selected_TE.topk(self.top_k, dim=-1)
+        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        active_TK = torch.ones_like(ids_TK, dtype=torch.bool) if allowed_T1 is None else ids_TK < allowed_T1
+        ids_TK = ids_TK.masked_fill(~active_TK, 0)
+        return Routing(logits_TE, scores_TE, ids_TK, weights_TK, active_TK, class_logits_TC, self.old_experts)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from pipeline.method.losses import load_balancing_loss, lpr_loss, next_token_los
 from pipeline.method.similarity import layer_similarity
 from pipeline.model.backbone import install_moe_layers
 from pipeline.model.expert_plan import ExpertPlan, LayerPlacement
-from pipeline.model.moe import MoELayer, Routing, collect_routings
+from pipeline.model.moe import MoELayer, Routing, collect_routings, router
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -44,12 +45,12 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-def layer_from(g: SimpleNamespace, top_k: int) -> MoELayer:
+def layer_from(g: SimpleNamespace, top_k: int, **options: Any) -> MoELayer:
     num = g.router_w.shape[0]
     layer = MoELayer(
         GatedMLP(g.gate_w[0], g.up_w[0], g.down_w[0]),
-        num_experts=num, top_k=top_k, has_classifier=False,
-        placement=LayerPlacement(ParallelDims(1, 1), [list(range(1, num))]),
+        num_experts=num, top_k=top_k, placement=LayerPlacement(ParallelDims(1, 1), [list(range(1, num))]),
+        **{"has_classifier": False, **options},
     )  # fmt: skip
     layer.router.wg.weight.data.copy_(g.router_w)
     for number, expert in enumerate(layer.local_experts.experts, 1):
@@ -136,10 +137,21 @@ def test_lpr_loss_and_its_gradient(form: Any, loss_name: str, gradient_name: str
     g = golden("lpr_E2")
     logits = g.logits.clone().requires_grad_()
     old = g.langs.flatten()
-    loss = lpr_loss([routing_of(layer, 2) for layer in logits], old, form) / old.sum()
+    loss = lpr_loss([routing_of(layer, 2) for layer in logits], (~old).long(), form=form) / old.sum()
     torch.testing.assert_close(loss, getattr(g, loss_name), **CLOSE)
     loss.backward()
     torch.testing.assert_close(logits.grad, getattr(g, gradient_name), **CLOSE)
+
+
+def test_a_token_of_an_old_group_takes_the_experts_of_its_time() -> None:
+    """The reference classifies a sequence by the sum of its tokens; here each of its tokens is given that class."""
+    g = golden("layermoe_classify_g2_E3_old3")
+    layer = layer_from(g, 2, old_experts=(1, int(g.old_num_experts)), has_classifier=True)
+    assert g.group.tolist() == (g.x.sum(1) @ g.classify_w.T).argmax(-1).tolist() == [0, 0, 1, 0]
+    for x, group, expected in zip(g.x, g.group.tolist(), g.out, strict=True):
+        classes = torch.full((len(x),), group)
+        with patch.object(router, "classify", lambda _logits: classes):  # noqa: B023
+            torch.testing.assert_close(layer(x), expected, **CLOSE)
 
 
 def test_stage_1_step_of_a_two_layer_model_equals_the_reference() -> None:

@@ -66,7 +66,7 @@ def micro_batch(model: Any, counts: int = 8) -> MicroBatch:
     with collect_routings(model) as routings:
         logits = model(input_ids=ids, use_cache=False).logits
     places = torch.arange(8)
-    return MicroBatch(logits, routings, ids + 1, places < counts, places % 3 == 1, samples=1, world_size=2)
+    return MicroBatch(logits, routings, ids + 1, places < counts, (places % 3 != 1).long(), samples=1, world_size=2)
 
 
 @pytest.mark.parametrize(("number", "expected"), TABLE, ids=["stage1", "stage2"])
@@ -95,16 +95,15 @@ def test_what_each_stage_is(number: int, expected: dict[str, Any], run: RunConfi
 
 def test_losses_are_parts_of_the_global_batchs_mean(run: RunConfig, model: Any) -> None:
     batch, micro = GlobalBatch(samples=4, sequence_length=8, old_tokens=5), micro_batch(model, counts=6)
-    old_that_count = micro.old_T & micro.counts_T
     first, second = (find_stage(run, number).losses(micro, batch) for number in (1, 2))
     expected = torch.nn.functional.cross_entropy(micro.logits_BLV[0, :6], micro.labels_BL[0, :6], reduction="sum") / 32
     torch.testing.assert_close(first["next_token"][0], expected)
     torch.testing.assert_close(second["next_token"][0], expected)
     balance = load_balancing_loss(micro.routings, mask_T=micro.counts_T)
     torch.testing.assert_close(first["balance"][0], balance / 4 / 2)  # a quarter of the batch, on two ranks
-    torch.testing.assert_close(second["lpr"][0], lpr_loss(micro.routings, old_that_count) / 5)
+    torch.testing.assert_close(second["lpr"][0], lpr_loss(micro.routings, micro.group_T, micro.counts_T) / 5)
     torch.testing.assert_close(
-        second["classifier"][0], classifier_loss(micro.routings, micro.old_T, micro.counts_T) / 32
+        second["classifier"][0], classifier_loss(micro.routings, micro.group_T, micro.counts_T) / 32
     )
 
 
@@ -115,7 +114,8 @@ def test_stage_1_may_review_old_languages_with_their_loss(run: RunConfig, model:
     assert list(stage.sets(run.data)) == ["en", "el", "hu"]
     batch, micro = GlobalBatch(samples=4, sequence_length=8, old_tokens=5), micro_batch(model, counts=6)
     loss, weight = stage.losses(micro, batch)["lpr"]
-    torch.testing.assert_close(loss, lpr_loss(micro.routings, micro.old_T & micro.counts_T, "reference") / 5)
+    expected = lpr_loss(micro.routings, micro.group_T, micro.counts_T, form="reference") / 5
+    torch.testing.assert_close(loss, expected)
     assert weight == 0.3
     assert "lpr" not in find_stage(run, 1).losses(micro, batch)
 

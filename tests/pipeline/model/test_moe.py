@@ -6,27 +6,25 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.losses import classifier_loss, load_balancing_loss, lpr_loss, next_token_loss
 from pipeline.model.backbone import install_moe_layers, moe_layers
-from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.expert_plan import ExpertPlan, LayerPlacement
 from pipeline.model.moe import MoELayer, Routing, collect_routings
-from pipeline.model.moe.router import NEW, OLD
+from pipeline.model.moe.router import classify
 from pipeline.model.moe.rows import Rows, sorted_choices
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
 
 
 @pytest.fixture
 def model() -> Any:
     """A tiny Llama with distinct experts (3, 2, 1, 4) and classifiers that call some tokens old."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
     plan = ExpertPlan.first_expansion([3, 2, 1, 4], old=["en"], new=["el"], top_k=2, classifier_layers=[0, 3])
     install_moe_layers(model, plan, classifiers=True)
     for name, parameter in model.named_parameters():
@@ -92,7 +90,7 @@ def test_changing_a_later_token_never_changes_an_earlier_tokens_output(model: An
         changed[:, 15:] = (changed[:, 15:] + 11) % 97
         with collect_routings(model) as routings:
             after = model(input_ids=changed, use_cache=False).logits
-    is_old = routings[0].class_logits_TC[:, OLD] > routings[0].class_logits_TC[:, NEW]
+    is_old = classify(routings[0].class_logits_TC) == 0
     assert 0 < is_old.sum() < len(is_old)  # the classifier does something
     torch.testing.assert_close(after[:, :15], before[:, :15], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(after[:, 15:], before[:, 15:], atol=1e-3)
@@ -119,7 +117,7 @@ def test_a_token_classified_as_old_costs_one_mlp_and_is_the_original_mlps_output
         with collect_routings(layer) as routings:
             y = layer(x)
         (routing,) = routings
-        is_old = routing.class_logits_TC[:, OLD] > routing.class_logits_TC[:, NEW]
+        is_old = classify(routing.class_logits_TC) == 0
         assert 0 < is_old.sum() < 50
         torch.testing.assert_close(y[is_old], layer.base_mlp(x[is_old]), rtol=1e-5, atol=1e-6)
     new_tokens = int((~is_old).sum())
@@ -141,9 +139,9 @@ def test_a_fresh_classifier_changes_nothing(model: Any) -> None:
 def test_a_micro_batch_without_old_tokens_gives_a_finite_loss_and_no_lpr_gradient(model: Any) -> None:
     with collect_routings(model) as routings:
         logits = model(input_ids=IDS, use_cache=False).logits
-    none_old = torch.zeros(IDS.numel(), dtype=torch.bool)
+    none_old = torch.ones(IDS.numel(), dtype=torch.int64)
     for form in ("paper", "reference"):
-        loss = lpr_loss(routings, none_old, form)  # type: ignore[arg-type]
+        loss = lpr_loss(routings, none_old, form=form)  # type: ignore[arg-type]
         assert loss.item() == 0.0
         gradients = torch.autograd.grad(
             loss, [layer.router.wg.weight for layer in moe_layers(model)], retain_graph=True
@@ -157,12 +155,66 @@ def test_lpr_pulls_old_tokens_towards_expert_0_and_leaves_others_alone(model: An
     with collect_routings(model) as routings:
         model(input_ids=IDS, use_cache=False)
     routing = routings[2]
-    old = torch.zeros(IDS.numel(), dtype=torch.bool)
-    old[:5] = True
-    (gradient,) = torch.autograd.grad(lpr_loss([routing], old), routing.logits_TE)
+    groups = torch.ones(IDS.numel(), dtype=torch.int64)
+    groups[:5] = 0
+    (gradient,) = torch.autograd.grad(lpr_loss([routing], groups), routing.logits_TE)
     assert (gradient[:5, 0] < 0).all()
     assert (gradient[:5, 1:] > 0).all()
     assert (gradient[5:] == 0).all()
+
+
+@pytest.fixture
+def third_round() -> MoELayer:
+    """A layer of 6 distinct experts, the first 1, 3 and 3 of them from before rounds 1, 2 and 3, with a classifier."""
+    torch.manual_seed(4)
+    mlp = LlamaForCausalLM(LlamaConfig(**SIZES)).model.layers[0].mlp
+    placement = LayerPlacement(ParallelDims(1, 1), [[1, 2, 3, 4, 5]])
+    layer = MoELayer(mlp, num_experts=6, top_k=2, placement=placement, has_classifier=True, old_experts=(1, 3, 3))
+    for parameter in layer.parameters():
+        parameter.data.normal_(0, 0.3)
+    return layer
+
+
+def test_a_token_of_an_old_group_takes_its_experts_from_those_of_its_time(third_round: MoELayer) -> None:
+    x = torch.randn(200, 32)
+    with torch.no_grad():
+        routing = routing_of(third_round, x)
+        output = third_round(x)
+        experts = [third_round.base_mlp, *third_round.local_experts.experts]
+        classes = (x @ third_round.router.classifier.weight.T).argmax(-1)
+        assert sorted(set(classes.tolist())) == [0, 1, 2, 3]
+        for token in range(200):
+            allowed = (1, 3, 3, 6)[classes[token]]
+            scores = routing.logits_TE[token, :allowed].softmax(-1)
+            weights, chosen = scores.topk(min(2, allowed))
+            expected = sum(
+                weight / weights.sum() * experts[expert](x[token : token + 1])[0]
+                for weight, expert in zip(weights, chosen.tolist(), strict=True)
+            )
+            torch.testing.assert_close(output[token], expected, rtol=1e-5, atol=1e-5)
+    assert (routing.active_TK.sum(-1) == torch.where(classes == 0, 1, 2)).all()
+
+
+def test_the_last_of_equal_classes_counts_so_that_new_rows_may_be_copies() -> None:
+    assert classify(torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 2.0, 2.0], [3.0, 2.0, 2.0]])).tolist() == [
+        1, 2, 2, 0,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("only_base", [False, True])
+def test_losses_of_mixed_groups_are_those_of_a_plain_loop(third_round: MoELayer, only_base: bool) -> None:
+    x, counted = torch.randn(60, 32), torch.arange(60) % 7 != 3
+    groups = torch.arange(60) % 4
+    routing = routing_of(third_round, x)
+    lpr, classifier = 0.0, 0.0
+    for token in torch.nonzero(counted).flatten().tolist():
+        group = int(groups[token])
+        probabilities = routing.logits_TE[token].softmax(-1)
+        if group < (1 if only_base else 3):
+            lpr -= probabilities[: (1, 3, 3)[group]].sum().log()
+        classifier -= routing.class_logits_TC[token].softmax(-1)[group].log()
+    torch.testing.assert_close(lpr_loss([routing], groups, counted, only_base=only_base), lpr)
+    torch.testing.assert_close(classifier_loss([routing], groups, counted), classifier)
 
 
 def test_balance_loss_is_1_when_uniform_and_padding_does_not_count(model: Any) -> None:

@@ -10,10 +10,13 @@ import pytest
 from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
 from pipeline.method.stages import find_stage
+from pipeline.model.expert_plan import ExpertPlan
 from pipeline.training.mixture import CHUNK, GroupedInterleaving, Interleaving
 from pipeline.training.sample_order import stage_order
 from tests.helpers.preparation import prepare
 from tests.helpers.tiny import parse_run, run_tree, save_corpus
+
+PLAN = ExpertPlan.first_expansion([2], old=["en"], new=["el", "hu"], top_k=2, classifier_layers=[])
 
 
 def test_sets_take_turns_by_weight_in_any_stretch() -> None:
@@ -80,7 +83,7 @@ def stored(folder: Path, **data: Any) -> tuple[TokenStore, RunConfig]:
 
 
 def shares(store: TokenStore, run: RunConfig, stage: int = 1) -> dict[str, float]:
-    order = stage_order(store, run.data, find_stage(run, stage), 17)
+    order = stage_order(store, run.data, find_stage(run, stage), PLAN, 17)
     counts = Counter(order.sources[s].name for s in order.batch(0, order.num_samples).sources.tolist())
     return {name: count / order.num_samples for name, count in counts.items()}
 

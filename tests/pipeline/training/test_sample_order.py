@@ -12,12 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
 from pipeline.method.stages import find_stage
+from pipeline.model.expert_plan import ExpertPlan
 from pipeline.training.mixture import Source
 from pipeline.training.sample_order import SampleOrder, document_positions, stage_order
 from tests.helpers.preparation import prepare
 from tests.helpers.tiny import parse_run, run_tree, save_model
 
 LENGTH = 8
+
+PLAN = ExpertPlan.first_expansion([2], old=["en"], new=["el", "hu"], top_k=2, classifier_layers=[])
 
 
 class InMemory:
@@ -35,8 +38,8 @@ class InMemory:
 
 def order(num_samples: int = 60, seed: int = 1) -> SampleOrder:
     sources = [
-        Source("en", InMemory(np.arange(1000, 1000 + 8 * 10 + 1, dtype=np.uint16)), 1.0, True),
-        Source("el", InMemory(np.arange(0, 8 * 25 + 5, dtype=np.uint16)), 3.0, False),
+        Source("en", InMemory(np.arange(1000, 1000 + 8 * 10 + 1, dtype=np.uint16)), 1.0, True, 0),
+        Source("el", InMemory(np.arange(0, 8 * 25 + 5, dtype=np.uint16)), 3.0, False, 1),
     ]
     return SampleOrder(sources, sequence_length=LENGTH, num_samples=num_samples, seed=seed)
 
@@ -51,11 +54,11 @@ def test_an_epoch_holds_every_window_once_and_the_next_one_in_another_order() ->
 def test_labels_are_the_next_tokens_and_no_sample_crosses_sets() -> None:
     batch = order().batch(0, 60)
     np.testing.assert_array_equal(batch.labels[:, :-1], batch.ids[:, 1:])
-    for ids, labels, source, is_old in zip(batch.ids, batch.labels, batch.sources, batch.is_old, strict=True):
+    for ids, labels, source, groups in zip(batch.ids, batch.labels, batch.sources, batch.groups, strict=True):
         tokens = np.append(ids, labels[-1])
         np.testing.assert_array_equal(np.diff(tokens), 1)
         assert (tokens >= 1000).all() == (source == 0)
-        assert is_old.all() == (source == 0)
+        assert (groups == source).all()  # the old source is of group 0, the new one of group 1
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 6), (2, 3), (3, 1)])
@@ -77,12 +80,12 @@ def test_a_longer_run_begins_with_the_same_samples() -> None:
 def test_old_tokens_are_known_without_reading() -> None:
     samples = order()
     for first in (0, 7, 31):
-        assert samples.old_tokens(first, 9) == int(samples.batch(first, 9).is_old.sum())
+        assert samples.old_tokens(first, 9) == int((samples.batch(first, 9).groups == 0).sum())
 
 
 def test_a_set_shorter_than_a_sample_is_refused() -> None:
     with pytest.raises(UserError, match=r"set el has 8 training tokens, less than one sample of 8 \+ 1"):
-        SampleOrder([Source("el", InMemory(np.arange(8)), 1.0, False)], sequence_length=8, num_samples=1, seed=0)
+        SampleOrder([Source("el", InMemory(np.arange(8)), 1.0, False, 1)], sequence_length=8, num_samples=1, seed=0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
@@ -91,7 +94,7 @@ def test_no_sample_is_lost_or_repeated_in_an_epoch_whatever_the_ranks_and_interr
     seen: list[int] = []
     done = 0
     for steps in (3, 1, 7, 2, 3):  # the job is interrupted after each of these, and resumed from the samples consumed
-        samples = SampleOrder([Source("el", tokens, 1.0, False)], sequence_length=LENGTH, num_samples=64, seed=5)
+        samples = SampleOrder([Source("el", tokens, 1.0, False, 1)], sequence_length=LENGTH, num_samples=64, seed=5)
         for _ in range(steps):
             for rank in range(world_size):
                 share = 4 // world_size
@@ -112,7 +115,7 @@ def test_an_isolated_document_of_a_packed_sample_has_the_logits_it_has_alone(fam
     packed = InMemory(np.array([id_ for part in parts for id_ in part] + [1]))
     samples = {
         isolate: SampleOrder(
-            [Source("el", packed, 1.0, False)], sequence_length=11, num_samples=1, seed=0, isolate=isolate
+            [Source("el", packed, 1.0, False, 1)], sequence_length=11, num_samples=1, seed=0, isolate=isolate
         )
         for isolate in (0, None)
     }
@@ -133,7 +136,7 @@ def test_a_stage_isolates_documents_where_the_run_says_so(tmp_path: Path) -> Non
     tree["data"]["isolate_documents"] = True
     run = parse_run(tree, "x")
     store = prepare(run.data, run.model.path, 300, run.cache_dir, 17)
-    order = stage_order(store, run.data, find_stage(run, 1), 17)
+    order = stage_order(store, run.data, find_stage(run, 1), PLAN, 17)
     batch = order.batch(0, order.num_samples)
     assert batch.positions is not None
     np.testing.assert_array_equal(batch.positions, document_positions(batch.ids, store.separator_id))

@@ -18,8 +18,8 @@ SECONDS = 20.0
 @pytest.fixture(scope="module")
 def order(tmp_path_factory: pytest.TempPathFactory) -> SampleOrder:
     run = parse_run(run_tree(tmp_path_factory.mktemp("samples"), data={"isolate_documents": True}), "x")
-    context = do_steps(RunContext(run), "tokenize")
-    return stage_order(context.store, run.data, context.stage(1), run.seed)
+    context = do_steps(RunContext(run), "tokenize", "similarity", "allocate")
+    return stage_order(context.store, run.data, context.stage(1), context.plan, run.seed)
 
 
 @pytest.mark.parametrize(("ranks", "size", "accumulation"), [(1, 8, 1), (2, 2, 2), (3, 1, 3), (5, 2, 1), (8, 1, 1)])
@@ -35,7 +35,7 @@ def test_ranks_take_every_sample_once_and_in_the_order_of_the_stage(
                 first, empty = reader.places.first(number)
                 batch = reader.take(number)
                 expected = order.batch(first, size)
-                for name in ("ids", "labels", "is_old", "sources", "positions"):
+                for name in ("ids", "labels", "groups", "sources", "positions"):
                     np.testing.assert_array_equal(getattr(batch, name), getattr(expected, name))
                 rows += list(batch.ids[empty:])
                 counted += list(range(first + empty, first + size))
