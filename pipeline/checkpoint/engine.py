@@ -59,7 +59,7 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
         match = _EXPERT_FILE.search(path)
         if match:
             layer, number = int(match[1]), self._file_number(int(match[1]), int(match[2]))
-            if number is None or not self.layers[layer].experts_train:
+            if number is None or not self.layers[layer].trains(number + 1):
                 return
             target = target.with_name(expert_file(layer, number))
             state_dict = _renumber(state_dict, number)
@@ -80,7 +80,7 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
         if match:
             layer, slot = int(match[1]), int(match[2])
             number = self._file_number(layer, slot)
-            if number is None or not self.layers[layer].experts_train:
+            if number is None or not self.layers[layer].trains(number + 1):
                 return {}
             return _renumber(load_tensors(target.with_name(expert_file(layer, number))), slot)
         if _ROUTER_OPTIMIZER_FILE.search(path):

@@ -89,7 +89,8 @@ class Shapes:
     Attributes:
         routers: name and number of elements of each router parameter.
         expert: the same for each weight of one expert.
-        expert_prefixes: for each MoE layer, the start of its experts' names, up to the expert's number.
+        expert_prefixes: for each MoE layer, the start of its experts' names, up to the expert's number; empty where
+            none trains.
     """
 
     routers: tuple[tuple[str, int], ...]
@@ -102,7 +103,8 @@ class Layout:
 
     def __init__(self, plan: ExpertPlan, shapes: Shapes, dims: ParallelDims) -> None:
         self.shapes, self.placement = shapes, list(plan.placement(dims).values())
-        sizes = sorted({layer.dims.ep_size for layer in self.placement})
+        self.frozen = [plan.num_frozen(layer) for layer in plan.moe_layers]
+        sizes = sorted({self.placement[index].dims.ep_size for index in plan.trained_moe_layers})
         # For each group, how ranks are divided for it. Routers are on every rank, as experts at ep_size 1 are.
         self.dims = [replace(dims, ep_size=1), *(replace(dims, ep_size=size) for size in sizes)]
 
@@ -114,9 +116,10 @@ class Layout:
         else:
             parameters = [
                 (f"{prefix}{number - 1}.{name}", f"{prefix}{slot}.{name}", numel)
-                for prefix, layer in zip(self.shapes.expert_prefixes, self.placement, strict=True)
+                for prefix, layer, frozen in zip(self.shapes.expert_prefixes, self.placement, self.frozen, strict=True)
                 if layer.dims == self.dims[group]
                 for slot, number in enumerate(layer.experts[ep_rank])
+                if number > frozen
                 for name, numel in self.shapes.expert
             ]
         return _flat(parameters, self.dims[group].num_replicas)
@@ -175,11 +178,12 @@ class SavedOptimizer:
         """Sizes of the parameters, from the checkpoint's own files."""
         shapes = load_tensors(self.folder / main_file())["param_shapes"]
         routers = tuple((name, prod(shape)) for name, shape in shapes[ROUTERS].items())
-        prefixes: list[str] = []
+        prefixes = [""] * len(self.plan.moe_layers)
         expert: tuple[tuple[str, int], ...] = ()
-        for moe_layer in range(len(self.plan.moe_layers)):
-            state = load_tensors(self.folder / expert_file(moe_layer, 0))
-            prefixes.append(next(iter(state)).rpartition(".")[0].removesuffix("0"))
+        for moe_layer in self.plan.trained_moe_layers:
+            number = self.plan.num_frozen(self.plan.moe_layers[moe_layer])
+            state = load_tensors(self.folder / expert_file(moe_layer, number))
+            prefixes[moe_layer] = next(iter(state)).rpartition(".")[0].removesuffix(str(number))
             expert = tuple((name.rpartition(".")[2], tensor.numel()) for name, tensor in state.items())
         return Shapes(routers, expert, tuple(prefixes))
 

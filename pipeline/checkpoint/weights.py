@@ -17,6 +17,9 @@ from pipeline.model.moe.experts import Expert
 PIECES, SMALLEST_PIECE = 32, 4 << 20  # of a file, and bytes
 
 
+CLASSIFIER = ".gate.classifier.weight"
+
+
 def local_expert_names(model: nn.Module) -> dict[tuple[int, int], str]:
     """For each (MoE layer, file number) on this rank, the prefix of the expert's parameters in the model."""
     prefixes = {layer: name for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
@@ -96,6 +99,8 @@ def read_weights(model: nn.Module, folder: Path, *, once: bool = False, mapped: 
     missing = {name for name in target if is_read(name)}
 
     def copy(name: str, tensor: Tensor, path: Path) -> None:
+        if name not in target and name.endswith(CLASSIFIER):
+            return  # of an earlier expansion: stage 1 trains without classifiers
         if name not in target:
             raise UserError(f"{path}: holds {name}, which this model does not have; name a checkpoint of this model")
         if target[name].shape != tensor.shape:

@@ -1,17 +1,29 @@
 """RunConfig: every key of a run's YAML, checked once, when it is read."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from common.errors import UserError
 from common.section import Fraction, Positive, Section
+from common.yaml_reader import parse_yaml
 from data_prep.config import DataConfig, PreparationConfig, Stage1Tokens
 from data_prep.config import ModelConfig as ModelConfig  # others import it from here
 from pipeline.config.cluster import ClusterConfig
 
 PROGRAM = Path(__file__).resolve().parents[2]
+
+
+class BaseConfig(Section):
+    """The run whose expanded model this one expands further (LayerMoE, arXiv 2505.22582, section 4): its folder.
+
+    ``checkpoint`` is its last stage's, or STAGE, STAGE/best or STAGE/stepNNNNNN. Its experts freeze, its languages are
+    old ones now, and each keeps the experts of its time; ``data.old`` names text of them for similarity and replay.
+    """
+
+    run: Path
+    checkpoint: str = ""
 
 
 class SimilarityConfig(Section):
@@ -39,6 +51,9 @@ class ExpertsConfig(Section):
     random with ``init: random``, an ablation of MoE-LPR's. With ``write_copies`` the upcycled checkpoint has a file
     for each new expert even if it is a copy, so that DeepSpeed itself can load it. ``classifier_layers`` is a number,
     of the most similar layers, or a list of layers; 0 is none.
+
+    In a further expansion (``base``) an allocation adds to each layer one expert less than it gives. ``router: keep``
+    keeps the routers' trained rows, ``reset`` draws all anew, as LayerMoE's reference implementation does.
     """
 
     allocation: Literal["layerwise", "uniform", "mola", "explicit"] = "layerwise"
@@ -48,6 +63,7 @@ class ExpertsConfig(Section):
     rounding: Literal["ceil", "largest_remainder"] = "ceil"
     top_k: Positive = 2
     init: Literal["copy", "random"] = "copy"
+    router: Literal["keep", "reset"] = "keep"
     write_copies: bool = False
     classifier_layers: int | list[int] = 0
 
@@ -234,6 +250,7 @@ class RunConfig(Section):
     output_dir: Path = Path("runs")
     cache_dir: Path = Path("cache")
     seed: int = Field(default=17, ge=0)
+    base: BaseConfig | None = None
     model: ModelConfig
     data: DataConfig
     similarity: SimilarityConfig = SimilarityConfig()
@@ -249,8 +266,23 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _starts_from_a_run(cls, tree: Any) -> Any:
+        """``base: FOLDER`` is short for ``base: {run: FOLDER}``; the model is the base run's unless it is given."""
+        if not isinstance(tree, dict) or not tree.get("base"):
+            return tree
+        base = tree["base"] if isinstance(tree["base"], dict) else {"run": tree["base"]}
+        path = Path(str(base.get("run"))) / "run.yaml"
+        if not path.is_file():
+            raise ValueError(f"base.run: {path.parent} holds no run.yaml; name the folder of a run that was trained")
+        known = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        return {"model": known["model"], **tree, "base": base}
+
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
+        if self.base is not None and self.experts.init != "copy":
+            raise ValueError("experts.init: a further expansion copies expert 0; leave it out")
         reasons = {
             "stage2 replays": self.stage2 is not None,
             "stage1.old_share reads": self.stage1.old_share > 0,

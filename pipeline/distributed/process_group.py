@@ -155,6 +155,11 @@ def take_timeout(*groups: torch.distributed.ProcessGroup) -> None:
             _set_pg_timeout(_joined.timeout, group)
 
 
+def alone(device: str | None = None) -> Ranks:
+    """This process by itself, in no group: on its GPU if it has one, unless a device is named."""
+    return Ranks(0, 1, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+
 def leave() -> None:
     """Wait for the other ranks and leave the group, if this process has joined one."""
     global _joined

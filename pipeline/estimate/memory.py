@@ -90,13 +90,14 @@ class Trained:
         return sum(parameters * (ranks - 1) / ranks for ranks, parameters in parts)
 
 
-def most_experts(plan: ExpertPlan, dims: ParallelDims) -> dict[int, int]:
-    """New experts of the fullest rank, by how many ranks hold the same."""
+def most_experts(plan: ExpertPlan, dims: ParallelDims, *, trained: bool = False) -> dict[int, int]:
+    """New experts of the fullest rank, by how many ranks hold the same: all, or those of the last expansion."""
     fullest: Counter[int] = Counter()
     for rank in range(dims.ep_size):
         held: Counter[int] = Counter()
-        for layer in plan.placement(dims.at_rank(rank)).values():
-            held[layer.dims.num_replicas] += len(layer.local)
+        for number, layer in plan.placement(dims.at_rank(rank)).items():
+            frozen = plan.num_frozen(number) if trained else 0
+            held[layer.dims.num_replicas] += sum(expert > frozen for expert in layer.local)
         fullest = max(fullest, held, key=lambda counts: counts.total())
     return dict(fullest)
 
@@ -106,7 +107,7 @@ def trained_parameters(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, 
     routers = sum(sizes.hidden * plan.counts[layer] for layer in plan.moe_layers)
     if stage.has_classifiers:
         routers += plan.num_groups * sizes.hidden * len(plan.classifier_layers)
-    held = most_experts(plan, dims) if stage.trains_experts else {}
+    held = most_experts(plan, dims, trained=True) if stage.trains_experts else {}
     return Trained(routers, {replicas: number * sizes.mlp for replicas, number in held.items()})
 
 
@@ -223,7 +224,7 @@ def checkpoint_bytes(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, dt
     trained = trained_parameters(sizes, plan, dims, stage)
     if not stage.uses_zero:
         return trained.routers * (FP32 + MOMENTS)
-    experts = sum(plan.num_new) * sizes.mlp if stage.trains_experts else 0
+    experts = sum(plan.rounds[-1].num_new) * sizes.mlp if stage.trains_experts else 0
     return (experts + trained.routers) * (dtype.itemsize + FP32 + MOMENTS)
 
 

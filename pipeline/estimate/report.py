@@ -23,7 +23,7 @@ from pipeline.estimate.memory import (
     most_experts,
     network_per_token,
 )
-from pipeline.method.allocation import allocate
+from pipeline.method.allocation import allocate, expert_plan
 from pipeline.method.stage import Stage
 from pipeline.method.stages import stages_of
 from pipeline.model.backbone import model_config, model_folder, parameter_counts
@@ -260,17 +260,11 @@ def find_plan(run: RunConfig, num_layers: int, num_new: int | None = None) -> tu
         note = "spread evenly, as similarities are not measured yet"
     counts = allocate(experts, num_layers, None).counts
     layers = experts.classifier_layers
-    moe = [layer for layer, count in enumerate(counts) if count > 1]
-    return (
-        ExpertPlan.first_expansion(
-            counts,
-            old=sorted({entry.language for entry in run.data.old.values()}),
-            new=sorted({entry.language for entry in run.data.new.values()}),
-            top_k=experts.top_k,
-            classifier_layers=moe[:layers] if isinstance(layers, int) else layers,
-        ),
-        note,
-    )
+    if isinstance(layers, int):  # which they are takes similarities; for sizes, any will do
+        layers = [layer for layer, count in enumerate(counts) if count > 1][:layers]
+    chosen = run.model_copy(update={"experts": experts.model_copy(update={"classifier_layers": layers})})
+    before = None if run.base is None else ExpertPlan.load(run.base.run / PLAN_FILE)
+    return expert_plan(chosen, before, counts, None), note
 
 
 def estimate(run: RunConfig, options: Any) -> int:

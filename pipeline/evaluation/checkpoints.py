@@ -29,12 +29,16 @@ class Scored:
         folders: the checkpoints to lay over the upcycled model, later ones last; none for the dense model.
         weights: what names its weights: hashes, as JSON holds them.
         has_classifiers: whether its routing classifiers have been trained.
+        upcycled: the folder that the checkpoints are laid over; None if it is the run's own.
+        plan: its experts; None if they are the run's own.
     """
 
     label: str
     folders: tuple[Path, ...]
     weights: Any
     has_classifiers: bool = False
+    upcycled: Path | None = None
+    plan: ExpertPlan | None = None
 
 
 def find_checkpoint(stage_folders: dict[str, Path], tag: str) -> Path:

@@ -75,10 +75,11 @@ class Evaluator:
             del model
 
     def _load(self, scored: Scored, ranks: Ranks, dims: ParallelDims) -> nn.Module:
-        if scored.label == BASE:
+        if not scored.folders:
             return load_dense(self.dense, self.dtype, ranks.device)
         check_weights(scored, ranks)
-        return load_model(scored, self.upcycled, self.plan, self.dtype, dims, ranks.device)
+        upcycled, plan = scored.upcycled or self.upcycled, scored.plan or self.plan
+        return load_model(scored, upcycled, plan, self.dtype, dims, ranks.device)
 
     def result(self, models: list[Scored], parameters: dict[str, int]) -> Evaluation:
         """Everything that ``evaluation.json`` holds, from the cache alone; the base model is the first of the models.

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 
 from common.errors import UserError
-from pipeline.config.run import ExpertsConfig
+from pipeline.config.run import ExpertsConfig, RunConfig
+from pipeline.model.expert_plan import ExpertPlan
 
 SMALLEST_SIMILARITY = 1e-3
 
@@ -177,3 +178,38 @@ def classifier_layers(experts: ExpertsConfig, counts: list[int], similarity: lis
     if similarity is None:
         raise UserError("experts.classifier_layers: a number needs similarities, and so an old set; give a list")
     return most_similar_layers(similarity, counts, wanted)
+
+
+def expert_plan(
+    run: RunConfig, before: ExpertPlan | None, counts: list[int], similarity: list[float] | None
+) -> ExpertPlan:
+    """The plan of a run: of a dense model's first expansion, or of a further one.
+
+    Args:
+        run: its settings.
+        before: the plan of the expanded model that it starts from; None if it starts from a dense one.
+        counts: N_l of each layer as allocated; a further expansion adds N_l - 1 (section 4).
+        similarity: S_l per layer, where it was measured.
+
+    Raises:
+        UserError: top_k is not the expanded model's, or classifier layers do not fit.
+    """
+    new = sorted({entry.language for entry in run.data.new.values()})
+    if before is None:
+        old = sorted({entry.language for entry in run.data.old.values()})
+        layers = classifier_layers(run.experts, counts, similarity)
+        return ExpertPlan.first_expansion(
+            counts, old=old, new=new, top_k=run.experts.top_k, classifier_layers=layers, similarity=similarity
+        )
+    if run.experts.top_k != before.top_k:
+        raise UserError(f"experts.top_k: {run.experts.top_k}, but the expanded model has {before.top_k}; give that")
+    known = {language for one in before.rounds for language in one.languages}
+    for language in new:
+        if language in known:
+            raise UserError(
+                f"data.new: {language} was added by the base run or is one of its old languages; leave it out"
+            )
+    num_new = [count - 1 for count in counts]
+    total = [count + num for count, num in zip(before.counts, num_new, strict=True)]
+    layers = classifier_layers(run.experts, total, similarity)
+    return before.expand(num_new, languages=new, classifier_layers=layers, similarity=similarity)

@@ -17,7 +17,7 @@ from common.files import new_folder, write_text
 from common.progress import progress
 from pipeline.checkpoint.store import read_manifest, write_manifest
 from pipeline.checkpoint.tensors import expert_file, file_entry, main_file, save_tensors
-from pipeline.checkpoint.weights import copy_mlps, read_weights
+from pipeline.checkpoint.weights import CLASSIFIER, copy_mlps, local_expert_names, read_weights
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.backbone import (
     ONE_RANK,
@@ -61,6 +61,10 @@ class Parity:
     def holds(self) -> bool:
         """Whether the difference is within the tolerance."""
         return self.max_abs_logit_difference <= self.tolerance
+
+    def record(self) -> dict[str, float | int | bool]:
+        """As a manifest holds it."""
+        return {**asdict(self), "holds": self.holds}
 
 
 def upcycle(
@@ -115,7 +119,7 @@ def upcycle(
             model=model_hash,
             plan=plan.model_dump(mode="json"),
             seed=seed,
-            parity={**asdict(parity), "holds": parity.holds},
+            parity=parity.record(),
             **shape,
         )
         write_manifest(folder, manifest)
@@ -153,7 +157,7 @@ def _write_weights(
                 bar.update(1)
     state = {name: tensor for name, tensor in model.state_dict().items() if ".deepspeed_experts." not in name}
     save_tensors(
-        {"module": _without_aliases(model, state), "num_experts": [n for n in plan.num_new if n], "dp_world_size": 1},
+        {"module": untied(model, state), "num_experts": [n for n in plan.num_new if n], "dp_world_size": 1},
         folder / main_file(),
     )
     return {
@@ -168,7 +172,7 @@ def _named_moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
 
 
-def _without_aliases(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def untied(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Leave out names whose parameter has another name too, such as a tied output head."""
     return {name: state[name] for name, _ in model.named_parameters() if name in state} | {
         name: state[name] for name, _ in model.named_buffers() if name in state
@@ -204,9 +208,14 @@ def load_upcycled(
     model.tie_weights()
     tags = (folder / TAG, *checkpoints)
     missing = set.intersection(*(read_weights(model, tag, once=once) for tag in tags))
-    missing = {name for name in missing if not name.endswith(".gate.classifier.weight")}
-    if not read_manifest(folder, UpcycledManifest).holds_experts:
-        missing -= copy_mlps(model, folder / TAG, missing)
+    missing = {name for name in missing if not name.endswith(CLASSIFIER)}
+    files = read_manifest(folder, UpcycledManifest).files
+    copies = {
+        prefix
+        for (layer, number), prefix in local_expert_names(model).items()
+        if f"{TAG}/{expert_file(layer, number)}" not in files
+    }
+    missing -= copy_mlps(model, folder / TAG, {name for name in missing if name.rpartition(".")[0] in copies})
     if missing:
         raise UserError(
             f"{folder}: {sorted(missing)[0]} and {len(missing) - 1} more are missing; upcycle again with --force"
@@ -214,20 +223,33 @@ def load_upcycled(
     return model
 
 
-@torch.inference_mode()
 def measure_parity(dense: Path, folder: Path, plan: ExpertPlan, samples: np.ndarray, dtype: torch.dtype) -> Parity:
-    """Compare the dense model's logits with those of the upcycled one, read back from its files, in fp32.
+    """:func:`measure_difference` to the dense model."""
+    return measure_difference(load_dense(dense, dtype), folder, plan, samples, dtype)
 
-    It takes the memory of the dense model in its own dtype, and of one layer in fp32: files are mapped into memory,
-    and experts that have none are copied from their layer's MLP when its turn comes.
+
+@torch.inference_mode()
+def measure_difference(
+    model: PreTrainedModel,
+    folder: Path,
+    plan: ExpertPlan,
+    samples: np.ndarray,
+    dtype: torch.dtype,
+    *,
+    classifiers: bool = False,
+) -> Parity:
+    """Compare a model's logits with those of the upcycled one, read back from its files, in fp32.
+
+    It takes the memory of the model in its own dtype, and of one layer in fp32: files are mapped into memory, and
+    experts that have none are copied from their layer's MLP when its turn comes.
     """
     ids_BL = torch.from_numpy(samples.astype(np.int64))
-    expected = _logits_in_fp32(load_dense(dense, dtype), ids_BL)
-    model = empty_model(folder / HF_FOLDER, dtype)
-    install_moe_layers(model, plan)
-    model.tie_weights()
-    missing = read_weights(model, folder / TAG, mapped=True)
-    found = _logits_in_fp32(model, ids_BL, missing)
+    expected = _logits_in_fp32(model, ids_BL)
+    upcycled = empty_model(folder / HF_FOLDER, dtype)
+    install_moe_layers(upcycled, plan, classifiers=classifiers)
+    upcycled.tie_weights()
+    missing = read_weights(upcycled, folder / TAG, mapped=True)
+    found = _logits_in_fp32(upcycled, ids_BL, missing)
     largest = float(expected.abs().max())
     difference = float((found - expected).abs().max())
     return Parity(difference, largest, TOLERANCE * max(largest, 1.0), ids_BL.numel())

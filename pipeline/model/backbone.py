@@ -112,12 +112,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
 
 
 def find_mlp(layer: nn.Module) -> str:
-    """The name of a decoder layer's gated MLP.
+    """The name of a decoder layer's gated MLP, or of the MoE layer in its place.
 
     Raises:
         UserError: the layer has none whose three projections are plain linear maps.
     """
     for name, child in layer.named_children():
+        if isinstance(child, MoELayer):
+            return name
         if all(isinstance(getattr(child, part, None), nn.Linear) for part in _GATED) and hasattr(child, "act_fn"):
             return name
     names = ", ".join(f"{name}: {type(child).__name__}" for name, child in layer.named_children())
@@ -176,14 +178,16 @@ def train_only(model: nn.Module, *, experts: bool, classifiers: bool) -> None:
 
     Args:
         model: with its MoE layers.
-        experts: whether the new experts train too; expert 0 never does.
+        experts: whether the new experts train too; expert 0 and those of earlier expansions never do.
         classifiers: whether the routing classifiers train too.
     """
     model.requires_grad_(False)
     for layer in moe_layers(model):
         layer.router.wg.requires_grad_(True)
-        layer.local_experts.requires_grad_(experts)
-        layer.experts_train = experts
+        frozen = layer.router.old_experts[-1] - 1
+        layer.experts_train = experts and layer.num_experts - 1 > frozen
+        for number, expert in zip(layer.local_numbers, layer.local_experts.experts, strict=True):
+            expert.requires_grad_(layer.trains(number))
         if layer.router.classifier is not None:
             layer.router.classifier.requires_grad_(classifiers)
 
@@ -197,12 +201,22 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     Returns:
         Each group's ``params`` and ``name``; a group of experts also has ``moe: True``, and as its name that of their
         process group.
+
+    Raises:
+        UserError: a rank holds no expert that trains, where others do.
     """
     dense = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "allreduce")]
     groups: list[dict[str, Any]] = [{"params": dense, "name": "routers"}]
     training = [layer for layer in moe_layers(model) if layer.experts_train]
     for dims in sorted({layer.dims for layer in training}, key=lambda dims: dims.ep_size):
-        experts = [p for layer in training if layer.dims == dims for p in layer.local_experts.parameters()]
+        layers = [layer for layer in training if layer.dims == dims]
+        for place in range(dims.ep_size):
+            if not any(layer.trains(number) for layer in layers for number in layer.placement.experts[place]):
+                raise UserError(
+                    f"parallel.ep_size: in a group of {dims.ep_size} ranks one would hold no expert that trains; "
+                    "lower it, or give more new experts"
+                )
+        experts = [p for layer in layers for p in layer.local_experts.parameters() if p.requires_grad]
         groups.append({"params": experts, "name": dims.expert_group_name, "moe": True})
     return groups
 

@@ -131,6 +131,40 @@ class ExpertPlan(BaseModel):
             similarity=None if similarity is None else tuple(similarity),
         )
 
+    def expand(
+        self,
+        num_new: list[int],
+        *,
+        languages: list[str],
+        classifier_layers: list[int],
+        similarity: list[float] | None = None,
+    ) -> "ExpertPlan":
+        """The plan of a further expansion of the model that this plan describes.
+
+        Args:
+            num_new: for each layer, how many experts it adds.
+            languages: that are added.
+            classifier_layers: layers with a routing classifier from now on.
+            similarity: S_l of each layer, if it was measured.
+
+        Raises:
+            UserError: the number of layers differs, or no layer gets an expert.
+        """
+        if len(num_new) != self.num_layers:
+            raise UserError(
+                f"expert plan: {len(num_new)} layers are expanded, but the model has {self.num_layers}; allocate again"
+            )
+        if sum(num_new) < 1:
+            raise UserError("expert plan: no layer gets a new expert; raise experts.num_new")
+        added = Round(languages=tuple(languages), num_new=tuple(num_new), source="expert 0")
+        return ExpertPlan(
+            counts=tuple(count + num for count, num in zip(self.counts, num_new, strict=True)),
+            top_k=self.top_k,
+            classifier_layers=tuple(sorted(classifier_layers)),
+            rounds=(*self.rounds, added),
+            similarity=None if similarity is None else tuple(similarity),
+        )
+
     @property
     def num_layers(self) -> int:
         """Layers of the model, dense ones included."""
@@ -150,6 +184,10 @@ class ExpertPlan(BaseModel):
         """For each old group, how many of a layer's experts existed after its round, A(g); they come first."""
         return tuple(accumulate(r.num_new[layer] for r in self.rounds[:-1]))
 
+    def num_frozen(self, layer: int) -> int:
+        """How many of a layer's experts besides the original MLP are of earlier expansions; they do not train."""
+        return self.old_experts(layer)[-1] - 1
+
     def group_of(self, language: str) -> int:
         """The group of an old language: the expansion that added it, or 0, the dense model's."""
         added = {name: number for number, one in enumerate(self.rounds[:-1]) for name in one.languages}
@@ -159,6 +197,11 @@ class ExpertPlan(BaseModel):
     def moe_layers(self) -> tuple[int, ...]:
         """The layers with a router; in names of checkpoint files only these count."""
         return tuple(layer for layer, count in enumerate(self.counts) if count > 1)
+
+    @property
+    def trained_moe_layers(self) -> tuple[int, ...]:
+        """Which of :attr:`moe_layers`, by their place there, got experts in the last expansion: those train."""
+        return tuple(i for i, layer in enumerate(self.moe_layers) if self.rounds[-1].num_new[layer])
 
     @property
     def key(self) -> str:
@@ -174,7 +217,8 @@ class ExpertPlan(BaseModel):
         """Which ranks hold which new experts.
 
         Each layer's experts are divided as evenly as possible over the groups of :meth:`ParallelDims.of_layer`. Those
-        left over go to the ranks that hold the fewest so far.
+        left over go to the ranks that hold the fewest so far. Where earlier expansions' experts are frozen, those that
+        train are dealt out first, so that they are spread evenly too.
 
         Args:
             dims: how ranks are divided.
@@ -182,7 +226,7 @@ class ExpertPlan(BaseModel):
         Returns:
             For each MoE layer, where its experts are.
         """
-        held = [0] * dims.ep_size
+        held, training = [0] * dims.ep_size, [0] * dims.ep_size
         result: dict[int, LayerPlacement] = {}
         for layer in self.moe_layers:
             divided = dims.of_layer(self.num_new[layer])
@@ -190,9 +234,14 @@ class ExpertPlan(BaseModel):
             most = [max(held[place :: divided.ep_size]) for place in places]
             each, odd = divmod(self.num_new[layer], divided.ep_size)
             favoured = sorted(places, key=lambda place: (most[place], place))[:odd]  # noqa: B023
-            numbers = iter(range(1, self.counts[layer]))
-            experts = [[next(numbers) for _ in range(each + (place in favoured))] for place in places]
-            held = [count + len(experts[rank % divided.ep_size]) for rank, count in enumerate(held)]
+            room = [each + (place in favoured) for place in places]
+            trained = [max(training[place :: divided.ep_size]) for place in places]
+            frozen = self.num_frozen(layer)
+            experts = _deal(frozen, self.num_new[layer], room, trained)
+            for rank in range(dims.ep_size):
+                mine = experts[rank % divided.ep_size]
+                held[rank] += len(mine)
+                training[rank] += sum(number > frozen for number in mine)
             result[layer] = LayerPlacement(divided, experts)
         return result
 
@@ -213,6 +262,31 @@ class ExpertPlan(BaseModel):
             problem = error.errors()[0]
             where = ".".join(str(part) for part in problem["loc"])
             raise UserError(f"{path}: {where}: {problem['msg']}; allocate again") from error
+
+
+def _deal(frozen: int, total: int, room: list[int], trained: list[int]) -> list[list[int]]:
+    """Experts 1 to ``total`` in places with room for so many each; those after ``frozen`` go to where fewest train.
+
+    Args:
+        frozen: experts of earlier expansions.
+        total: of the layer, without expert 0.
+        room: of each place; its sum is ``total``.
+        trained: how many experts train in each place so far, in other layers.
+    """
+    if not frozen:
+        numbers = iter(range(1, total + 1))
+        return [[next(numbers) for _ in range(size)] for size in room]
+    experts: list[list[int]] = [[] for _ in room]
+    new = [0] * len(room)
+    for number in range(frozen + 1, total + 1):
+        free = [place for place, size in enumerate(room) if len(experts[place]) < size]
+        place = min(free, key=lambda place: (new[place], trained[place], place))
+        experts[place].append(number)
+        new[place] += 1
+    old = iter(range(1, frozen + 1))
+    for place, size in enumerate(room):
+        experts[place][:0] = [next(old) for _ in range(size - len(experts[place]))]
+    return experts
 
 
 def check_layers(classifier_layers: Iterable[int], num_layers: int) -> None:

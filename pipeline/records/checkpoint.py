@@ -43,8 +43,8 @@ class UpcycledManifest(Manifest):
 
     @property
     def holds_experts(self) -> bool:
-        """Whether new experts have files; if not, they are copies of their layers' MLPs."""
-        return any("_expert_" in name for name in self.files)
+        """Whether all experts have files; one that has none is a copy of its layer's MLP."""
+        return sum("_expert_" in name for name in self.files) == sum(count - 1 for count in self.plan["counts"])
 
 
 class ExpertsFrom(Record):

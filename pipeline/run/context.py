@@ -1,25 +1,29 @@
 """What the steps of a run share: its settings, its folder, and what earlier steps have left, read once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.errors import UserError
 from common.files import content_key
 from common.remembered_hashes import RememberedHashes
 from data_prep.executor.launch import Backend, shares_an_srun
 from data_prep.make_plan import Planned
 from data_prep.prepare import plan_preparation
 from data_prep.store import TokenStore
+from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import CheckpointIdentity
-from pipeline.records.run_folder import PLAN_FILE, RunFolder
+from pipeline.records.evaluation import BASE
+from pipeline.records.run_folder import PLAN_FILE, RUN_FILE, RunFolder
 
 if TYPE_CHECKING:
     import torch
 
     from pipeline.distributed.parallel_dims import ParallelDims
+    from pipeline.evaluation.checkpoints import Scored
     from pipeline.method.stage import Stage
 
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
@@ -64,6 +68,46 @@ class RunContext:
         files = sorted(path for pattern in MODEL_FILES for path in self.dense.glob(pattern))
         hashes = RememberedHashes(self.run.cache_dir / "hashes.json").sha256(files)
         return content_key({file.name: sha256 for file, sha256 in zip(files, hashes, strict=True)})
+
+    @cached_property
+    def base(self) -> "RunContext | None":
+        """The run whose model this one expands further; None if it starts from a dense model.
+
+        Raises:
+            UserError: it is not where its settings say.
+        """
+        if self.run.base is None:
+            return None
+        folder = self.run.base.run
+        run = load_run(folder / RUN_FILE)
+        if run.folder.resolve() != folder.resolve():
+            raise UserError(f"base.run: {folder} was moved: its {RUN_FILE} says {run.folder}; move it back")
+        return RunContext(run)
+
+    @cached_property
+    def base_checkpoint(self) -> "Scored | None":
+        """The checkpoint that a further expansion starts from.
+
+        Raises:
+            UserError: there is none.
+        """
+        from pipeline.evaluation.checkpoints import checkpoint_to_score
+
+        if self.base is None or self.run.base is None:
+            return None
+        base = self.base
+        label = self.run.base.checkpoint or base.stages[-1]
+        folders = {stage: base.folder / stage for stage in base.stages}
+        identities = {number: base.identity(number) for number in base.run.stage_numbers}
+        found = checkpoint_to_score(folders, label, identities, base.upcycled)
+        return replace(found, label=BASE, upcycled=base.upcycled, plan=base.plan)
+
+    @cached_property
+    def start(self) -> str:
+        """A content key of the model that the run starts from: the dense one, or its base run's checkpoint."""
+        if self.base_checkpoint is None:
+            return self.model_hash
+        return content_key({"model": self.model_hash, "base": self.base_checkpoint.weights})
 
     @property
     def backend(self) -> Backend:
@@ -128,7 +172,7 @@ class RunContext:
     def identity(self, number: int) -> CheckpointIdentity:
         """What the checkpoints of a stage are of."""
         plan = self.stage(number).plan_key(self.plan)
-        return CheckpointIdentity(model=self.model_hash, plan=plan, tokenizer=self.store.tokenizer_key)
+        return CheckpointIdentity(model=self.start, plan=plan, tokenizer=self.store.tokenizer_key)
 
     @property
     def stages(self) -> list[str]:

@@ -1,5 +1,6 @@
 """The steps before training: text to tokens, similarity, allocation, upcycling."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
@@ -8,11 +9,11 @@ from common.launch_environment import is_first_rank
 from data_prep.config import SetConfig
 from data_prep.prepare import prepare
 from data_prep.sample import sample_documents
-from pipeline.method.allocation import allocate, clamp_similarity, classifier_layers
-from pipeline.model.expert_plan import ExpertPlan
+from pipeline.method.allocation import allocate, clamp_similarity, expert_plan
 from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.run_folder import PLAN_FILE, SIMILARITY_FILE, STATISTICS_FILE
 from pipeline.records.similarity import Similarity
+from pipeline.run.base_run import load_start
 from pipeline.run.checks import warn_of_slow_bf16
 from pipeline.run.context import RunContext
 from pipeline.run.step import Inputs, Result
@@ -55,7 +56,7 @@ def similarity_inputs(context: RunContext) -> Inputs:
     data, planned = context.run.data, context.planned
     texts = {one.name: one.corpus for one in planned.sets if one.trains}
     return {
-        "model": context.model_hash,
+        "model": context.start,
         "dtype": str(context.dtype),
         "texts": texts,
         "tokenizer": planned.tokenizer_key,
@@ -81,10 +82,8 @@ def measure_similarity(context: RunContext, _ranks: object) -> Result:
 
 
 def _measure(context: RunContext) -> Similarity:
-    import torch
-
+    from pipeline.distributed.process_group import alone
     from pipeline.method.similarity import similarity_of_sets
-    from pipeline.model.backbone import load_dense
 
     settings, data = context.run.similarity, context.run.data
     documents = {
@@ -93,7 +92,7 @@ def _measure(context: RunContext) -> Similarity:
     }
     warn_of_slow_bf16(context)
     _check_sample(context, {name: sum(map(len, found)) for name, found in documents.items()})
-    model = load_dense(context.dense, context.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    model = load_start(context, context.dtype, alone())
     return similarity_of_sets(model, documents, _languages(data.old), _languages(data.new), settings)
 
 
@@ -132,9 +131,9 @@ def allocate_inputs(context: RunContext) -> Inputs:
     """The model, the similarities and the budget."""
     has_old = bool(context.run.data.old)
     return {
-        "model": context.model_hash,
+        "model": context.start,
         "similarity": context.folder.manifest("similarity").outputs["similarity"] if has_old else None,
-        "experts": context.run.experts.model_dump(mode="json", exclude={"init", "write_copies"}),
+        "experts": context.run.experts.model_dump(mode="json", exclude={"init", "write_copies", "router"}),
         "not_positive": context.run.similarity.not_positive,
     }
 
@@ -152,14 +151,8 @@ def allocate_experts(context: RunContext, _ranks: object) -> Result:
         if changed:
             print(f"allocate: warning: similarity of layers {changed} raised to a small positive value", flush=True)
     allocation = allocate(run.experts, num_layers, similarity)
-    plan = ExpertPlan.first_expansion(
-        allocation.counts,
-        old=sorted({entry.language for entry in run.data.old.values()}),
-        new=sorted({entry.language for entry in run.data.new.values()}),
-        top_k=run.experts.top_k,
-        classifier_layers=classifier_layers(run.experts, allocation.counts, measured),
-        similarity=measured,
-    )
+    before = None if context.base is None else context.base.plan
+    plan = expert_plan(run, before, allocation.counts, measured)
     plan.save(context.folder / PLAN_FILE)
     print(f"allocate: {allocation.note}; experts by layer: {' '.join(map(str, plan.counts))}", flush=True)
     return Result({"plan": plan.key}, {"note": allocation.note})
@@ -169,10 +162,11 @@ def upcycle_inputs(context: RunContext) -> Inputs:
     """The model, the plan of experts, what new experts begin as, and the seed of the routers."""
     run = context.run
     return {
-        "model": context.model_hash,
+        "model": context.start,
         "plan": context.plan.experts_key,
         "init": run.experts.init,
         "seed": run.seed,
+        **({} if context.base is None else {"router": run.experts.router}),
     }
 
 
@@ -199,24 +193,47 @@ def upcycle_model(context: RunContext, _ranks: object) -> Result:
     if upcycled_is_there(context):
         print(f"upcycle: {target} is there already, skipped", flush=True)
     else:
+        _write_upcycled(context, target)
+    context.folder.link_upcycled(target)
+    manifest = read_manifest(target, UpcycledManifest)
+    parity = manifest.parity
+    start = "dense model" if context.base is None else f"model of {context.base.run.folder}"
+    rows = "" if context.base is None else "; the routers' new rows are random, so some tokens take new experts"
+    print(
+        f"upcycle: largest logit difference to the {start} {parity['max_abs_logit_difference']:.2g} "
+        f"(logits up to {parity['max_abs_logit']:.0f}) on {parity['tokens']} tokens of real text, fp32{rows}",
+        flush=True,
+    )
+    figures = manifest.model_dump(mode="json", include={"parity", "dense_parameters", "mlp_parameters"})
+    return Result({"upcycled": target.name}, figures)
+
+
+def _write_upcycled(context: RunContext, target: Path) -> None:
+    """Upcycle the dense model, or expand the base run's."""
+    from pipeline.checkpoint.store import read_manifest
+
+    run, samples = context.run, _parity_samples(context)
+    if context.base is None:
         from pipeline.method.upcycle import upcycle
 
-        samples = _parity_samples(context)
         upcycle(
             context.dense, context.plan, samples, target,
             seed=run.seed, model_hash=context.model_hash, init=run.experts.init,
             write_copies=run.experts.write_copies,
         )  # fmt: skip
-    context.folder.link_upcycled(target)
-    manifest = read_manifest(target, UpcycledManifest)
-    parity = manifest.parity
-    print(
-        f"upcycle: largest logit difference to the dense model {parity['max_abs_logit_difference']:.2g} "
-        f"(logits up to {parity['max_abs_logit']:.0f}) on {parity['tokens']} tokens of real text, fp32",
-        flush=True,
-    )
-    figures = manifest.model_dump(mode="json", include={"parity", "dense_parameters", "mlp_parameters"})
-    return Result({"upcycled": target.name}, figures)
+        return
+    import torch
+
+    from pipeline.distributed.process_group import alone
+    from pipeline.method.expand import expand
+
+    upcycled = context.base.upcycled
+    manifest = read_manifest(upcycled, UpcycledManifest)
+    expand(
+        load_start(context, getattr(torch, manifest.dtype), alone("cpu")), context.base.plan, context.plan,
+        (upcycled, manifest), samples, target,
+        seed=run.seed, key=context.start, router=run.experts.router, write_copies=run.experts.write_copies,
+    )  # fmt: skip
 
 
 def _parity_samples(context: RunContext) -> "np.ndarray":

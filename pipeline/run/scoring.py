@@ -19,7 +19,7 @@ def evaluate_inputs(context: RunContext) -> Inputs:
     """The sets, the model, the window, and what the stages came to."""
     return {
         "sets": held_out_keys(context),
-        "model": context.model_hash,
+        "model": context.start,
         "window": context.run.evaluate.window,
         "stages": {stage: context.folder.hash_of(stage) for stage in context.stages},
     }
@@ -104,6 +104,6 @@ def models_to_score(context: RunContext, tag: str | None) -> "list[Scored]":
 
     folders = {stage: context.folder / stage for stage in context.stages}
     identities = {number: context.identity(number) for number in context.run.stage_numbers}
-    base = Scored(BASE, (), {"dense": context.model_hash})
+    base = context.base_checkpoint or Scored(BASE, (), {"dense": context.model_hash})
     labels = [label for label in ([tag] if tag else context.stages) if label != BASE]
     return [base, *(checkpoint_to_score(folders, label, identities, context.upcycled) for label in labels)]

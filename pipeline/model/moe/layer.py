@@ -80,6 +80,10 @@ class MoELayer(MoE):
         """The router, with its classifier if it has one."""
         return self.deepspeed_moe.gate
 
+    def trains(self, number: int) -> bool:
+        """Whether this new expert trains, if experts do: those of earlier expansions are frozen."""
+        return self.experts_train and number >= self.router.old_experts[-1]
+
     @property
     def local_experts(self) -> LocalExperts:
         """The experts of this rank."""
