@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from common.errors import UserError
+from pipeline.model.expert_plan import ExpertPlan
 from pipeline.run.context import RunContext
 
 MOST_EPOCHS = 4.0  # of a text; what is read more often teaches ever less (arXiv 2305.16264)
@@ -100,7 +101,9 @@ def sample_warnings(context: RunContext, numbers: Sequence[int]) -> list[str]:
     lines = []
     for number in numbers:
         stage = context.stage(number)
-        epochs = stage_order(context.store, context.run.data, stage, context.plan, context.run.seed).epochs()
+        order = stage_order(context.store, context.run.data, stage, context.plan, context.run.seed)
+        epochs = order.epochs()
+        lines += _groups_without_text(context.plan, number, {source.group for source in order.sources})
         lines += [
             f"stage {number} reads {name} {value:.1f} times; after {MOST_EPOCHS:g} passes a text teaches ever less: "
             f"give it more text, or lower stage{number}.tokens"
@@ -109,6 +112,19 @@ def sample_warnings(context: RunContext, numbers: Sequence[int]) -> list[str]:
         ]
         lines += _replay_warnings(context, number, epochs)
     return lines
+
+
+def _groups_without_text(plan: ExpertPlan, number: int, groups: set[int]) -> list[str]:
+    """Old groups of which a stage that replays others has no text."""
+    last = plan.num_groups - 1
+    if not groups - {last}:
+        return []
+    return [
+        f"stage {number} replays no text of {', '.join(plan.rounds[group].languages)}, so nothing protects them: "
+        "add some to data.old"
+        for group in range(last)
+        if group not in groups
+    ]
 
 
 def _replay_warnings(context: RunContext, number: int, epochs: dict[str, float]) -> list[str]:

@@ -1,5 +1,8 @@
 """Three expansions one after the other: what was learned stays. Run: pytest tests/distributed/test_expansion.py"""
 
+import copy
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,18 +10,26 @@ from typing import Any
 import pytest
 import torch
 
+from common.errors import UserError
 from common.files import read_json
+from pipeline.checkpoint.tensors import expert_file
 from pipeline.checkpoint.weights import local_expert_names
+from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.evaluation.checkpoints import checkpoint_to_score, load_model
+from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import ONE_RANK, load_dense, moe_layers
 from pipeline.model.moe.experts import fused_weights
 from pipeline.records.run_folder import EVALUATION_FILE, RunFolder
+from pipeline.run.checks import sample_warnings
 from pipeline.run.context import RunContext
 from pipeline.run.runner import do_step
-from pipeline.run.steps import steps_of
+from pipeline.run.steps import step_named, steps_of
+from pipeline.training.sample_order import stage_order
 from tests.distributed.conftest import Pools
+from tests.distributed.stages import train_steps
+from tests.distributed.test_elastic import FEW, Trained, check_pair, name
 from tests.distributed.test_staleness import on_rank
-from tests.helpers.tiny import parse_run, run_tree, save_corpus, save_model
+from tests.helpers.tiny import do_steps, parse_run, run_tree, save_corpus, save_model
 
 Tree = dict[str, Any]
 LANGUAGES = ("el", "hu", "tr")
@@ -113,3 +124,136 @@ def test_three_expansions_leave_all_that_was_trained_before_as_it_was(
         before = model
     # Each run is compared with the model that it starts from.
     assert [one["base"] for one in scores[1:]] == [one["stage2"] for one in scores[:-1]]
+
+
+@pytest.fixture(scope="module")
+def second_round(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """The settings of a second round that is done up to upcycling."""
+    folder = tmp_path_factory.mktemp("rounds")
+    run(pools, tree_of(folder, 0, ranks=1), 1)
+    tree = tree_of(folder, 1)
+    context = RunContext(parse_run(tree, "x"))
+    RunFolder.create(context.run)
+    do_steps(context, "tokenize", "similarity", "allocate", "upcycle")
+    return tree
+
+
+@pytest.mark.parametrize("pair", FEW[:4], ids=lambda pair: f"{name(pair[0])} to {name(pair[1])}")
+@pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
+def test_a_second_round_resumes_on_other_ranks_with_the_same_optimizer(
+    pools: Pools,
+    second_round: Tree,
+    tmp_path: Path,
+    number: int,
+    pair: tuple[ParallelDims, ParallelDims],
+) -> None:
+    check_pair(pools, Trained(pools, second_round, tmp_path / "trained"), pair, number, "fp32", tmp_path / "moved")
+
+
+def test_a_checkpoint_of_a_second_round_holds_the_experts_that_train_alone(
+    pools: Pools, second_round: Tree, tmp_path: Path
+) -> None:
+    spread = second_round | {"parallel": {"ranks": 2, "ep_size": 2, "micro_batch_size": 1}}
+    pools[2].run(train_steps, spread, 1, tmp_path, 1, 1)
+    files = {path.name for path in (tmp_path / "step000001").glob("layer_*")}
+    # Layers 0, 2 and 3 got 1, 1 and 2 experts after 2, 0 and 3.
+    expected = [(0, 2), (2, 0), (3, 3), (3, 4)]
+    assert files == {expert_file(layer, number) for layer, number in expected}
+
+
+def test_tokens_of_each_language_keep_the_experts_of_its_time(pools: Pools, second_round: Tree) -> None:
+    context = RunContext(parse_run(second_round, "x"))
+    order = stage_order(context.store, context.run.data, context.stage(2), context.plan, context.run.seed)
+    assert {source.name: source.group for source in order.sources} == {"en": 0, "el": 1, "hu": 2}
+    assert [context.plan.old_experts(layer) for layer in range(4)] == [(1, 3), (1, 2), (1, 1), (1, 4)]
+
+
+@pytest.mark.parametrize(("change", "line"), [
+    ({"base": "nowhere"}, "base.run: nowhere holds no run.yaml; name the folder of a run that was trained"),
+    ({"base": {"run": "{base}", "checkpoint": "stage3"}}, "--checkpoint stage3: unknown"),
+    ({"experts": {"allocation": "explicit", "counts": [1, 1, 1, 1]}}, "no layer gets a new expert"),
+    ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "top_k": 1}}, "experts.top_k: 1, but"),
+    ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "init": "random"}}, "experts.init: a further"),
+])  # fmt: skip
+def test_a_mistake_in_a_further_expansion_is_one_line(second_round: Tree, change: Tree, line: str) -> None:
+    text = json.dumps(change).replace("{base}", second_round["base"])
+    with pytest.raises(UserError, match=re.escape(line)) as caught:
+        context = RunContext(parse_run({**second_round, **json.loads(text), "name": "other"}, "x"))
+        RunFolder.create(context.run)
+        do_steps(context, "tokenize", "similarity", "allocate")
+    assert "\n" not in str(caught.value)
+
+
+def test_another_checkpoint_of_the_base_or_reset_routers_make_stale_what_depends_on_them(second_round: Tree) -> None:
+    def inputs(tree: Tree) -> dict[str, Any]:
+        context = RunContext(parse_run(tree, "x"))
+        names = ("tokenize", "similarity", "allocate", "upcycle")
+        return {name: step_named(name).inputs(context) for name in names}
+
+    before = inputs(second_round)
+    earlier = inputs(second_round | {"base": {"run": second_round["base"], "checkpoint": "stage1"}})
+    assert [name for name in before if before[name] != earlier[name]] == ["similarity", "allocate", "upcycle"]
+    reset = inputs(second_round | {"experts": {**second_round["experts"], "router": "reset"}})
+    assert [name for name in before if before[name] != reset[name]] == ["upcycle"]
+
+
+def test_a_group_without_replay_is_named(second_round: Tree) -> None:
+    tree = copy.deepcopy(second_round)
+    context = RunContext(parse_run(tree, "x"))
+    assert not any("replays no text" in line for line in sample_warnings(context, [2]))
+    del tree["data"]["old"]["el"]
+    without = RunContext(parse_run(tree, "x"))
+    (line,) = [line for line in sample_warnings(without, [2]) if "replays no text" in line]
+    assert line == "stage 2 replays no text of el, so nothing protects them: add some to data.old"
+
+
+def test_rows_that_were_trained_stay_and_a_new_class_begins_as_its_neighbour(second_round: Tree) -> None:
+    context = RunContext(parse_run(second_round, "x"))
+    assert context.base is not None
+    plans = {"before": context.base.plan, "after": context.plan}
+    before = Model.of(RunContext(context.base.run)).module
+    after = load_upcycled(context.upcycled, plans["after"], torch.float32, classifiers=True)
+    routers = {layer: one.router for layer, one in zip(plans["before"].moe_layers, moe_layers(before), strict=True)}
+    for layer, one in zip(plans["after"].moe_layers, moe_layers(after), strict=True):
+        if layer not in routers:
+            assert layer == 2
+            continue
+        old = routers[layer].wg.weight
+        assert torch.equal(one.router.wg.weight[: len(old)], old)
+        assert one.router.wg.weight[len(old) :].abs().sum() > 0 or len(old) == len(one.router.wg.weight)
+        if one.router.classifier is not None:
+            trained = routers[layer].classifier.weight
+            assert torch.equal(one.router.classifier.weight, torch.cat([trained, trained[-1:]]))
+
+
+def test_with_new_experts_out_of_the_choice_the_expanded_model_is_the_one_before(second_round: Tree) -> None:
+    context = RunContext(parse_run(second_round, "x"))
+    assert context.base is not None
+    before = Model.of(RunContext(context.base.run)).module
+    after = load_upcycled(context.upcycled, context.plan, torch.float32, classifiers=True)
+    ids = torch.arange(24).view(2, 12) * 11 % 290
+    layers = dict(zip(context.plan.moe_layers, moe_layers(after), strict=True))
+    with torch.no_grad():
+        expected = before(input_ids=ids, use_cache=False).logits
+        different = (after(input_ids=ids, use_cache=False).logits - expected).abs().max()
+        inputs = mlp_inputs(before, ids)
+        for layer, old in ((0, 3), (3, 4)):  # a row that scores all these tokens lowest: more dimensions than tokens
+            rows = torch.linalg.pinv(inputs[layer]) @ torch.full((ids.numel(), 1), -50.0)
+            layers[layer].router.wg.weight[old:] = rows.T
+        layers[2].router.wg.weight[1:] = 0.0  # a copy of the MLP beside it: equal whatever the weights
+        found = after(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert different > 1e-3, "with random rows some tokens take a new expert, a copy of expert 0"
+
+
+def mlp_inputs(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """What each layer's MLP or MoE layer gets, [tokens, hidden] each."""
+    found: list[torch.Tensor] = []
+    handles = [
+        layer.mlp.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].flatten(0, 1)))
+        for layer in model.model.layers
+    ]
+    model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found

@@ -102,6 +102,7 @@ FLIPS = [
     Flip("experts.top_k", 1, {A}),
     Flip("experts.init", "random", {U}),
     Flip("experts.write_copies", True, set()),  # the same weights
+    Flip("experts.router", "reset", set()),  # of a further expansion alone
     Flip("experts.classifier_layers", [0], {A}),
     # Training.
     Flip("stage?.tokens", 1792, {T, S1, S2}, "stage1.tokens"),  # of which old text is replayed
@@ -160,7 +161,8 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def test_every_key_is_in_the_table() -> None:
-    missing = [key for key in keys_of(RunConfig) if not any(fnmatch(key, flip.key) for flip in FLIPS)]
+    keys = [key for key in keys_of(RunConfig) if not key.startswith("base.")]  # test_expansion.py has those
+    missing = [key for key in keys if not any(fnmatch(key, flip.key) for flip in FLIPS)]
     assert missing == []
 
 

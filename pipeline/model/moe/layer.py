@@ -72,7 +72,11 @@ class MoELayer(MoE):
         self.experts_train = False
         num_slots = self.num_local_experts
         slots = [rank * num_slots + slot for rank, held in enumerate(placement.experts) for slot in range(len(held))]
-        self.slots_N: Tensor  # the place of each new expert among the slots of all ranks
+        by_place = [0, *(number for held in placement.experts for number in held)]
+        self.place_E: Tensor | None  # of each expert in the order of ranks and slots; None if it is that of numbers
+        place = None if by_place == sorted(by_place) else torch.tensor(by_place, device=gate.weight.device).argsort()
+        self.register_buffer("place_E", place, persistent=False)
+        self.slots_N: Tensor  # for each place after expert 0's, the slot among those of all ranks
         self.register_buffer("slots_N", torch.tensor(slots, device=gate.weight.device), persistent=False)
 
     @property
@@ -105,7 +109,7 @@ class MoELayer(MoE):
         """Shape [..., D] to [..., D]: y = sum_i w_i E_i(x) (MoE-LPR, arXiv 2408.11396, section 3.1, eq. 2)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.router(x_TD)
-        choices_C, counts_E = sorted_choices(routing)
+        choices_C, counts_E = sorted_choices(routing, self.place_E)
         exchange, counts = self._exchange(counts_E, x_TD.requires_grad)
         rows = Rows.of(choices_C, routing.active_TK, sum(counts))
         base_AD, new_AD = rows.take(x_TD).split([counts[0], sum(counts[1:])])

@@ -48,13 +48,18 @@ class Rows:
         return _SumByToken.apply(output_AD, weights_TK, self)
 
 
-def sorted_choices(routing: Routing) -> tuple[Tensor, Tensor]:
+def sorted_choices(routing: Routing, place_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """All choices, as token x K + k, sorted by expert, then token, with inactive ones last; and the rows by expert.
 
     Nothing here waits for the device.
+
+    Args:
+        routing: of the layer.
+        place_E: the place of each expert in the order of the rows; None if it is its number.
     """
     num_experts = routing.scores_TE.shape[1]
-    expert_C = torch.where(routing.active_TK, routing.ids_TK, num_experts).flatten()
+    places_TK = routing.ids_TK if place_E is None else place_E[routing.ids_TK]
+    expert_C = torch.where(routing.active_TK, places_TK, num_experts).flatten()
     expert_C, choices_C = expert_C.sort(stable=True)
     counts = expert_C.new_zeros(num_experts + 1).index_add_(0, expert_C, torch.ones_like(expert_C))
     return choices_C, counts[:num_experts]
