@@ -75,7 +75,11 @@ class ExpertsConfig(Section):
 
 
 class StageConfig(Section):
-    """What both stages share: ``tokens`` to train on, in batches of ``global_batch_size`` x ``sequence_length``."""
+    """What both stages share: ``tokens`` to train on, in batches of ``global_batch_size`` x ``sequence_length``.
+
+    With ``z_loss_weight`` the router z-loss is added, which keeps the routers' logits small (ST-MoE, arXiv 2202.08906,
+    eq. 5; there 0.001).
+    """
 
     tokens: Positive
     sequence_length: Positive = 1024
@@ -87,6 +91,7 @@ class StageConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clipping: float = Field(default=1.0, ge=0)
+    z_loss_weight: float = Field(default=0.0, ge=0)
     activation_checkpointing: bool = False
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""The losses: next token, load balancing, language priors routing (LPR), routing classifier.
+"""The losses: next token, load balancing, language priors routing (LPR), routing classifier, router z-loss.
 
 All are fp32. They are sums over tokens, except for load balancing, which is a mean. The stages divide them by counts
 of the *global* batch, known before the first backward of a step. So summed over ranks and micro-steps they are the
@@ -153,6 +153,19 @@ def classifier_loss(routings: Sequence[Routing], old_T: Tensor, mask_T: Tensor |
             loss_T = F.cross_entropy(routing.class_logits_TC, target_T, reduction="none")
             losses.append(loss_T.sum() if mask_T is None else (loss_T * mask_T).sum())
     return torch.stack(losses).mean() if losses else torch.zeros((), device=old_T.device)
+
+
+def router_z_loss(routings: Sequence[Routing], mask_T: Tensor) -> Tensor:
+    """The squared logsumexp of the router's logits, summed over tokens, the mean over layers.
+
+    ST-MoE, arXiv 2202.08906, eq. 5.
+
+    Args:
+        routings: one per MoE layer.
+        mask_T: true for tokens that count.
+    """
+    losses = [(routing.logits_TE.logsumexp(-1).square() * mask_T).sum() for routing in routings]
+    return torch.stack(losses).mean()
 
 
 def routing_statistics(routing: Routing, mask_T: Tensor) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from data_prep.config import DataConfig, SetConfig
 from pipeline.config.run import StageConfig
-from pipeline.method.losses import lpr_loss, next_token_loss
+from pipeline.method.losses import lpr_loss, next_token_loss, router_z_loss
 from pipeline.model.backbone import train_only
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import Routing
@@ -138,3 +138,8 @@ def mean_next_token_loss(micro: MicroBatch, batch: GlobalBatch) -> Tensor:
 def mean_lpr_loss(micro: MicroBatch, batch: GlobalBatch, form: Literal["paper", "reference"]) -> Tensor:
     """This micro-batch's part of L_LPR, the mean over the global batch's old tokens."""
     return lpr_loss(micro.routings, micro.old_T & micro.counts_T, form) / max(1, batch.old_tokens)
+
+
+def mean_z_loss(micro: MicroBatch, batch: GlobalBatch) -> Tensor:
+    """This micro-batch's part of the router z-loss, the mean over the global batch's tokens."""
+    return router_z_loss(micro.routings, micro.counts_T) / batch.tokens

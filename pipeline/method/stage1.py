@@ -7,7 +7,16 @@ from torch import nn
 
 from pipeline.config.run import Stage1Config
 from pipeline.method.losses import load_balancing_loss
-from pipeline.method.stage import GlobalBatch, Group, Losses, MicroBatch, Stage, mean_lpr_loss, mean_next_token_loss
+from pipeline.method.stage import (
+    GlobalBatch,
+    Group,
+    Losses,
+    MicroBatch,
+    Stage,
+    mean_lpr_loss,
+    mean_next_token_loss,
+    mean_z_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,7 @@ class Stage1(Stage):
         return {"old": old, "new": 1 - old} if old else {"new": 1.0}
 
     def losses(self, micro: MicroBatch, batch: GlobalBatch) -> Losses:
-        """L_NTP; L_balance with the weight alpha; and L_LPR, if it has a weight gamma."""
+        """L_NTP; L_balance with the weight alpha; and L_LPR and the router z-loss, if they have a weight."""
         balance = load_balancing_loss(
             micro.routings,
             mask_T=micro.counts_T,
@@ -45,6 +54,8 @@ class Stage1(Stage):
         }
         if self.settings.lpr_weight:
             losses["lpr"] = (mean_lpr_loss(micro, batch, self.settings.lpr), self.settings.lpr_weight)
+        if self.settings.z_loss_weight:
+            losses["router_z"] = (mean_z_loss(micro, batch), self.settings.z_loss_weight)
         return losses
 
     def _share(self, micro: MicroBatch, batch: GlobalBatch) -> float:

@@ -11,7 +11,16 @@ from torch import nn
 
 from pipeline.config.run import Stage2Config
 from pipeline.method.losses import classifier_loss
-from pipeline.method.stage import GlobalBatch, Group, Losses, MicroBatch, Stage, mean_lpr_loss, mean_next_token_loss
+from pipeline.method.stage import (
+    GlobalBatch,
+    Group,
+    Losses,
+    MicroBatch,
+    Stage,
+    mean_lpr_loss,
+    mean_next_token_loss,
+    mean_z_loss,
+)
 
 
 @dataclass(frozen=True)
@@ -32,13 +41,19 @@ class Stage2(Stage):
         return {"old": self.settings.old_share, "new": 1 - self.settings.old_share}
 
     def losses(self, micro: MicroBatch, batch: GlobalBatch) -> Losses:
-        """L_NTP; L_LPR, a mean over old tokens, with the weight gamma; L_cls, over all tokens, with gamma_c."""
+        """L_NTP; L_LPR, a mean over old tokens, with the weight gamma; L_cls, over all tokens, with gamma_c.
+
+        And the router z-loss, if it has a weight.
+        """
         classifier = classifier_loss(micro.routings, micro.old_T, micro.counts_T) / batch.tokens
-        return {
+        losses = {
             "next_token": (mean_next_token_loss(micro, batch), 1.0),
             "lpr": (mean_lpr_loss(micro, batch, self.settings.lpr), self.settings.lpr_weight),
             "classifier": (classifier, self.settings.classifier_weight),
         }
+        if self.settings.z_loss_weight:
+            losses["router_z"] = (mean_z_loss(micro, batch), self.settings.z_loss_weight)
+        return losses
 
     def adapt_ds_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Without ZeRO, which asserts that experts train, and without bf16: the few weights that train stay in fp32.

@@ -24,11 +24,13 @@ class StepSums:
         device: of the sums.
     """
 
-    LOSSES = ("next_token", "balance", "lpr", "classifier")
+    ALWAYS = ("next_token", "balance", "lpr", "classifier")  # among the figures, as 0 where the stage has no such loss
+    LOSSES = (*ALWAYS, "router_z")
 
     def __init__(self, sources: list[str], plan: ExpertPlan, device: torch.device) -> None:
         self.sources = sources
         self.num_experts = [plan.counts[layer] for layer in plan.moe_layers]
+        self.names = set(self.ALWAYS)
         self.losses = torch.zeros(len(self.LOSSES), device=device)
         # Whole numbers, so that their sums are exact in any order; tokens that do not count go to the last place.
         self.tokens = torch.zeros(len(sources) + 1, device=device)
@@ -37,6 +39,7 @@ class StepSums:
 
     def add_losses(self, losses: dict[str, Tensor]) -> None:
         """Add one micro-batch's losses by name, already divided by the global batch's counts."""
+        self.names |= losses.keys()
         for index, name in enumerate(self.LOSSES):
             if name in losses:
                 self.losses[index] += losses[name].detach()
@@ -73,9 +76,10 @@ class StepSums:
         sizes = [len(self.LOSSES), len(self.tokens), len(self.on_expert_0), *self.num_experts]
         losses, tokens, on_expert_0, *choices = packed.cpu().split(sizes)
         of_layers = on_expert_0 / len(self.num_experts)
+        named_losses = zip(self.LOSSES, losses.tolist(), strict=True)
         shares = zip(self.sources, (of_layers / tokens.clamp(min=1))[:-1], tokens[:-1], strict=True)
         return {
-            "loss": dict(zip(self.LOSSES, losses.tolist(), strict=True)),
+            "loss": {name: loss for name, loss in named_losses if name in self.names},
             "expert_0_share": {source: float(share) for source, share, count in shares if count},
             "load_imbalance": [float(c.max() / c.mean().clamp(min=1e-9)) for c in choices],
         }

@@ -117,6 +117,8 @@ FLIPS = [
     Flip("stage?.weight_decay", 0.1, {S1}, "stage1.weight_decay"),
     Flip("stage?.gradient_clipping", 0.5, {S1}, "stage1.gradient_clipping"),
     Flip("stage?.activation_checkpointing", True, set(), "stage1.activation_checkpointing"),  # the same result
+    Flip("stage?.z_loss_weight", 0.1, {S1}, "stage1.z_loss_weight"),
+    Flip("stage?.z_loss_weight", 0.1, {S2}, "stage2.z_loss_weight"),
     Flip("stage1.balance_weight", 0.1, {S1}),
     Flip("stage1.balance_scale", "reference", {S1}),
     Flip("stage1.balance_statistics", "local", {S1}),

@@ -1,5 +1,6 @@
 """What each stage reads, trains, loses and changes. Run: pytest tests/pipeline/method/test_stages.py"""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,21 @@ def test_losses_are_parts_of_the_global_batchs_mean(run: RunConfig, model: Any) 
     torch.testing.assert_close(
         second["classifier"][0], classifier_loss(micro.routings, micro.old_T, micro.counts_T) / 32
     )
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
+def test_the_router_z_loss_is_the_mean_over_the_global_batch_of_the_squared_logsumexp(
+    number: int, run: RunConfig, model: Any
+) -> None:
+    batch, micro = GlobalBatch(samples=4, sequence_length=8, old_tokens=5), micro_batch(model, counts=6)
+    assert "router_z" not in find_stage(run, number).losses(micro, batch)
+    stage = STAGES[number](run.stage(number).model_copy(update={"z_loss_weight": 0.5}))
+    loss, weight = stage.losses(micro, batch)["router_z"]
+    each = [[math.log(sum(math.exp(z) for z in token)) ** 2 for token in r.logits_TE.tolist()] for r in micro.routings]
+    assert loss.item() == pytest.approx((sum(each[0][:6]) + sum(each[1][:6])) / 2 / 32)
+    assert weight == 0.5
+    (gradient,) = torch.autograd.grad(loss, micro.routings[0].logits_TE)
+    assert (gradient[:6] != 0).all() and (gradient[6:] == 0).all()
 
 
 def test_stage_1_may_review_old_languages_with_their_loss(run: RunConfig, model: Any) -> None:
