@@ -35,10 +35,16 @@ class ExpertsConfig(Section):
 
     ``num_new`` is the budget of new experts over all layers. ``delta`` is LayerMoE's own parameter instead.
     ``counts``, with ``allocation: explicit``, lists the experts of each layer, the original included. ``mola`` gives
-    the four quarters of the layers 2, 4, 6 and 8 (arXiv 2402.08562). New experts are copies of the original MLP, or
-    random with ``init: random``, an ablation of MoE-LPR's. With ``write_copies`` the upcycled checkpoint has a file
-    for each new expert even if it is a copy, so that DeepSpeed itself can load it. ``classifier_layers`` is a number,
-    of the most similar layers, or a list of layers; 0 is none.
+    the four quarters of the layers 2, 4, 6 and 8 (arXiv 2402.08562).
+
+    New experts are copies of the original MLP; with ``noise`` Gaussian noise is added, of so many times each matrix's
+    standard deviation (ours; the baseline in Drop-Upcycling's code adds 0.02 to half of the dimensions). With ``init:
+    drop`` they are copies of which the share ``drop_ratio`` of the intermediate dimensions is drawn anew, others for
+    each expert (Drop-Upcycling, arXiv 2502.19261, section 3; there 0.5). ``init: random`` is an ablation of MoE-LPR's.
+    With ``write_copies`` the upcycled checkpoint has a file for each new expert even if it is an exact copy, so that
+    DeepSpeed itself can load it.
+
+    ``classifier_layers`` is a number, of the most similar layers, or a list of layers; 0 is none.
     """
 
     allocation: Literal["layerwise", "uniform", "mola", "explicit"] = "layerwise"
@@ -47,7 +53,9 @@ class ExpertsConfig(Section):
     counts: list[int] | None = None
     rounding: Literal["ceil", "largest_remainder"] = "ceil"
     top_k: Positive = 2
-    init: Literal["copy", "random"] = "copy"
+    init: Literal["copy", "random", "drop"] = "copy"
+    drop_ratio: float = Field(default=0.5, gt=0, le=1)
+    noise: float = Field(default=0.0, ge=0)
     write_copies: bool = False
     classifier_layers: int | list[int] = 0
 
@@ -68,6 +76,8 @@ class ExpertsConfig(Section):
             raise ValueError(f"delta: {self.delta} is not positive; give about 70, as the paper does for Llama-3.2-3B")
         if self.delta is not None and self.rounding != "ceil":
             raise ValueError("delta: works only with rounding: ceil; set that, or give num_new instead")
+        if self.noise and self.init != "copy":
+            raise ValueError(f"noise: {self.noise} is for copies, but init is {self.init}; leave one of them out")
         for layer, count in enumerate(self.counts or []):
             if count < 1:
                 raise ValueError(f"counts[{layer}]: {count} is below 1; give at least 1, the original MLP")

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from pipeline.checkpoint.store import read_manifest, write_manifest
 from pipeline.checkpoint.tensors import expert_file, file_entry, main_file, save_tensors
 from pipeline.checkpoint.weights import copy_mlps, read_weights
 from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.method.expert_init import ExpertInit, expert_generator
 from pipeline.model.backbone import (
     ONE_RANK,
     decoder_layers,
@@ -36,6 +37,7 @@ from pipeline.records.checkpoint import UpcycledManifest
 
 TAG = "upcycled"
 HF_FOLDER = "hf"  # config and tokenizer, so that training does not need the dense model
+EXACT_COPIES = ExpertInit()
 TOLERANCE = 1e-4  # of the largest logit; fp32 rounding stays two orders of magnitude below
 _HF_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.model", "vocab.json",
              "merges.txt", "chat_template*", "added_tokens.json")  # fmt: skip
@@ -71,7 +73,7 @@ def upcycle(
     *,
     seed: int,
     model_hash: str,
-    init: Literal["copy", "random"] = "copy",
+    init: ExpertInit = EXACT_COPIES,
     write_copies: bool = False,
 ) -> UpcycledManifest:
     """Write the upcycled checkpoint; returns its manifest.
@@ -87,7 +89,7 @@ def upcycle(
         target: the folder to make; it appears only when all of it is written and the receipt is good.
         seed: of the routers' Xavier-normal initialisation.
         model_hash: of the dense model's files.
-        init: whether new experts are copies of the original MLP, or random; then the logits may differ.
+        init: what new experts begin as; unless as exact copies of the original MLP, the logits may differ.
         write_copies: whether experts have files though they are copies, so that DeepSpeed itself can load them.
 
     Raises:
@@ -95,7 +97,7 @@ def upcycle(
     """
     dtype = getattr(torch, str(_config_dtype(dense)))
     with new_folder(target) as folder:
-        init_of_files = "none" if init == "copy" and not write_copies else init
+        init_of_files = None if init.copies and not write_copies else init
         shape = _write_weights(dense, plan, folder / TAG, dtype=dtype, seed=seed, experts=init_of_files)
         (folder / HF_FOLDER).mkdir()
         for pattern in _HF_FILES:
@@ -104,7 +106,7 @@ def upcycle(
                     shutil.copyfile(file, folder / HF_FOLDER / file.name)
         write_text(folder / "latest", TAG)
         parity = measure_parity(dense, folder, plan, samples, dtype)
-        if init == "copy" and not parity.holds:
+        if init.copies and not parity.holds:
             raise UserError(
                 f"upcycle: the upcycled model's logits differ from the dense model's by "
                 f"{parity.max_abs_logit_difference:.3g} (allowed: {parity.tolerance:.3g}); nothing was written: "
@@ -129,9 +131,9 @@ def _config_dtype(dense: Path) -> str:
 
 @torch.no_grad()
 def _write_weights(
-    dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.dtype, seed: int, experts: str
+    dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.dtype, seed: int, experts: ExpertInit | None
 ) -> dict[str, Any]:
-    """DeepSpeed's layout: one file per new expert ("copy", "random" or "none"), and one of everything else."""
+    """DeepSpeed's layout: one file per new expert, unless ``experts`` is None, and one of everything else."""
     folder.mkdir()
     model = load_dense(dense, dtype)
     dense_parameters = sum(p.numel() for p in model.parameters())
@@ -139,14 +141,15 @@ def _write_weights(
     first_mlp = getattr(first, find_mlp(first))
     install_moe_layers(model, plan)
     generator = torch.Generator().manual_seed(seed)
-    spread = getattr(model.config.get_text_config(), "initializer_range", 0.02) if experts == "random" else None
-    with progress(sum(plan.num_new), "upcycle", "expert", show=experts != "none") as bar:
+    spread = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    with progress(sum(plan.num_new), "upcycle", "expert", show=experts is not None) as bar:
         for index, (prefix, layer) in enumerate(_named_moe_layers(model)):
             layer.router.reset(generator)
-            for number in range(0 if experts == "none" else layer.num_experts - 1):
-                weights = fused_weights(layer.base_mlp.state_dict())
-                if spread is not None:
-                    weights = {k: w.clone().normal_(0, spread, generator=generator) for k, w in weights.items()}
+            if experts is None:
+                continue
+            for number in range(layer.num_experts - 1):
+                own = generator if experts.kind == "random" else expert_generator(seed, index, number)
+                weights = experts.weights(layer.base_mlp.state_dict(), spread, own)
                 expert = f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{number}"
                 state = {f"{expert}.{name}": weight for name, weight in weights.items()}
                 save_tensors(state, folder / expert_file(index, number))

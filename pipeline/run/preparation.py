@@ -134,7 +134,9 @@ def allocate_inputs(context: RunContext) -> Inputs:
     return {
         "model": context.model_hash,
         "similarity": context.folder.manifest("similarity").outputs["similarity"] if has_old else None,
-        "experts": context.run.experts.model_dump(mode="json", exclude={"init", "write_copies"}),
+        "experts": context.run.experts.model_dump(
+            mode="json", exclude={"init", "drop_ratio", "noise", "write_copies"}
+        ),
         "not_positive": context.run.similarity.not_positive,
     }
 
@@ -167,11 +169,13 @@ def allocate_experts(context: RunContext, _ranks: object) -> Result:
 
 def upcycle_inputs(context: RunContext) -> Inputs:
     """The model, the plan of experts, what new experts begin as, and the seed of the routers."""
-    run = context.run
+    run, experts = context.run, context.run.experts
     return {
         "model": context.model_hash,
         "plan": context.plan.experts_key,
-        "init": run.experts.init,
+        "init": experts.init,
+        **({"drop_ratio": experts.drop_ratio} if experts.init == "drop" else {}),
+        **({"noise": experts.noise} if experts.noise else {}),
         "seed": run.seed,
     }
 
@@ -199,12 +203,13 @@ def upcycle_model(context: RunContext, _ranks: object) -> Result:
     if upcycled_is_there(context):
         print(f"upcycle: {target} is there already, skipped", flush=True)
     else:
+        from pipeline.method.expert_init import ExpertInit
         from pipeline.method.upcycle import upcycle
 
         samples = _parity_samples(context)
         upcycle(
             context.dense, context.plan, samples, target,
-            seed=run.seed, model_hash=context.model_hash, init=run.experts.init,
+            seed=run.seed, model_hash=context.model_hash, init=ExpertInit.of(run.experts),
             write_copies=run.experts.write_copies,
         )  # fmt: skip
     context.folder.link_upcycled(target)

@@ -101,6 +101,10 @@ FLIPS = [
     Flip("experts.rounding", "largest_remainder", {A}),
     Flip("experts.top_k", 1, {A}),
     Flip("experts.init", "random", {U}),
+    Flip("experts.init", "drop", {U}),
+    Flip("experts.drop_ratio", 0.25, set()),  # of init: drop alone
+    Flip("experts.drop_ratio", 0.25, {U}, also={"experts.init": "drop"}),
+    Flip("experts.noise", 0.1, {U}),
     Flip("experts.write_copies", True, set()),  # the same weights
     Flip("experts.classifier_layers", [0], {A}),
     # Training.
