@@ -137,12 +137,18 @@ class Stage1Config(StageConfig):
 
 
 class Stage2Config(StageConfig):
-    """Stage 2: routers and classifiers train on a replay of all languages (MoE-LPR section 3.3)."""
+    """Stage 2: routers and classifiers train on a replay of all languages (MoE-LPR section 3.3).
+
+    ``router_kl_weight`` is ours: nothing in the papers (arXiv 2408.11396, 2505.22582) keeps the routing of new
+    languages as stage 1 left it. It weights the mean over new tokens and layers of KL(G_stage1 || G_now), both of the
+    same input.
+    """
 
     old_share: Fraction = 0.5
     lpr: Literal["paper", "reference"] = "paper"
     lpr_weight: float = Field(default=0.1, ge=0)
     classifier_weight: float = Field(default=0.1, ge=0)
+    router_kl_weight: float = Field(default=0.0, ge=0)
 
 
 class ValidateConfig(Section):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from data_prep.config import DataConfig, SetConfig
 from pipeline.config.run import StageConfig
-from pipeline.method.losses import lpr_loss, next_token_loss, router_z_loss
+from pipeline.method.losses import lpr_loss, next_token_loss, router_kl_loss, router_z_loss
 from pipeline.model.backbone import train_only
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import Routing
@@ -35,6 +35,11 @@ class GlobalBatch:
     def tokens(self) -> int:
         """All of its tokens."""
         return self.samples * self.sequence_length
+
+    @property
+    def new_tokens(self) -> int:
+        """Those of new languages."""
+        return self.tokens - self.old_tokens
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,10 @@ class Stage(ABC):
     def gradient_norm(self, model: nn.Module) -> float | None:
         """The norm of the gradients before clipping; None where DeepSpeed knows it, but only after its step."""
 
+    @abstractmethod
+    def begin(self, model: nn.Module) -> None:
+        """Note what it needs of the model that it starts from, before a checkpoint of its own is loaded."""
+
     def plan_key(self, plan: ExpertPlan) -> str:
         """A content key of the part of the plan that its checkpoints depend on."""
         return plan.key if self.has_classifiers else plan.experts_key
@@ -143,3 +152,8 @@ def mean_lpr_loss(micro: MicroBatch, batch: GlobalBatch, form: Literal["paper", 
 def mean_z_loss(micro: MicroBatch, batch: GlobalBatch) -> Tensor:
     """This micro-batch's part of the router z-loss, the mean over the global batch's tokens."""
     return router_z_loss(micro.routings, micro.counts_T) / batch.tokens
+
+
+def mean_router_kl(micro: MicroBatch, batch: GlobalBatch) -> Tensor:
+    """This micro-batch's part of the routers' KL divergence, the mean over the global batch's new tokens."""
+    return router_kl_loss(micro.routings, ~micro.old_T & micro.counts_T) / max(1, batch.new_tokens)

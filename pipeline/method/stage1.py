@@ -58,6 +58,9 @@ class Stage1(Stage):
             losses["router_z"] = (mean_z_loss(micro, batch), self.settings.z_loss_weight)
         return losses
 
+    def begin(self, model: nn.Module) -> None:
+        """Nothing: it is held to no earlier routing."""
+
     def _share(self, micro: MicroBatch, batch: GlobalBatch) -> float:
         """The part of the global batch that the balance loss stands for: the micro-step's samples on all ranks.
 

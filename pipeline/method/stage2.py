@@ -19,8 +19,10 @@ from pipeline.method.stage import (
     Stage,
     mean_lpr_loss,
     mean_next_token_loss,
+    mean_router_kl,
     mean_z_loss,
 )
+from pipeline.model.backbone import moe_layers
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Stage2(Stage):
     def losses(self, micro: MicroBatch, batch: GlobalBatch) -> Losses:
         """L_NTP; L_LPR, a mean over old tokens, with the weight gamma; L_cls, over all tokens, with gamma_c.
 
-        And the router z-loss, if it has a weight.
+        And, if they have a weight, the router z-loss, and over new tokens the KL divergence from stage 1's routers.
         """
         classifier = classifier_loss(micro.routings, micro.old_T, micro.counts_T) / batch.tokens
         losses = {
@@ -53,7 +55,15 @@ class Stage2(Stage):
         }
         if self.settings.z_loss_weight:
             losses["router_z"] = (mean_z_loss(micro, batch), self.settings.z_loss_weight)
+        if self.settings.router_kl_weight:
+            losses["router_kl"] = (mean_router_kl(micro, batch), self.settings.router_kl_weight)
         return losses
+
+    def begin(self, model: nn.Module) -> None:
+        """Where new tokens are held to stage 1's routing, routers keep a copy of themselves as stage 1 left them."""
+        if self.settings.router_kl_weight:
+            for layer in moe_layers(model):
+                layer.router.keep_reference()
 
     def adapt_ds_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Without ZeRO, which asserts that experts train, and without bf16: the few weights that train stay in fp32.

@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from pipeline.distributed.process_group import Ranks
 
 NOT_A_RESULT = {"activation_checkpointing"}  # settings of a stage that change how it is computed, not what comes out
-ADDED_LATER = {"z_loss_weight"}  # where they are as by default, runs of before have the same result
+ADDED_LATER = {
+    "z_loss_weight",
+    "router_kl_weight",
+}  # where they are as by default, runs of before have the same result
 
 
 def stage_inputs(context: RunContext, number: int) -> Inputs:

@@ -39,6 +39,7 @@ def build_engine(inputs: StageInputs, shape: BatchShape) -> Any:
             config=fill_ds_config(ds_config, inputs.run, inputs.stage, inputs.dims, shape),
             dist_init_required=False,
         )
+    inputs.stage.begin(engine.module)  # only now do all ranks have all weights: DeepSpeed has broadcast them
     # DeepSpeed writes this list into checkpoints, and by it means experts that have a file: all but expert 0.
     engine.num_experts = [layer.num_experts - 1 for layer in moe_layers(engine.module)]
     engine.checkpoint_engine = AtomicCheckpointEngine(engine._config, engine.module, inputs.dims)

@@ -25,7 +25,7 @@ class StepSums:
     """
 
     ALWAYS = ("next_token", "balance", "lpr", "classifier")  # among the figures, as 0 where the stage has no such loss
-    LOSSES = (*ALWAYS, "router_z")
+    LOSSES = (*ALWAYS, "router_z", "router_kl")
 
     def __init__(self, sources: list[str], plan: ExpertPlan, device: torch.device) -> None:
         self.sources = sources

@@ -46,15 +46,19 @@ from tests.helpers.tiny import parse_run
 Advance = Callable[[int], object]
 
 
-def stage_inputs(tree: dict[str, Any], number: int, folder: Path, ranks: Ranks) -> StageInputs:
-    """The inputs of a stage whose checkpoints go to ``folder``; stage 2 starts from the upcycled experts."""
+def stage_inputs(
+    tree: dict[str, Any], number: int, folder: Path, ranks: Ranks, stage1: Path | None = None
+) -> StageInputs:
+    """The inputs of a stage whose checkpoints go to ``folder``; stage 2 starts as upcycled, or from ``stage1``."""
     run: RunConfig = parse_run(tree, "tiny.yaml")
     context = RunContext(run)
     stage = find_stage(run, number)
     identity = context.identity(2)
     done_with = StepInputs(inputs={}, run={})
     dims = divide(run, ranks)
-    return StageInputs(run, stage, context.plan, context.store, context.upcycled, folder, identity, done_with, dims)
+    return StageInputs(
+        run, stage, context.plan, context.store, context.upcycled, folder, identity, done_with, dims, stage1
+    )
 
 
 def canonical(model: torch.nn.Module, tensor_of: Any) -> dict[str, torch.Tensor]:
@@ -79,9 +83,10 @@ def train_steps(
     steps: int,
     save_at: int | None = None,
     resumes: bool = False,
+    stage1: Path | None = None,
 ) -> dict[str, Any]:
     """Take optimizer steps; returns rows of metrics, the first step's gradients, weights, and what was frozen."""
-    state = TrainingState.start(stage_inputs(tree, number, folder, ranks), ranks)
+    state = TrainingState.start(stage_inputs(tree, number, folder, ranks, stage1), ranks)
     if resumes:
         resume(state)
     frozen = {n: p.detach().clone() for n, p in state.engine.module.named_parameters() if not p.requires_grad}

@@ -133,6 +133,7 @@ FLIPS = [
     Flip("stage2.lpr", "reference", {S2}),
     Flip("stage2.lpr_weight", 0.2, {S2}),
     Flip("stage2.classifier_weight", 0.2, {S2}),
+    Flip("stage2.router_kl_weight", 0.2, {S2}),
     Flip("bad_steps.*", 3.0, {S1, S2}, "bad_steps.norm_factor"),
     Flip("bad_steps.*", 50, {S1, S2}, "bad_steps.window"),
     Flip("bad_steps.*", 5, {S1, S2}, "bad_steps.stop_after"),

@@ -23,6 +23,8 @@ class Routing:
         weights_TK: their weights in the output, 0 where not active; each token's sum to 1.
         active_TK: false for the second and later choices of a token that was classified as old.
         class_logits_TC: the routing classifier's logits (old, new), fp32; None if the layer has no classifier.
+        reference_logits_TE: logits of the router as :meth:`Router.keep_reference` found it, of the same input, fp32,
+            without a gradient; None if it keeps none.
     """
 
     logits_TE: Tensor
@@ -31,6 +33,7 @@ class Routing:
     weights_TK: Tensor
     active_TK: Tensor
     class_logits_TC: Tensor | None
+    reference_logits_TE: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -56,10 +59,20 @@ class Router(nn.Module):
         self.classifier = nn.Linear(hidden_size, 2, bias=False) if has_classifier else None
         if self.classifier is not None:
             nn.init.zeros_(self.classifier.weight)
+        self.reference: Tensor | None
+        self.register_buffer("reference", None, persistent=False)
 
     def reset(self, generator: torch.Generator) -> None:
         """Draw the weights: Xavier-normal (MoE-LPR section 3.1)."""
         nn.init.xavier_normal_(self.wg.weight, generator=generator)
+
+    def keep_reference(self) -> None:
+        """Keep a frozen copy of the weights as they are now; in training it is applied to the same input."""
+        self.reference = self.wg.weight.detach().float().clone()
+
+    @torch.no_grad()
+    def _reference_logits(self, x_TD: Tensor) -> Tensor | None:
+        return F.linear(x_TD, self.reference) if self.training and self.reference is not None else None
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Route tokens: softmax over all experts, then the top K, then their weights made to sum to 1."""
@@ -78,7 +91,8 @@ class Router(nn.Module):
             ids_TK = ids_TK.masked_fill(is_old_T1, 0)
             weights_TK = torch.where(is_old_T1, first_TK.to(weights_TK.dtype), weights_TK)
             active_TK = active_TK & (first_TK | ~is_old_T1)
-        return Routing(logits_TE, scores_TE, ids_TK, weights_TK, active_TK, class_logits_TC)
+        reference_TE = self._reference_logits(x_TD)
+        return Routing(logits_TE, scores_TE, ids_TK, weights_TK, active_TK, class_logits_TC, reference_TE)
 
 
 @contextmanager
