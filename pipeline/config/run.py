@@ -125,12 +125,19 @@ class Stage1Config(StageConfig):
 
     With ``old_share`` that part of the samples is of old languages, and with ``lpr_weight`` they have the LPR loss:
     with no stage 2, that is MoE-LPR's ablation of one stage.
+
+    ``balance`` is how experts get equal loads: by MoE-LPR's ``loss``, to which the other ``balance_`` keys belong, or
+    without it by a ``bias`` of each expert that is added to its score only to choose the top K, and after each step
+    grows by ``bias_update_rate`` if the expert had less than the mean load of the global batch, or shrinks if it had
+    more (Loss-Free Balancing, arXiv 2408.15664). The bias stays as it is in stage 2 and in evaluation.
     """
 
     old_share: float = Field(default=0.0, ge=0, lt=1)
     lpr: Literal["paper", "reference"] = "paper"
     lpr_weight: float = Field(default=0.0, ge=0)
 
+    balance: Literal["loss", "bias"] = "loss"
+    bias_update_rate: float = Field(default=1e-3, gt=0)
     balance_weight: float = Field(default=0.01, ge=0)
     balance_scale: Literal["paper", "reference"] = "paper"
     balance_statistics: Literal["global", "local"] = "global"

@@ -124,6 +124,20 @@ class Stage(ABC):
     def begin(self, model: nn.Module) -> None:
         """Note what it needs of the model that it starts from, before a checkpoint of its own is loaded."""
 
+    @abstractmethod
+    def end_step(self, model: nn.Module, choices: list[Tensor]) -> None:
+        """Change what no gradient changes, after an optimizer step that was not skipped.
+
+        Args:
+            model: the stage's.
+            choices: by MoE layer, how many active choices of the global batch each expert got, [E].
+        """
+
+    @property
+    def balances_by_bias(self) -> bool:
+        """Whether its routers get a selection bias, which it updates."""
+        return False
+
     def plan_key(self, plan: ExpertPlan) -> str:
         """A content key of the part of the plan that its checkpoints depend on."""
         return plan.key if self.has_classifiers else plan.experts_key

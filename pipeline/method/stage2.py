@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config.run import Stage2Config
 from pipeline.method.losses import classifier_loss
@@ -64,6 +64,9 @@ class Stage2(Stage):
         if self.settings.router_kl_weight:
             for layer in moe_layers(model):
                 layer.router.keep_reference()
+
+    def end_step(self, model: nn.Module, choices: list[Tensor]) -> None:
+        """Nothing: a selection bias stays as stage 1 left it."""
 
     def adapt_ds_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Without ZeRO, which asserts that experts train, and without bf16: the few weights that train stay in fp32.

@@ -33,7 +33,7 @@ from pipeline.model.backbone import (
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
 from pipeline.model.moe.experts import Expert, fused_weights
-from pipeline.records.checkpoint import UpcycledManifest
+from pipeline.records.checkpoint import CheckpointManifest, UpcycledManifest
 
 TAG = "upcycled"
 HF_FOLDER = "hf"  # config and tokenizer, so that training does not need the dense model
@@ -186,6 +186,7 @@ def load_upcycled(
     *,
     checkpoints: Sequence[Path] = (),
     classifiers: bool = False,
+    selection_biases: bool = False,
     once: bool = False,
 ) -> PreTrainedModel:
     """The MoE model with its upcycled weights, or those of checkpoints; each rank gets its own experts only.
@@ -197,17 +198,19 @@ def load_upcycled(
         dims: how experts are spread over ranks; all on one rank unless given.
         checkpoints: training checkpoints whose weights replace the upcycled ones, later ones last.
         classifiers: whether the plan's classifier layers get their classifier.
+        selection_biases: whether routers get a selection bias even if no checkpoint has one.
         once: whether each weight is read by one rank alone; see :func:`pipeline.checkpoint.weights.read_weights`.
 
     Raises:
         UserError: a file is missing or does not hold what the plan says.
     """
     model = empty_model(folder / HF_FOLDER, dtype)
-    install_moe_layers(model, plan, dims, classifiers=classifiers)
+    biased = selection_biases or any(read_manifest(tag, CheckpointManifest).selection_biases for tag in checkpoints)
+    install_moe_layers(model, plan, dims, classifiers=classifiers, selection_biases=biased)
     model.tie_weights()
     tags = (folder / TAG, *checkpoints)
     missing = set.intersection(*(read_weights(model, tag, once=once) for tag in tags))
-    missing = {name for name in missing if not name.endswith(".gate.classifier.weight")}
+    missing = {name for name in missing if not name.endswith((".gate.classifier.weight", ".gate.selection_bias"))}
     if not read_manifest(folder, UpcycledManifest).holds_experts:
         missing -= copy_mlps(model, folder / TAG, missing)
     if missing:

@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from pipeline.distributed.process_group import Ranks
 
 NOT_A_RESULT = {"activation_checkpointing"}  # settings of a stage that change how it is computed, not what comes out
-ADDED_LATER = {
-    "z_loss_weight",
-    "router_kl_weight",
-}  # where they are as by default, runs of before have the same result
+# Of a stage; where they are as by default, runs of before them have the same result.
+ADDED_LATER = {"z_loss_weight", "router_kl_weight", "balance", "bias_update_rate"}
 
 
 def stage_inputs(context: RunContext, number: int) -> Inputs:

@@ -53,7 +53,7 @@ def _load_model(inputs: StageInputs, ds_config: dict[str, Any]) -> Any:
     checkpoints = [inputs.stage1_checkpoint] if inputs.stage1_checkpoint else []
     model = load_upcycled(
         inputs.upcycled, inputs.plan, dtype, inputs.dims,
-        checkpoints=checkpoints, classifiers=stage.has_classifiers, once=True,
+        checkpoints=checkpoints, classifiers=stage.has_classifiers, selection_biases=stage.balances_by_bias, once=True,
     )  # fmt: skip
     stage.train_only(model)
     model.train()

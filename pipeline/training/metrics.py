@@ -65,6 +65,14 @@ class StepSums:
         """All sums in one vector, for one all-reduce."""
         return torch.cat([self.losses, self.tokens, self.on_expert_0, *self.choices])
 
+    def _unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
+        sizes = [len(self.LOSSES), len(self.tokens), len(self.on_expert_0), *self.num_experts]
+        return packed.cpu().split(sizes)
+
+    def choices_in(self, packed: Tensor) -> list[Tensor]:
+        """By MoE layer, how many of the reduced vector's active choices each expert got, [E]."""
+        return list(self._unpack(packed)[3:])
+
     def read(self, packed: Tensor) -> dict[str, Any]:
         """The figures of the reduced vector.
 
@@ -73,8 +81,7 @@ class StepSums:
             expert 0, the mean over MoE layers) and ``load_imbalance`` (per MoE layer: the busiest expert's tokens
             over the mean expert's; 1 is balanced).
         """
-        sizes = [len(self.LOSSES), len(self.tokens), len(self.on_expert_0), *self.num_experts]
-        losses, tokens, on_expert_0, *choices = packed.cpu().split(sizes)
+        losses, tokens, on_expert_0, *choices = self._unpack(packed)
         of_layers = on_expert_0 / len(self.num_experts)
         named_losses = zip(self.LOSSES, losses.tolist(), strict=True)
         shares = zip(self.sources, (of_layers / tokens.clamp(min=1))[:-1], tokens[:-1], strict=True)

@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from pipeline.checkpoint.store import read_manifest
+from pipeline.checkpoint.tensors import load_tensors, main_file
 from pipeline.method.stages import find_stage
+from pipeline.records.checkpoint import CheckpointManifest
 from pipeline.run.stages import ADDED_LATER, result_settings
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import train_steps, with_parallel
+from tests.distributed.stages import biases_to_score, train_steps, train_with_bad_steps, with_parallel
 from tests.distributed.test_parity import CLOSE, merged
 from tests.helpers.tiny import parse_run
 
@@ -35,6 +38,7 @@ class Option(NamedTuple):
 OPTIONS = {
     "z-loss, stage 1": Option(1, {"z_loss_weight": 0.1}, "router_z"),
     "z-loss, stage 2": Option(2, {"z_loss_weight": 0.1}, "router_z"),
+    "bias": Option(1, {"balance": "bias", "bias_update_rate": 0.05}, None),
     "router KL": Option(2, {"router_kl_weight": 5.0}, "router_kl"),
 }
 each_option = pytest.mark.parametrize("option", OPTIONS.values(), ids=OPTIONS)
@@ -56,6 +60,12 @@ def test_two_ranks_compute_the_same_as_one(pools: Pools, tree: Tree, tmp_path: P
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(ours[name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+    assert same_biases(two[0], one[0]) and same_biases(two[0], two[1])
+
+
+def same_biases(ours: Tree, expected: Tree) -> bool:
+    """Whether all selection biases are the same, bit by bit."""
+    return all(torch.equal(bias, other) for bias, other in zip(ours["biases"], expected["biases"], strict=True))
 
 
 @each_option
@@ -70,6 +80,7 @@ def test_6_steps_equal_3_steps_then_resume_then_3_steps(
         assert ours["rows"] == expected["rows"][3:]
         assert ours["weights"].keys() == expected["weights"].keys()
         assert all(torch.equal(ours["weights"][name], tensor) for name, tensor in expected["weights"].items())
+        assert same_biases(ours, expected)
 
 
 def test_stage_2_is_held_to_the_routers_of_the_stage_1_checkpoint_also_after_a_resume(
@@ -83,6 +94,48 @@ def test_stage_2_is_held_to_the_routers_of_the_stage_1_checkpoint_also_after_a_r
     first, second, third = [row["loss"]["router_kl"] for row in started[0]["rows"] + resumed[0]["rows"]]
     assert first == 0.0  # the upcycled routers are other ones
     assert second > 0.0 and third > 0.0  # resumed routers are not their own reference
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_bias_is_saved_resumed_on_any_ranks_kept_in_stage_2_and_scored_with(
+    pools: Pools, tree: Tree, tmp_path: Path, precision: str
+) -> None:
+    biased = OPTIONS["bias"].on(tree) | {"deepspeed": f"ds_configs/{precision}_zero1.json"}
+    two, one = (with_parallel(biased, ranks=n, ep_size=n, micro_batch_size=4 // n) for n in (2, 1))
+    folder = tmp_path / "stage1"
+    trained = pools[2].run(train_steps, two, 1, folder, 3, 3)[0]
+    assert [bias.dtype for bias in trained["biases"]] == [torch.float32] * 3
+    steps = trained["biases"][2] / 0.05  # of the layer with most experts
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-5)
+    assert steps.abs().max() >= 1 and steps.abs().max() <= 3
+    checkpoint = folder / "step000003"
+    assert read_manifest(checkpoint, CheckpointManifest).selection_biases
+    assert same_biases(pools[1].run(train_steps, one, 1, folder, 3, None, True)[0], trained)
+    for found in pools[2].run(biases_to_score, two, checkpoint):
+        assert same_biases({"biases": found}, trained)
+    for part in pools[2].run(train_steps, two, 2, tmp_path / "stage2", 2, 2, False, checkpoint):
+        assert same_biases(part, trained)
+    for part in pools[2].run(train_steps, two, 2, tmp_path / "stage2", 3, None, True, checkpoint):
+        assert same_biases(part, trained)
+
+
+def test_a_checkpoint_without_biases_gives_none(pools: Pools, tree: Tree, tmp_path: Path) -> None:
+    alone = with_parallel(tree, micro_batch_size=4)
+    assert pools[1].run(train_steps, alone, 1, tmp_path / "stage1", 1, 1)[0]["biases"] == []
+    checkpoint = tmp_path / "stage1" / "step000001"
+    assert set(load_tensors(checkpoint / main_file())["module"]) == {
+        f"model.layers.{layer}.mlp.deepspeed_moe.gate.wg.weight" for layer in (0, 1, 3)
+    }
+    assert pools[1].run(biases_to_score, alone, checkpoint) == [[]]
+    assert pools[1].run(train_steps, alone, 2, tmp_path / "stage2", 1, None, False, checkpoint)[0]["biases"] == []
+
+
+def test_a_skipped_step_moves_no_bias(pools: Pools, tree: Tree, tmp_path: Path) -> None:
+    spread = with_parallel(OPTIONS["bias"].on(tree), ranks=2, ep_size=2, micro_batch_size=2)
+    for part in pools[2].run(train_with_bad_steps, spread, 1, tmp_path, {2: float("nan")}):
+        first, second, third = ({"biases": biases} for biases in part["biases"][:3])
+        assert part["figures"]["skipped_steps"] == 1
+        assert same_biases(first, second) and not same_biases(second, third)
 
 
 @each_option

@@ -123,6 +123,8 @@ FLIPS = [
     Flip("stage?.activation_checkpointing", True, set(), "stage1.activation_checkpointing"),  # the same result
     Flip("stage?.z_loss_weight", 0.1, {S1}, "stage1.z_loss_weight"),
     Flip("stage?.z_loss_weight", 0.1, {S2}, "stage2.z_loss_weight"),
+    Flip("stage1.balance", "bias", {S1}),
+    Flip("stage1.bias_update_rate", 1e-2, {S1}, also={"stage1.balance": "bias"}),
     Flip("stage1.balance_weight", 0.1, {S1}),
     Flip("stage1.balance_scale", "reference", {S1}),
     Flip("stage1.balance_statistics", "local", {S1}),

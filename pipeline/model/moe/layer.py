@@ -40,6 +40,7 @@ class MoELayer(MoE):
         top_k: K.
         placement: which ranks hold its new experts, and which rank this is.
         has_classifier: whether the layer has a routing classifier.
+        has_selection_bias: whether its router has a selection bias.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class MoELayer(MoE):
         top_k: int,
         placement: LayerPlacement,
         has_classifier: bool,
+        has_selection_bias: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not MoE's own: it would build TopKGate and capacity-bound experts
         self.num_experts = num_experts
@@ -64,7 +66,8 @@ class MoELayer(MoE):
         # DeepSpeed treats a weight as an expert's if its name contains "expert", so this name does not.
         self.base_mlp = mlp
         gate = projections(mlp)[0]
-        router = Router(gate.in_features, num_experts, top_k, has_classifier).to(gate.weight.device)
+        router = Router(gate.in_features, num_experts, top_k, has_classifier, has_selection_bias)
+        router = router.to(gate.weight.device)
         experts = LocalExperts(mlp, len(self.local_numbers), self.num_local_experts, self.expert_group_name)
         self.deepspeed_moe = _RoutedExperts(router, experts)
         self.experts_train = False

@@ -43,14 +43,20 @@ class Router(nn.Module):
     linear map from the same input to (old, new). A token that it calls old takes expert 0 alone, with weight 1.
     It starts at zero, where both classes tie and every token is routed as if there were no classifier.
 
+    A selection bias, where there is one, is added to the scores to choose the top K, and to nothing else: the weights
+    are those of the scores (Loss-Free Balancing, arXiv 2408.15664, eq. 3). It is a buffer in fp32 that starts at zero.
+
     Args:
         hidden_size: D.
         num_experts: N_l, expert 0 included.
         top_k: K.
         has_classifier: whether the layer has a routing classifier.
+        has_selection_bias: whether it has a selection bias.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, top_k: int, has_classifier: bool) -> None:
+    def __init__(
+        self, hidden_size: int, num_experts: int, top_k: int, has_classifier: bool, has_selection_bias: bool = False
+    ) -> None:
         super().__init__()
         assert num_experts >= top_k
         self.top_k = top_k
@@ -59,6 +65,9 @@ class Router(nn.Module):
         self.classifier = nn.Linear(hidden_size, 2, bias=False) if has_classifier else None
         if self.classifier is not None:
             nn.init.zeros_(self.classifier.weight)
+        self.selection_bias: Tensor | None
+        bias_E = torch.zeros(num_experts, dtype=torch.float32) if has_selection_bias else None
+        self.register_buffer("selection_bias", bias_E)
         self.reference: Tensor | None
         self.register_buffer("reference", None, persistent=False)
 
@@ -74,12 +83,32 @@ class Router(nn.Module):
     def _reference_logits(self, x_TD: Tensor) -> Tensor | None:
         return F.linear(x_TD, self.reference) if self.training and self.reference is not None else None
 
+    @torch.no_grad()
+    def balance(self, choices_E: Tensor, rate: float) -> None:
+        """Move the selection bias of each expert by ``rate`` towards the mean load (arXiv 2408.15664, algorithm 1).
+
+        Args:
+            choices_E: how many tokens of the global batch have chosen each expert.
+            rate: u of b_i = b_i + u * sign(mean load - load_i).
+        """
+        assert self.selection_bias is not None
+        loads_E = choices_E.double()  # so that a load that is the mean differs from it by exactly 0
+        self.selection_bias.add_((loads_E.mean() - loads_E).sign().to(self.selection_bias), alpha=rate)
+
+    def _choose(self, scores_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores of the K chosen experts, and which they are."""
+        if self.selection_bias is None:
+            scores_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
+            return scores_TK, ids_TK
+        ids_TK = (scores_TE.detach() + self.selection_bias).topk(self.top_k, dim=-1).indices
+        return scores_TE.gather(-1, ids_TK), ids_TK
+
     def forward(self, x_TD: Tensor) -> Routing:
         """Route tokens: softmax over all experts, then the top K, then their weights made to sum to 1."""
         x_TD = x_TD.float()
         logits_TE = F.linear(x_TD, self.wg.weight.float())
         scores_TE = logits_TE.softmax(-1)
-        weights_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
+        weights_TK, ids_TK = self._choose(scores_TE)
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         active_TK = torch.ones_like(ids_TK, dtype=torch.bool)
         class_logits_TC = None

@@ -17,6 +17,7 @@ from pipeline.method.stages import STAGES, find_stage, stages_of
 from pipeline.model.backbone import install_moe_layers, moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import collect_routings
+from pipeline.model.moe.router import Router
 from tests.helpers.tiny import parse_run, run_tree
 
 DS_CONFIG = {"bf16": {"enabled": True}, "data_types": {}, "zero_optimization": {"stage": 1}, "optimizer": {}}
@@ -123,6 +124,26 @@ def test_the_router_z_loss_is_the_mean_over_the_global_batch_of_the_squared_logs
     assert weight == 0.5
     (gradient,) = torch.autograd.grad(loss, micro.routings[0].logits_TE)
     assert (gradient[:6] != 0).all() and (gradient[6:] == 0).all()
+
+
+def test_a_bias_balances_instead_of_the_loss_by_the_sign_of_what_is_missing_to_the_mean_load(
+    run: RunConfig, model: Any
+) -> None:
+    stage = STAGES[1](run.stage1.model_copy(update={"balance": "bias", "bias_update_rate": 0.01}))
+    assert stage.balances_by_bias
+    assert not any(find_stage(run, number).balances_by_bias for number in (1, 2))
+    batch = GlobalBatch(samples=4, sequence_length=8, old_tokens=5)
+    assert set(stage.losses(micro_batch(model), batch)) == {"next_token"}
+    routers = [Router(16, num_experts, 2, has_classifier=False, has_selection_bias=True) for num_experts in (3, 4)]
+    for layer, router in zip(moe_layers(model), routers, strict=True):
+        layer.deepspeed_moe.gate = router
+    stage.end_step(model, [torch.tensor([10.0, 2.0, 3.0]), torch.tensor([4.0, 4.0, 2.0, 6.0])])
+    stage.end_step(model, [torch.tensor([10.0, 5.0, 0.0]), torch.tensor([4.0, 4.0, 2.0, 6.0])])
+    torch.testing.assert_close(routers[0].selection_bias, torch.tensor([-0.02, 0.01, 0.02]))
+    torch.testing.assert_close(routers[1].selection_bias, torch.tensor([0.0, 0.0, 0.02, -0.02]))
+    find_stage(run, 1).end_step(model, [torch.tensor([10.0, 2.0, 3.0]), torch.tensor([4.0, 4.0, 2.0, 6.0])])
+    find_stage(run, 2).end_step(model, [torch.tensor([10.0, 2.0, 3.0]), torch.tensor([4.0, 4.0, 2.0, 6.0])])
+    torch.testing.assert_close(routers[0].selection_bias, torch.tensor([-0.02, 0.01, 0.02]))
 
 
 def test_the_routers_kl_is_the_mean_over_new_tokens_from_the_routers_as_the_stage_found_them(
