@@ -231,6 +231,21 @@ def test_a_selection_bias_chooses_but_weights_are_those_of_the_scores(top_k: int
     assert differs > 0
 
 
+def test_moving_the_selection_bias_evens_the_loads_of_a_router_that_does_not_train() -> None:
+    torch.manual_seed(5)
+    router = Router(32, 6, 2, has_classifier=False, has_selection_bias=True)
+    x = torch.randn(3000, 32) + torch.randn(32)  # with a direction that all tokens share, some experts are far ahead
+
+    def imbalance() -> float:
+        loads = router(x).ids_TK.flatten().bincount(minlength=6).float()
+        router.balance(loads, 0.005)
+        return float(loads.max() / loads.mean())
+
+    imbalances = [imbalance() for _ in range(300)]
+    assert imbalances[0] > 2.0
+    assert max(imbalances[-20:]) < 1.15
+
+
 def test_a_selection_bias_of_zeros_changes_no_bit_of_a_layer_and_its_gradients() -> None:
     results = []
     for has_bias in (False, True):
