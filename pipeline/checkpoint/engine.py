@@ -14,6 +14,7 @@ from torch import nn
 
 from pipeline.checkpoint.optimizer_state import SavedOptimizer
 from pipeline.checkpoint.tensors import expert_file, load_tensors, router_optimizer_file, save_tensors
+from pipeline.checkpoint.weights import SELECTION_BIAS
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.backbone import moe_layers
 from pipeline.records.checkpoint import FileEntry
@@ -25,7 +26,7 @@ _ROUTER_OPTIMIZER_FILE = re.compile(r"expp_rank_\d+_mp_rank_00_optim_states\.pt$
 
 
 class AtomicCheckpointEngine(TorchCheckpointEngine):
-    """Writes each file atomically and hashes it, keeps only what trained; reads what any number of ranks wrote.
+    """Writes each file atomically and hashes it, keeps only what changes; reads what any number of ranks wrote.
 
     Args:
         config: DeepSpeed's own, of the engine.
@@ -41,7 +42,8 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
     def __init__(self, config: Any, model: nn.Module, dims: ParallelDims) -> None:
         super().__init__(config)
         self.layers = moe_layers(model)
-        self.trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.kept = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self.kept |= {name for name, _ in model.named_buffers() if name.endswith(SELECTION_BIAS)}
         self.dims = dims
         self.saved_by_others: SavedOptimizer | None = None
         self.files: dict[str, FileEntry] = {}
@@ -66,7 +68,7 @@ class AtomicCheckpointEngine(TorchCheckpointEngine):
         elif _ROUTER_OPTIMIZER_FILE.search(path) and target.name != router_optimizer_file():
             return  # rank 0 writes the same
         elif "module" in state_dict:
-            module = {name: tensor for name, tensor in state_dict["module"].items() if name in self.trained}
+            module = {name: tensor for name, tensor in state_dict["module"].items() if name in self.kept}
             state_dict = {**state_dict, "module": module}
         try:
             self.files[target.name] = save_tensors(_without_enum(state_dict), target)

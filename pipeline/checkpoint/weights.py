@@ -17,7 +17,7 @@ from pipeline.model.moe.experts import Expert
 PIECES, SMALLEST_PIECE = 32, 4 << 20  # of a file, and bytes
 
 
-CLASSIFIER = ".gate.classifier.weight"
+CLASSIFIER, SELECTION_BIAS = ".gate.classifier.weight", ".gate.selection_bias"
 
 
 def local_expert_names(model: nn.Module) -> dict[tuple[int, int], str]:

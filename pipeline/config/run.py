@@ -47,10 +47,16 @@ class ExpertsConfig(Section):
 
     ``num_new`` is the budget of new experts over all layers. ``delta`` is LayerMoE's own parameter instead.
     ``counts``, with ``allocation: explicit``, lists the experts of each layer, the original included. ``mola`` gives
-    the four quarters of the layers 2, 4, 6 and 8 (arXiv 2402.08562). New experts are copies of the original MLP, or
-    random with ``init: random``, an ablation of MoE-LPR's. With ``write_copies`` the upcycled checkpoint has a file
-    for each new expert even if it is a copy, so that DeepSpeed itself can load it. ``classifier_layers`` is a number,
-    of the most similar layers, or a list of layers; 0 is none.
+    the four quarters of the layers 2, 4, 6 and 8 (arXiv 2402.08562).
+
+    New experts are copies of the original MLP; with ``noise`` Gaussian noise is added, of so many times each matrix's
+    standard deviation (ours; the baseline in Drop-Upcycling's code adds 0.02 to half of the dimensions). With ``init:
+    drop`` they are copies of which the share ``drop_ratio`` of the intermediate dimensions is drawn anew, others for
+    each expert (Drop-Upcycling, arXiv 2502.19261, section 3; there 0.5). ``init: random`` is an ablation of MoE-LPR's.
+    With ``write_copies`` the upcycled checkpoint has a file for each new expert even if it is an exact copy, so that
+    DeepSpeed itself can load it.
+
+    ``classifier_layers`` is a number, of the most similar layers, or a list of layers; 0 is none.
 
     In a further expansion (``base``) an allocation adds to each layer one expert less than it gives. ``router: keep``
     keeps the routers' trained rows, ``reset`` draws all anew, as LayerMoE's reference implementation does.
@@ -62,7 +68,9 @@ class ExpertsConfig(Section):
     counts: list[int] | None = None
     rounding: Literal["ceil", "largest_remainder"] = "ceil"
     top_k: Positive = 2
-    init: Literal["copy", "random"] = "copy"
+    init: Literal["copy", "random", "drop"] = "copy"
+    drop_ratio: float = Field(default=0.5, gt=0, le=1)
+    noise: float = Field(default=0.0, ge=0)
     router: Literal["keep", "reset"] = "keep"
     write_copies: bool = False
     classifier_layers: int | list[int] = 0
@@ -84,6 +92,8 @@ class ExpertsConfig(Section):
             raise ValueError(f"delta: {self.delta} is not positive; give about 70, as the paper does for Llama-3.2-3B")
         if self.delta is not None and self.rounding != "ceil":
             raise ValueError("delta: works only with rounding: ceil; set that, or give num_new instead")
+        if self.noise and self.init != "copy":
+            raise ValueError(f"noise: {self.noise} is for copies, but init is {self.init}; leave one of them out")
         for layer, count in enumerate(self.counts or []):
             if count < 1:
                 raise ValueError(f"counts[{layer}]: {count} is below 1; give at least 1, the original MLP")
@@ -96,6 +106,9 @@ class StageConfig(Section):
     The LPR loss is the paper's or the reference implementation's (``lpr``). In a further expansion it protects the
     languages of all earlier ones (``lpr_groups: all``), or the dense model's alone, as LayerMoE's reference
     implementation does (``base``).
+
+    With ``z_loss_weight`` the router z-loss is added, which keeps the routers' logits small (ST-MoE, arXiv 2202.08906,
+    eq. 5; there 0.001).
     """
 
     tokens: Positive
@@ -108,6 +121,7 @@ class StageConfig(Section):
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clipping: float = Field(default=1.0, ge=0)
+    z_loss_weight: float = Field(default=0.0, ge=0)
     activation_checkpointing: bool = False
     lpr: Literal["paper", "reference"] = "paper"
     lpr_groups: Literal["all", "base"] = "all"
@@ -133,22 +147,35 @@ class Stage1Config(StageConfig):
 
     With ``old_share`` that part of the samples is of old languages, and with ``lpr_weight`` they have the LPR loss:
     with no stage 2, that is MoE-LPR's ablation of one stage.
+
+    ``balance`` is how experts get equal loads: by MoE-LPR's ``loss``, to which the other ``balance_`` keys belong, or
+    without it by a ``bias`` of each expert that is added to its score only to choose the top K, and after each step
+    grows by ``bias_update_rate`` if the expert had less than the mean load of the global batch, or shrinks if it had
+    more (Loss-Free Balancing, arXiv 2408.15664). The bias stays as it is in stage 2 and in evaluation.
     """
 
     old_share: float = Field(default=0.0, ge=0, lt=1)
     lpr_weight: float = Field(default=0.0, ge=0)
 
+    balance: Literal["loss", "bias"] = "loss"
+    bias_update_rate: float = Field(default=1e-3, gt=0)
     balance_weight: float = Field(default=0.01, ge=0)
     balance_scale: Literal["paper", "reference"] = "paper"
     balance_statistics: Literal["global", "local"] = "global"
 
 
 class Stage2Config(StageConfig):
-    """Stage 2: routers and classifiers train on a replay of all languages (MoE-LPR section 3.3)."""
+    """Stage 2: routers and classifiers train on a replay of all languages (MoE-LPR section 3.3).
+
+    ``router_kl_weight`` is ours: nothing in the papers (arXiv 2408.11396, 2505.22582) keeps the routing of new
+    languages as stage 1 left it. It weights the mean over new tokens and layers of KL(G_stage1 || G_now), both of the
+    same input.
+    """
 
     old_share: Fraction = 0.5
     lpr_weight: float = Field(default=0.1, ge=0)
     classifier_weight: float = Field(default=0.1, ge=0)
+    router_kl_weight: float = Field(default=0.0, ge=0)
 
 
 class ValidateConfig(Section):

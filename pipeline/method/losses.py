@@ -1,4 +1,5 @@
-"""The losses: next token, load balancing, language priors routing (LPR), routing classifier.
+"""The losses: next token, load balancing, language priors routing (LPR), routing classifier, router z-loss,
+KL divergence from the routers as a stage found them.
 
 All are fp32. They are sums over tokens, except for load balancing, which is a mean. The stages divide them by counts
 of the *global* batch, known before the first backward of a step. So summed over ranks and micro-steps they are the
@@ -169,6 +170,39 @@ def classifier_loss(routings: Sequence[Routing], group_T: Tensor, mask_T: Tensor
             loss_T = F.cross_entropy(routing.class_logits_TC, group_T, reduction="none")
             losses.append(loss_T.sum() if mask_T is None else (loss_T * mask_T).sum())
     return torch.stack(losses).mean() if losses else torch.zeros((), device=group_T.device)
+
+
+def router_z_loss(routings: Sequence[Routing], mask_T: Tensor) -> Tensor:
+    """The squared logsumexp of the router's logits, summed over tokens, the mean over layers.
+
+    ST-MoE, arXiv 2202.08906, eq. 5.
+
+    Args:
+        routings: one per MoE layer.
+        mask_T: true for tokens that count.
+    """
+    losses = [(routing.logits_TE.logsumexp(-1).square() * mask_T).sum() for routing in routings]
+    return torch.stack(losses).mean()
+
+
+def router_kl_loss(routings: Sequence[Routing], new_T: Tensor) -> Tensor:
+    """KL(G_reference || G), summed over tokens of new languages, the mean over layers; ours, of no paper.
+
+    G_reference is the softmax of the routers' ``reference_logits_TE``. Without any such token it is 0.
+
+    Args:
+        routings: one per MoE layer, of routers that keep a reference.
+        new_T: true for tokens of new languages that count.
+    """
+    losses = []
+    for routing in routings:
+        assert routing.reference_logits_TE is not None, (
+            "Router.keep_reference was not called, or it is not in training"
+        )
+        now_TE, reference_TE = routing.logits_TE.log_softmax(-1), routing.reference_logits_TE.log_softmax(-1)
+        kl_T = F.kl_div(now_TE, reference_TE, reduction="none", log_target=True).sum(-1)
+        losses.append((kl_T * new_T).sum())
+    return torch.stack(losses).mean()
 
 
 def routing_statistics(routing: Routing, mask_T: Tensor) -> dict[str, Any]:

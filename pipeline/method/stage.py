@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from data_prep.config import DataConfig, SetConfig
 from pipeline.config.run import StageConfig
-from pipeline.method.losses import lpr_loss, next_token_loss
+from pipeline.method.losses import lpr_loss, next_token_loss, router_kl_loss, router_z_loss
 from pipeline.model.backbone import train_only
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import Routing
@@ -24,17 +24,29 @@ class GlobalBatch:
     Attributes:
         samples: number of samples.
         sequence_length: tokens per sample.
-        old_tokens: how many of its tokens are of old languages that L_LPR protects.
+        old_tokens: how many of its tokens are of old languages.
+        base_tokens: how many are of the dense model's languages, if L_LPR protects these alone; else None.
     """
 
     samples: int
     sequence_length: int
     old_tokens: int
+    base_tokens: int | None = None
+
+    @property
+    def protected_tokens(self) -> int:
+        """Those that L_LPR protects."""
+        return self.old_tokens if self.base_tokens is None else self.base_tokens
 
     @property
     def tokens(self) -> int:
         """All of its tokens."""
         return self.samples * self.sequence_length
+
+    @property
+    def new_tokens(self) -> int:
+        """Those of new languages."""
+        return self.tokens - self.old_tokens
 
 
 @dataclass(frozen=True)
@@ -120,6 +132,24 @@ class Stage(ABC):
     def gradient_norm(self, model: nn.Module) -> float | None:
         """The norm of the gradients before clipping; None where DeepSpeed knows it, but only after its step."""
 
+    @abstractmethod
+    def begin(self, model: nn.Module) -> None:
+        """Note what it needs of the model that it starts from, before a checkpoint of its own is loaded."""
+
+    @abstractmethod
+    def end_step(self, model: nn.Module, choices: list[Tensor]) -> None:
+        """Change what no gradient changes, after an optimizer step that was not skipped.
+
+        Args:
+            model: the stage's.
+            choices: by MoE layer, how many active choices of the global batch each expert got, [E].
+        """
+
+    @property
+    def balances_by_bias(self) -> bool:
+        """Whether its routers get a selection bias, which it updates."""
+        return False
+
     def plan_key(self, plan: ExpertPlan) -> str:
         """A content key of the part of the plan that its checkpoints depend on."""
         return plan.key if self.has_classifiers else plan.experts_key
@@ -145,4 +175,15 @@ def mean_lpr_loss(
 ) -> Tensor:
     """This micro-batch's part of L_LPR, the mean over the global batch's tokens of old groups that it protects."""
     loss = lpr_loss(micro.routings, micro.group_T, micro.counts_T, form=form, only_base=only_base)
-    return loss / max(1, batch.old_tokens)
+    return loss / max(1, batch.protected_tokens)
+
+
+def mean_z_loss(micro: MicroBatch, batch: GlobalBatch) -> Tensor:
+    """This micro-batch's part of the router z-loss, the mean over the global batch's tokens."""
+    return router_z_loss(micro.routings, micro.counts_T) / batch.tokens
+
+
+def mean_router_kl(micro: MicroBatch, batch: GlobalBatch) -> Tensor:
+    """This micro-batch's part of the routers' KL divergence, the mean over the global batch's new tokens."""
+    new_T = micro.group_T == len(micro.routings[0].old_experts)
+    return router_kl_loss(micro.routings, new_T & micro.counts_T) / max(1, batch.new_tokens)

@@ -3,11 +3,21 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config.run import Stage1Config
 from pipeline.method.losses import load_balancing_loss
-from pipeline.method.stage import GlobalBatch, Group, Losses, MicroBatch, Stage, mean_lpr_loss, mean_next_token_loss
+from pipeline.method.stage import (
+    GlobalBatch,
+    Group,
+    Losses,
+    MicroBatch,
+    Stage,
+    mean_lpr_loss,
+    mean_next_token_loss,
+    mean_z_loss,
+)
+from pipeline.model.backbone import moe_layers
 
 
 @dataclass(frozen=True)
@@ -32,23 +42,40 @@ class Stage1(Stage):
         return {"old": old, "new": 1 - old} if old else {"new": 1.0}
 
     def losses(self, micro: MicroBatch, batch: GlobalBatch) -> Losses:
-        """L_NTP; L_balance with the weight alpha; and L_LPR, if it has a weight gamma."""
+        """L_NTP; L_balance with the weight alpha, unless a bias balances; L_LPR and the router z-loss, if weighted."""
+        losses = {"next_token": (mean_next_token_loss(micro, batch), 1.0)}
+        if not self.balances_by_bias:
+            losses["balance"] = (self._balance(micro, batch), self.settings.balance_weight)
+        if self.settings.lpr_weight:
+            lpr = mean_lpr_loss(micro, batch, self.settings.lpr, only_base=self.protects_base_only)
+            losses["lpr"] = (lpr, self.settings.lpr_weight)
+        if self.settings.z_loss_weight:
+            losses["router_z"] = (mean_z_loss(micro, batch), self.settings.z_loss_weight)
+        return losses
+
+    def _balance(self, micro: MicroBatch, batch: GlobalBatch) -> Tensor:
+        """This micro-batch's part of L_balance of the global batch."""
         balance = load_balancing_loss(
             micro.routings,
             mask_T=micro.counts_T,
             scale=self.settings.balance_scale,
             statistics=self.settings.balance_statistics,
         )  # a mean already: over this rank's tokens
-        losses = {
-            "next_token": (mean_next_token_loss(micro, batch), 1.0),
-            "balance": (balance * self._share(micro, batch) / micro.world_size, self.settings.balance_weight),
-        }
-        if self.settings.lpr_weight:
-            losses["lpr"] = (
-                mean_lpr_loss(micro, batch, self.settings.lpr, only_base=self.protects_base_only),
-                self.settings.lpr_weight,
-            )
-        return losses
+        return balance * self._share(micro, batch) / micro.world_size
+
+    @property
+    def balances_by_bias(self) -> bool:
+        """Where the run asks for ``balance: bias``."""
+        return self.settings.balance == "bias"
+
+    def end_step(self, model: nn.Module, choices: list[Tensor]) -> None:
+        """Update the routers' selection biases, where these balance."""
+        if self.balances_by_bias:
+            for layer, choices_E in zip(moe_layers(model), choices, strict=True):
+                layer.router.balance(choices_E, self.settings.bias_update_rate)
+
+    def begin(self, model: nn.Module) -> None:
+        """Nothing: it is held to no earlier routing."""
 
     def _share(self, micro: MicroBatch, batch: GlobalBatch) -> float:
         """The part of the global batch that the balance loss stands for: the micro-step's samples on all ranks.

@@ -7,11 +7,22 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.config.run import Stage2Config
 from pipeline.method.losses import classifier_loss
-from pipeline.method.stage import GlobalBatch, Group, Losses, MicroBatch, Stage, mean_lpr_loss, mean_next_token_loss
+from pipeline.method.stage import (
+    GlobalBatch,
+    Group,
+    Losses,
+    MicroBatch,
+    Stage,
+    mean_lpr_loss,
+    mean_next_token_loss,
+    mean_router_kl,
+    mean_z_loss,
+)
+from pipeline.model.backbone import moe_layers
 
 
 @dataclass(frozen=True)
@@ -32,14 +43,31 @@ class Stage2(Stage):
         return {"old": self.settings.old_share, "new": 1 - self.settings.old_share}
 
     def losses(self, micro: MicroBatch, batch: GlobalBatch) -> Losses:
-        """L_NTP; L_LPR, a mean over old tokens, with the weight gamma; L_cls, over all tokens, with gamma_c."""
+        """L_NTP; L_LPR, a mean over old tokens, with the weight gamma; L_cls, over all tokens, with gamma_c.
+
+        And, if they have a weight, the router z-loss, and over new tokens the KL divergence from stage 1's routers.
+        """
         classifier = classifier_loss(micro.routings, micro.group_T, micro.counts_T) / batch.tokens
         lpr = mean_lpr_loss(micro, batch, self.settings.lpr, only_base=self.protects_base_only)
-        return {
+        losses = {
             "next_token": (mean_next_token_loss(micro, batch), 1.0),
             "lpr": (lpr, self.settings.lpr_weight),
             "classifier": (classifier, self.settings.classifier_weight),
         }
+        if self.settings.z_loss_weight:
+            losses["router_z"] = (mean_z_loss(micro, batch), self.settings.z_loss_weight)
+        if self.settings.router_kl_weight:
+            losses["router_kl"] = (mean_router_kl(micro, batch), self.settings.router_kl_weight)
+        return losses
+
+    def begin(self, model: nn.Module) -> None:
+        """Where new tokens are held to stage 1's routing, routers keep a copy of themselves as stage 1 left them."""
+        if self.settings.router_kl_weight:
+            for layer in moe_layers(model):
+                layer.router.keep_reference()
+
+    def end_step(self, model: nn.Module, choices: list[Tensor]) -> None:
+        """Nothing: a selection bias stays as stage 1 left it."""
 
     def adapt_ds_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Without ZeRO, which asserts that experts train, and without bf16: the few weights that train stay in fp32.

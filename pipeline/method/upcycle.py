@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +17,9 @@ from common.files import new_folder, write_text
 from common.progress import progress
 from pipeline.checkpoint.store import read_manifest, write_manifest
 from pipeline.checkpoint.tensors import expert_file, file_entry, main_file, save_tensors
-from pipeline.checkpoint.weights import CLASSIFIER, copy_mlps, local_expert_names, read_weights
+from pipeline.checkpoint.weights import CLASSIFIER, SELECTION_BIAS, copy_mlps, local_expert_names, read_weights
 from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.method.expert_init import ExpertInit, expert_generator
 from pipeline.model.backbone import (
     ONE_RANK,
     decoder_layers,
@@ -32,10 +33,11 @@ from pipeline.model.backbone import (
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
 from pipeline.model.moe.experts import Expert, fused_weights
-from pipeline.records.checkpoint import UpcycledManifest
+from pipeline.records.checkpoint import CheckpointManifest, UpcycledManifest
 
 TAG = "upcycled"
 HF_FOLDER = "hf"  # config and tokenizer, so that training does not need the dense model
+EXACT_COPIES = ExpertInit()
 TOLERANCE = 1e-4  # of the largest logit; fp32 rounding stays two orders of magnitude below
 _HF_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.model", "vocab.json",
              "merges.txt", "chat_template*", "added_tokens.json")  # fmt: skip
@@ -75,7 +77,7 @@ def upcycle(
     *,
     seed: int,
     model_hash: str,
-    init: Literal["copy", "random"] = "copy",
+    init: ExpertInit = EXACT_COPIES,
     write_copies: bool = False,
 ) -> UpcycledManifest:
     """Write the upcycled checkpoint; returns its manifest.
@@ -91,7 +93,7 @@ def upcycle(
         target: the folder to make; it appears only when all of it is written and the receipt is good.
         seed: of the routers' Xavier-normal initialisation.
         model_hash: of the dense model's files.
-        init: whether new experts are copies of the original MLP, or random; then the logits may differ.
+        init: what new experts begin as; unless as exact copies of the original MLP, the logits may differ.
         write_copies: whether experts have files though they are copies, so that DeepSpeed itself can load them.
 
     Raises:
@@ -99,7 +101,7 @@ def upcycle(
     """
     dtype = getattr(torch, str(_config_dtype(dense)))
     with new_folder(target) as folder:
-        init_of_files = "none" if init == "copy" and not write_copies else init
+        init_of_files = None if init.copies and not write_copies else init
         shape = _write_weights(dense, plan, folder / TAG, dtype=dtype, seed=seed, experts=init_of_files)
         (folder / HF_FOLDER).mkdir()
         for pattern in _HF_FILES:
@@ -108,7 +110,7 @@ def upcycle(
                     shutil.copyfile(file, folder / HF_FOLDER / file.name)
         write_text(folder / "latest", TAG)
         parity = measure_parity(dense, folder, plan, samples, dtype)
-        if init == "copy" and not parity.holds:
+        if init.copies and not parity.holds:
             raise UserError(
                 f"upcycle: the upcycled model's logits differ from the dense model's by "
                 f"{parity.max_abs_logit_difference:.3g} (allowed: {parity.tolerance:.3g}); nothing was written: "
@@ -133,9 +135,9 @@ def _config_dtype(dense: Path) -> str:
 
 @torch.no_grad()
 def _write_weights(
-    dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.dtype, seed: int, experts: str
+    dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.dtype, seed: int, experts: ExpertInit | None
 ) -> dict[str, Any]:
-    """DeepSpeed's layout: one file per new expert ("copy", "random" or "none"), and one of everything else."""
+    """DeepSpeed's layout: one file per new expert, unless ``experts`` is None, and one of everything else."""
     folder.mkdir()
     model = load_dense(dense, dtype)
     dense_parameters = sum(p.numel() for p in model.parameters())
@@ -143,14 +145,15 @@ def _write_weights(
     first_mlp = getattr(first, find_mlp(first))
     install_moe_layers(model, plan)
     generator = torch.Generator().manual_seed(seed)
-    spread = getattr(model.config.get_text_config(), "initializer_range", 0.02) if experts == "random" else None
-    with progress(sum(plan.num_new), "upcycle", "expert", show=experts != "none") as bar:
+    spread = getattr(model.config.get_text_config(), "initializer_range", 0.02)
+    with progress(sum(plan.num_new), "upcycle", "expert", show=experts is not None) as bar:
         for index, (prefix, layer) in enumerate(_named_moe_layers(model)):
             layer.router.reset(generator)
-            for number in range(0 if experts == "none" else layer.num_experts - 1):
-                weights = fused_weights(layer.base_mlp.state_dict())
-                if spread is not None:
-                    weights = {k: w.clone().normal_(0, spread, generator=generator) for k, w in weights.items()}
+            if experts is None:
+                continue
+            for number in range(layer.num_experts - 1):
+                own = generator if experts.kind == "random" else expert_generator(seed, index, number)
+                weights = experts.weights(layer.base_mlp.state_dict(), spread, own)
                 expert = f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{number}"
                 state = {f"{expert}.{name}": weight for name, weight in weights.items()}
                 save_tensors(state, folder / expert_file(index, number))
@@ -187,6 +190,7 @@ def load_upcycled(
     *,
     checkpoints: Sequence[Path] = (),
     classifiers: bool = False,
+    selection_biases: bool = False,
     once: bool = False,
 ) -> PreTrainedModel:
     """The MoE model with its upcycled weights, or those of checkpoints; each rank gets its own experts only.
@@ -198,17 +202,19 @@ def load_upcycled(
         dims: how experts are spread over ranks; all on one rank unless given.
         checkpoints: training checkpoints whose weights replace the upcycled ones, later ones last.
         classifiers: whether the plan's classifier layers get their classifier.
+        selection_biases: whether routers get a selection bias even if no checkpoint has one.
         once: whether each weight is read by one rank alone; see :func:`pipeline.checkpoint.weights.read_weights`.
 
     Raises:
         UserError: a file is missing or does not hold what the plan says.
     """
     model = empty_model(folder / HF_FOLDER, dtype)
-    install_moe_layers(model, plan, dims, classifiers=classifiers)
+    biased = selection_biases or any(read_manifest(tag, CheckpointManifest).selection_biases for tag in checkpoints)
+    install_moe_layers(model, plan, dims, classifiers=classifiers, selection_biases=biased)
     model.tie_weights()
     tags = (folder / TAG, *checkpoints)
     missing = set.intersection(*(read_weights(model, tag, once=once) for tag in tags))
-    missing = {name for name in missing if not name.endswith(CLASSIFIER)}
+    missing = {name for name in missing if not name.endswith((CLASSIFIER, SELECTION_BIAS))}
     files = read_manifest(folder, UpcycledManifest).files
     copies = {
         prefix

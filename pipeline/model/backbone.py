@@ -130,7 +130,12 @@ def find_mlp(layer: nn.Module) -> str:
 
 
 def install_moe_layers(
-    model: PreTrainedModel, plan: ExpertPlan, dims: ParallelDims = ONE_RANK, *, classifiers: bool = False
+    model: PreTrainedModel,
+    plan: ExpertPlan,
+    dims: ParallelDims = ONE_RANK,
+    *,
+    classifiers: bool = False,
+    selection_biases: bool = False,
 ) -> dict[int, MoELayer]:
     """Replace MLPs by MoE layers where the plan has new experts; a layer of one expert stays dense.
 
@@ -141,6 +146,7 @@ def install_moe_layers(
         plan: of its experts.
         dims: how experts are spread over ranks; all on one rank unless given.
         classifiers: whether the plan's classifier layers get their classifier.
+        selection_biases: whether routers get a selection bias, of zeros.
 
     Returns:
         The MoE layers, by the number of their decoder layer.
@@ -163,6 +169,7 @@ def install_moe_layers(
             placement=placement,
             has_classifier=classifiers and index in plan.classifier_layers,
             old_experts=plan.old_experts(index),
+            has_selection_bias=selection_biases,
         )
         setattr(layers[index], name, installed[index])
     return installed

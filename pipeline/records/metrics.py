@@ -29,7 +29,8 @@ class StepRow(Record):
         step: optimizer steps taken, this one included.
         samples: samples of all ranks so far.
         tokens: tokens of all ranks so far.
-        loss: by kind (next_token, balance, lpr, classifier), each a mean over the global batch, in nats.
+        loss: by kind (next_token, balance, lpr, classifier; where they are on, router_z, router_kl), each a mean over
+            the global batch, in nats.
         expert_0_share: by set, the share of its tokens whose output uses expert 0, mean over layers.
         load_imbalance: per layer with a router, the busiest expert's tokens over the mean; 1 is balanced.
         lr: the learning rate of this step.

@@ -122,6 +122,8 @@ _LOSS_CAPTIONS = {
         "Classifier loss",
         "How badly the classifiers tell old from new: lower is better, 0.69 is guessing.",
     ),
+    "router_kl": ("Router KL", "How far new-language tokens are routed from where stage 1 sent them: 0 is as there."),
+    "router_z": ("Router z-loss", "The squared logsumexp of the routers' logits: it keeps them small."),
 }
 
 

@@ -22,6 +22,8 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "settings": ("{step}.{name}",),
     "experts": ("experts.{name}",),
     "init": ("experts.init",),
+    "drop_ratio": ("experts.drop_ratio", "experts.init"),
+    "noise": ("experts.noise",),
     "bad_steps": ("bad_steps.{name}",),
     "not_positive": ("similarity.not_positive",),
     "similarity": _UPCYCLED,

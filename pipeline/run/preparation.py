@@ -133,7 +133,9 @@ def allocate_inputs(context: RunContext) -> Inputs:
     return {
         "model": context.start,
         "similarity": context.folder.manifest("similarity").outputs["similarity"] if has_old else None,
-        "experts": context.run.experts.model_dump(mode="json", exclude={"init", "write_copies", "router"}),
+        "experts": context.run.experts.model_dump(
+            mode="json", exclude={"init", "drop_ratio", "noise", "write_copies", "router"}
+        ),
         "not_positive": context.run.similarity.not_positive,
     }
 
@@ -160,11 +162,13 @@ def allocate_experts(context: RunContext, _ranks: object) -> Result:
 
 def upcycle_inputs(context: RunContext) -> Inputs:
     """The model, the plan of experts, what new experts begin as, and the seed of the routers."""
-    run = context.run
+    run, experts = context.run, context.run.experts
     return {
         "model": context.start,
         "plan": context.plan.experts_key,
-        "init": run.experts.init,
+        "init": experts.init,
+        **({"drop_ratio": experts.drop_ratio} if experts.init == "drop" else {}),
+        **({"noise": experts.noise} if experts.noise else {}),
         "seed": run.seed,
         **({} if context.base is None else {"router": run.experts.router}),
     }
@@ -214,11 +218,12 @@ def _write_upcycled(context: RunContext, target: Path) -> None:
 
     run, samples = context.run, _parity_samples(context)
     if context.base is None:
+        from pipeline.method.expert_init import ExpertInit
         from pipeline.method.upcycle import upcycle
 
         upcycle(
             context.dense, context.plan, samples, target,
-            seed=run.seed, model_hash=context.model_hash, init=run.experts.init,
+            seed=run.seed, model_hash=context.model_hash, init=ExpertInit.of(run.experts),
             write_copies=run.experts.write_copies,
         )  # fmt: skip
         return

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.files import content_key, read_json, sha256_file
+from pipeline.config.run import StageConfig
 from pipeline.records.checkpoint import ExpertsFrom
 from pipeline.records.step_manifest import StepInputs
 from pipeline.run.checks import sample_warnings, warn_of_slow_bf16
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from pipeline.distributed.process_group import Ranks
 
 NOT_A_RESULT = {"activation_checkpointing"}  # settings of a stage that change how it is computed, not what comes out
+# Of a stage; where they are as by default, runs of before them have the same result.
+ADDED_LATER = {"lpr_groups", "z_loss_weight", "router_kl_weight", "balance", "bias_update_rate"}
 
 
 def stage_inputs(context: RunContext, number: int) -> Inputs:
@@ -35,12 +38,19 @@ def stage_inputs(context: RunContext, number: int) -> Inputs:
         "seed": run.seed,
         "deepspeed": read_json(run.ds_config_file),
         "bad_steps": run.bad_steps.model_dump(mode="json"),
-        "settings": stage.settings.model_dump(mode="json", exclude=NOT_A_RESULT),
+        "settings": result_settings(stage.settings),
     }
     if stage.starts_from is not None:
         before = f"stage{stage.starts_from}"
         inputs[before] = context.folder.hash_of(before)
     return inputs
+
+
+def result_settings(settings: StageConfig) -> Inputs:
+    """A stage's settings that its result depends on; without options at their defaults that runs of before lacked."""
+    defaults = {name: field.default for name, field in type(settings).model_fields.items() if name in ADDED_LATER}
+    as_before = {name for name, default in defaults.items() if getattr(settings, name) == default}
+    return settings.model_dump(mode="json", exclude=NOT_A_RESULT | as_before)
 
 
 def check_stage(context: RunContext, number: int) -> None:

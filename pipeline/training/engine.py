@@ -39,6 +39,7 @@ def build_engine(inputs: StageInputs, shape: BatchShape) -> Any:
             config=fill_ds_config(ds_config, inputs.run, inputs.stage, inputs.dims, shape),
             dist_init_required=False,
         )
+    inputs.stage.begin(engine.module)  # only now do all ranks have all weights: DeepSpeed has broadcast them
     # DeepSpeed writes this list into checkpoints, and by it means experts that have a file: all but expert 0.
     engine.num_experts = [layer.num_experts - 1 for layer in moe_layers(engine.module)]
     engine.checkpoint_engine = AtomicCheckpointEngine(engine._config, engine.module, inputs.dims)
@@ -52,7 +53,7 @@ def _load_model(inputs: StageInputs, ds_config: dict[str, Any]) -> Any:
     checkpoints = [inputs.stage1_checkpoint] if inputs.stage1_checkpoint else []
     model = load_upcycled(
         inputs.upcycled, inputs.plan, dtype, inputs.dims,
-        checkpoints=checkpoints, classifiers=stage.has_classifiers, once=True,
+        checkpoints=checkpoints, classifiers=stage.has_classifiers, selection_biases=stage.balances_by_bias, once=True,
     )  # fmt: skip
     stage.train_only(model)
     model.train()

@@ -24,11 +24,13 @@ class StepSums:
         device: of the sums.
     """
 
-    LOSSES = ("next_token", "balance", "lpr", "classifier")
+    ALWAYS = ("next_token", "balance", "lpr", "classifier")  # among the figures, as 0 where the stage has no such loss
+    LOSSES = (*ALWAYS, "router_z", "router_kl")
 
     def __init__(self, sources: list[str], plan: ExpertPlan, device: torch.device) -> None:
         self.sources = sources
         self.num_experts = [plan.counts[layer] for layer in plan.moe_layers]
+        self.names = set(self.ALWAYS)
         self.losses = torch.zeros(len(self.LOSSES), device=device)
         # Whole numbers, so that their sums are exact in any order; tokens that do not count go to the last place.
         self.tokens = torch.zeros(len(sources) + 1, device=device)
@@ -37,6 +39,7 @@ class StepSums:
 
     def add_losses(self, losses: dict[str, Tensor]) -> None:
         """Add one micro-batch's losses by name, already divided by the global batch's counts."""
+        self.names |= losses.keys()
         for index, name in enumerate(self.LOSSES):
             if name in losses:
                 self.losses[index] += losses[name].detach()
@@ -62,6 +65,14 @@ class StepSums:
         """All sums in one vector, for one all-reduce."""
         return torch.cat([self.losses, self.tokens, self.on_expert_0, *self.choices])
 
+    def _unpack(self, packed: Tensor) -> tuple[Tensor, ...]:
+        sizes = [len(self.LOSSES), len(self.tokens), len(self.on_expert_0), *self.num_experts]
+        return packed.cpu().split(sizes)
+
+    def choices_in(self, packed: Tensor) -> list[Tensor]:
+        """By MoE layer, how many of the reduced vector's active choices each expert got, [E]."""
+        return list(self._unpack(packed)[3:])
+
     def read(self, packed: Tensor) -> dict[str, Any]:
         """The figures of the reduced vector.
 
@@ -70,12 +81,12 @@ class StepSums:
             expert 0, the mean over MoE layers) and ``load_imbalance`` (per MoE layer: the busiest expert's tokens
             over the mean expert's; 1 is balanced).
         """
-        sizes = [len(self.LOSSES), len(self.tokens), len(self.on_expert_0), *self.num_experts]
-        losses, tokens, on_expert_0, *choices = packed.cpu().split(sizes)
+        losses, tokens, on_expert_0, *choices = self._unpack(packed)
         of_layers = on_expert_0 / len(self.num_experts)
+        named_losses = zip(self.LOSSES, losses.tolist(), strict=True)
         shares = zip(self.sources, (of_layers / tokens.clamp(min=1))[:-1], tokens[:-1], strict=True)
         return {
-            "loss": dict(zip(self.LOSSES, losses.tolist(), strict=True)),
+            "loss": {name: loss for name, loss in named_losses if name in self.names},
             "expert_0_share": {source: float(share) for source, share, count in shares if count},
             "load_imbalance": [float(c.max() / c.mean().clamp(min=1e-9)) for c in choices],
         }

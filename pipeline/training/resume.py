@@ -11,6 +11,7 @@ from pipeline.checkpoint.tensors import main_file, optimizer_file, router_optimi
 from pipeline.checkpoint.verify import newest_sound_tag
 from pipeline.checkpoint.weights import expert_files
 from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.model.backbone import moe_layers
 from pipeline.records.checkpoint import CheckpointManifest
 from pipeline.training.state import TrainingState
 
@@ -99,6 +100,7 @@ def manifest_of(state: TrainingState) -> CheckpointManifest:
         ep_size=state.dims.ep_size,
         max_imbalance=state.dims.max_imbalance,
         expert_plan=state.inputs.plan.model_dump(mode="json"),
+        selection_biases=any(layer.router.selection_bias is not None for layer in moe_layers(state.engine.module)),
     )
 
 

@@ -66,7 +66,6 @@ class SampleOrder:
         num_samples: of the whole stage.
         seed: of the orders of windows.
         isolate: the document separator's id, if each document of a sample attends to itself alone.
-        only_base: whether L_LPR protects group 0 alone.
 
     Raises:
         UserError: a source has fewer tokens than one sample.
@@ -80,7 +79,6 @@ class SampleOrder:
         num_samples: int,
         seed: int,
         isolate: int | None = None,
-        only_base: bool = False,
     ) -> None:
         self.sources, self.sequence_length, self.num_samples, self.seed = sources, sequence_length, num_samples, seed
         self.isolate = isolate
@@ -95,7 +93,7 @@ class SampleOrder:
         is_old = [source.is_old for source in sources]
         self._interleaving = GroupedInterleaving([source.weight for source in sources], is_old)
         self.groups = np.array([source.group for source in sources], np.int64)
-        self.protected = np.array([source.is_old and not (only_base and source.group) for source in sources])
+        self.old_sources = np.array(is_old)
 
     def window(self, source: int, number: int) -> np.ndarray:
         """The ``number``-th sample of a source: [L + 1] token ids."""
@@ -128,9 +126,10 @@ class SampleOrder:
             row[:] = self.window(source, number)
         return which, rows
 
-    def old_tokens(self, first: int, size: int) -> int:
-        """How many tokens of old languages that L_LPR protects the samples hold, without reading them."""
-        return int(self.protected[self._interleaving.turns(first, size)[0]].sum()) * self.sequence_length
+    def old_tokens(self, first: int, size: int, *, of_base: bool = False) -> int:
+        """How many tokens of old languages, all or the dense model's, the samples hold, without reading them."""
+        counted = self.old_sources & (self.groups == 0) if of_base else self.old_sources
+        return int(counted[self._interleaving.turns(first, size)[0]].sum()) * self.sequence_length
 
     def epochs(self) -> dict[str, float]:
         """How often each source is read over all samples, by the source's name; 1 is once."""
@@ -165,5 +164,4 @@ def stage_order(store: TokenStore, data: DataConfig, stage: Stage, plan: ExpertP
         num_samples=stage.settings.num_steps * stage.settings.global_batch_size,
         seed=seed + stage.seed_offset,
         isolate=store.separator_id if data.isolate_documents else None,
-        only_base=stage.protects_base_only,
     )

@@ -38,9 +38,12 @@ def train_step(state: TrainingState, advance: Callable[[int], object] = lambda _
             state.engine.step()  # counts the micro-step; only the last one updates the weights
     seconds_R = own_seconds(state.ranks)
     summed = state.ranks.sum(torch.cat([sums.pack(), seconds_R])).cpu()
-    figures = sums.read(summed[: -len(seconds_R)])
+    packed = summed[: -len(seconds_R)]
+    figures = sums.read(packed)
     learning_rate = state.engine.get_lr()[0]
     grad_norm, skipped = _optimizer_step(state, sum(figures["loss"].values()))
+    if skipped is None:
+        state.stage.end_step(state.engine.module, sums.choices_in(packed))
     state.step += 1
     state.step_seconds = seconds = time.monotonic() - state.step_started
     return StepRow(
@@ -66,7 +69,9 @@ def _seed(state: TrainingState) -> None:
 
 def _global_batch(state: TrainingState) -> GlobalBatch:
     samples = state.settings.global_batch_size
-    return GlobalBatch(samples, state.settings.sequence_length, state.order.old_tokens(state.step * samples, samples))
+    first, order = state.step * samples, state.order
+    base_tokens = order.old_tokens(first, samples, of_base=True) if state.stage.protects_base_only else None
+    return GlobalBatch(samples, order.sequence_length, order.old_tokens(first, samples), base_tokens)
 
 
 def _micro_step(state: TrainingState, micro_step: int, batch: GlobalBatch, sums: StepSums) -> int:

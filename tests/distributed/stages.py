@@ -27,6 +27,7 @@ from pipeline.checkpoint.weights import local_expert_names
 from pipeline.config.run import RunConfig
 from pipeline.distributed.process_group import Ranks, forget_earlier_stages
 from pipeline.estimate.divide import divide
+from pipeline.evaluation.checkpoints import Scored, load_model
 from pipeline.method.stages import STAGES, find_stage
 from pipeline.model.backbone import moe_layers
 from pipeline.records.metrics import StepRow
@@ -46,15 +47,19 @@ from tests.helpers.tiny import parse_run
 Advance = Callable[[int], object]
 
 
-def stage_inputs(tree: dict[str, Any], number: int, folder: Path, ranks: Ranks) -> StageInputs:
-    """The inputs of a stage whose checkpoints go to ``folder``; stage 2 starts from the upcycled experts."""
+def stage_inputs(
+    tree: dict[str, Any], number: int, folder: Path, ranks: Ranks, stage1: Path | None = None
+) -> StageInputs:
+    """The inputs of a stage whose checkpoints go to ``folder``; stage 2 starts as upcycled, or from ``stage1``."""
     run: RunConfig = parse_run(tree, "tiny.yaml")
     context = RunContext(run)
     stage = find_stage(run, number)
     identity = context.identity(2)
     done_with = StepInputs(inputs={}, run={})
     dims = divide(run, ranks)
-    return StageInputs(run, stage, context.plan, context.store, context.upcycled, folder, identity, done_with, dims)
+    return StageInputs(
+        run, stage, context.plan, context.store, context.upcycled, folder, identity, done_with, dims, stage1
+    )
 
 
 def canonical(model: torch.nn.Module, tensor_of: Any) -> dict[str, torch.Tensor]:
@@ -79,9 +84,10 @@ def train_steps(
     steps: int,
     save_at: int | None = None,
     resumes: bool = False,
+    stage1: Path | None = None,
 ) -> dict[str, Any]:
     """Take optimizer steps; returns rows of metrics, the first step's gradients, weights, and what was frozen."""
-    state = TrainingState.start(stage_inputs(tree, number, folder, ranks), ranks)
+    state = TrainingState.start(stage_inputs(tree, number, folder, ranks, stage1), ranks)
     if resumes:
         resume(state)
     frozen = {n: p.detach().clone() for n, p in state.engine.module.named_parameters() if not p.requires_grad}
@@ -106,9 +112,23 @@ def train_steps(
         "frozen": sorted(frozen),
         "trained": sorted(canonical(model, lambda p: p if p.requires_grad else None)),
         "optimizer": _moments(state),
+        "biases": selection_biases(model),
     }
     state.close()
     return result
+
+
+def selection_biases(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Copies of the routers' selection biases, in the order of the layers; without those that have none."""
+    biases = [layer.router.selection_bias for layer in moe_layers(model)]
+    return [bias.clone() for bias in biases if bias is not None]
+
+
+def biases_to_score(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[torch.Tensor]:
+    """The selection biases of a checkpoint's model as evaluation loads it."""
+    inputs = stage_inputs(tree, 1, folder.parent, ranks)
+    scored = Scored("stage1", (folder,), {})
+    return selection_biases(load_model(scored, inputs.upcycled, inputs.plan, torch.float32, inputs.dims, ranks.device))
 
 
 def _record_gradients(state: TrainingState, into: dict[str, torch.Tensor]) -> None:
@@ -328,6 +348,7 @@ def train_with_bad_steps(
     kind = STAGES[number]
     real_losses = kind.losses
     weights: list[dict[str, torch.Tensor]] = []
+    biases: list[list[torch.Tensor]] = []
     moments: list[list[torch.Tensor]] = []
     current = [0]
 
@@ -341,6 +362,7 @@ def train_with_bad_steps(
         row = train_step(state, advance)
         weights.append(canonical(state.engine.module, lambda p: p if p.requires_grad else None))
         moments.append(_moments(state))
+        biases.append(selection_biases(state.engine.module))
         return row
 
     kind.losses, train.train_step = losses, step  # type: ignore[method-assign]
@@ -350,7 +372,7 @@ def train_with_bad_steps(
         return str(error)
     finally:
         kind.losses, train.train_step = real_losses, train_step  # type: ignore[method-assign]
-    return {"figures": figures, "weights": weights, "moments": moments}
+    return {"figures": figures, "weights": weights, "moments": moments, "biases": biases}
 
 
 def held_bytes(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> dict[str, int]:

@@ -101,6 +101,10 @@ FLIPS = [
     Flip("experts.rounding", "largest_remainder", {A}),
     Flip("experts.top_k", 1, {A}),
     Flip("experts.init", "random", {U}),
+    Flip("experts.init", "drop", {U}),
+    Flip("experts.drop_ratio", 0.25, set()),  # of init: drop alone
+    Flip("experts.drop_ratio", 0.25, {U}, also={"experts.init": "drop"}),
+    Flip("experts.noise", 0.1, {U}),
     Flip("experts.write_copies", True, set()),  # the same weights
     Flip("experts.router", "reset", set()),  # of a further expansion alone
     Flip("experts.classifier_layers", [0], {A}),
@@ -118,6 +122,10 @@ FLIPS = [
     Flip("stage?.weight_decay", 0.1, {S1}, "stage1.weight_decay"),
     Flip("stage?.gradient_clipping", 0.5, {S1}, "stage1.gradient_clipping"),
     Flip("stage?.activation_checkpointing", True, set(), "stage1.activation_checkpointing"),  # the same result
+    Flip("stage?.z_loss_weight", 0.1, {S1}, "stage1.z_loss_weight"),
+    Flip("stage?.z_loss_weight", 0.1, {S2}, "stage2.z_loss_weight"),
+    Flip("stage1.balance", "bias", {S1}),
+    Flip("stage1.bias_update_rate", 1e-2, {S1}, also={"stage1.balance": "bias"}),
     Flip("stage1.balance_weight", 0.1, {S1}),
     Flip("stage1.balance_scale", "reference", {S1}),
     Flip("stage1.balance_statistics", "local", {S1}),
@@ -129,6 +137,7 @@ FLIPS = [
     Flip("stage2.lpr_weight", 0.2, {S2}),
     Flip("stage?.lpr_groups", "base", {S2}, "stage2.lpr_groups"),
     Flip("stage2.classifier_weight", 0.2, {S2}),
+    Flip("stage2.router_kl_weight", 0.2, {S2}),
     Flip("bad_steps.*", 3.0, {S1, S2}, "bad_steps.norm_factor"),
     Flip("bad_steps.*", 50, {S1, S2}, "bad_steps.window"),
     Flip("bad_steps.*", 5, {S1, S2}, "bad_steps.stop_after"),

@@ -140,6 +140,7 @@ TABLE: list[tuple[str, Callable[[Path, Tree], None], list[str], list[str]]] = [
     ("a tokenizer that does not fit", small_vocabulary, ["tokenize"], ["vocabulary", "99"]),
     ("a separator that is not there", setting("data.separator", "<eod>"), ["tokenize"], ["<eod>"]),
     ("a budget below one expert", setting("experts", {"num_new": 0}), ["tokenize"], ["num_new", "0", "at least 1"]),
+    ("noise on what is no copy", setting("experts", {"num_new": 4, "init": "drop", "noise": 0.1}), ["tokenize"], ["noise: 0.1", "init is drop"]),
     ("two budgets", setting("experts", {"num_new": 3, "delta": 8.0}), ["tokenize"], ["num_new or delta"]),
     ("a plan of the wrong length", setting("experts", {**COUNTS, "counts": [2, 2]}), ["allocate"], ["experts.counts", "2 numbers", "4 layers"]),
     ("a count below 1", setting("experts", {**COUNTS, "counts": [2, 0, 2, 2]}), ["allocate"], ["counts[1]", "below 1"]),

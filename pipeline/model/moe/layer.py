@@ -41,6 +41,7 @@ class MoELayer(MoE):
         placement: which ranks hold its new experts, and which rank this is.
         has_classifier: whether the layer has a routing classifier.
         old_experts: see :class:`pipeline.model.moe.router.Router`.
+        has_selection_bias: whether its router has a selection bias.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class MoELayer(MoE):
         placement: LayerPlacement,
         has_classifier: bool,
         old_experts: tuple[int, ...] = (1,),
+        has_selection_bias: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not MoE's own: it would build TopKGate and capacity-bound experts
         self.num_experts = num_experts
@@ -66,7 +68,8 @@ class MoELayer(MoE):
         # DeepSpeed treats a weight as an expert's if its name contains "expert", so this name does not.
         self.base_mlp = mlp
         gate = projections(mlp)[0]
-        router = Router(gate.in_features, num_experts, top_k, has_classifier, old_experts).to(gate.weight.device)
+        router = Router(gate.in_features, num_experts, top_k, has_classifier, old_experts, has_selection_bias)
+        router = router.to(gate.weight.device)
         experts = LocalExperts(mlp, len(self.local_numbers), self.num_local_experts, self.expert_group_name)
         self.deepspeed_moe = _RoutedExperts(router, experts)
         self.experts_train = False

@@ -23,6 +23,8 @@ class Routing:
         class_logits_TC: the routing classifier's logits, fp32: one class per old group of languages, the last for new
             ones; None if the layer has no classifier.
         old_experts: for each old group of languages, how many of the layer's experts it may use: the first ones.
+        reference_logits_TE: logits of the router as :meth:`Router.keep_reference` found it, of the same input, fp32,
+            without a gradient; None if it keeps none.
     """
 
     logits_TE: Tensor
@@ -32,6 +34,7 @@ class Routing:
     active_TK: Tensor
     class_logits_TC: Tensor | None
     old_experts: tuple[int, ...] = (1,)
+    reference_logits_TE: Tensor | None = None
 
 
 def classify(class_logits_TC: Tensor) -> Tensor:
@@ -48,12 +51,16 @@ class Router(nn.Module):
     the last group, the new languages, takes them from all. It starts at zero, where all classes tie, which counts as
     the last: every token is routed as if there were no classifier.
 
+    A selection bias, where there is one, is added to the scores to choose the top K, and to nothing else: the weights
+    are those of the scores (Loss-Free Balancing, arXiv 2408.15664, eq. 3). It is a buffer in fp32 that starts at zero.
+
     Args:
         hidden_size: D.
         num_experts: N_l, expert 0 included.
         top_k: K.
         has_classifier: whether the layer has a routing classifier.
         old_experts: for each old group, how many experts, the first ones, existed after its round.
+        has_selection_bias: whether it has a selection bias.
     """
 
     def __init__(
@@ -63,6 +70,7 @@ class Router(nn.Module):
         top_k: int,
         has_classifier: bool,
         old_experts: tuple[int, ...] = (1,),
+        has_selection_bias: bool = False,
     ) -> None:
         super().__init__()
         assert num_experts >= top_k
@@ -75,27 +83,67 @@ class Router(nn.Module):
         self.register_buffer("allowed_C", torch.tensor([*old_experts, num_experts]), persistent=False)
         if self.classifier is not None:
             nn.init.zeros_(self.classifier.weight)
+        self.selection_bias: Tensor | None
+        bias_E = torch.zeros(num_experts, dtype=torch.float32) if has_selection_bias else None
+        self.register_buffer("selection_bias", bias_E)
+        self.reference: Tensor | None
+        self.register_buffer("reference", None, persistent=False)
 
     def reset(self, generator: torch.Generator) -> None:
         """Draw the weights: Xavier-normal (MoE-LPR section 3.1)."""
         nn.init.xavier_normal_(self.wg.weight, generator=generator)
+
+    def keep_reference(self) -> None:
+        """Keep a frozen copy of the weights as they are now; in training it is applied to the same input."""
+        self.reference = self.wg.weight.detach().float().clone()
+
+    @torch.no_grad()
+    def _reference_logits(self, x_TD: Tensor) -> Tensor | None:
+        return F.linear(x_TD, self.reference) if self.training and self.reference is not None else None
+
+    @torch.no_grad()
+    def balance(self, choices_E: Tensor, rate: float) -> None:
+        """Move the selection bias of each expert by ``rate`` towards the mean load (arXiv 2408.15664, algorithm 1).
+
+        Args:
+            choices_E: how many tokens of the global batch have chosen each expert.
+            rate: u of b_i = b_i + u * sign(mean load - load_i).
+        """
+        assert self.selection_bias is not None
+        loads_E = choices_E.double()  # so that a load that is the mean differs from it by exactly 0
+        self.selection_bias.add_((loads_E.mean() - loads_E).sign().to(self.selection_bias), alpha=rate)
+
+    def _choose(self, scores_TE: Tensor, allowed_T1: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The scores of the K chosen experts, and which they are; scores of experts that are not allowed are 0."""
+        if self.selection_bias is None:
+            scores_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
+            return scores_TK, ids_TK
+        biased_TE = scores_TE.detach() + self.selection_bias
+        if allowed_T1 is not None:
+            numbers_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)
+            biased_TE = biased_TE.masked_fill(numbers_E >= allowed_T1, -torch.inf)
+        ids_TK = biased_TE.topk(self.top_k, dim=-1).indices
+        return scores_TE.gather(-1, ids_TK), ids_TK
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Route tokens: softmax over all experts, then the top K, then their weights made to sum to 1."""
         x_TD = x_TD.float()
         logits_TE = F.linear(x_TD, self.wg.weight.float())
         scores_TE = logits_TE.softmax(-1)
-        selected_TE, allowed_T1, class_logits_TC = scores_TE, None, None
+        selectable_TE, allowed_T1, class_logits_TC = scores_TE, None, None
         if self.classifier is not None:
             class_logits_TC = F.linear(x_TD, self.classifier.weight.float())
             allowed_T1 = self.allowed_C[classify(class_logits_TC)].unsqueeze(-1)
             numbers_E = torch.arange(scores_TE.shape[1], device=x_TD.device)
-            selected_TE = logits_TE.masked_fill(numbers_E >= allowed_T1, -torch.inf).softmax(-1)
-        weights_TK, ids_TK = selected_TE.topk(self.top_k, dim=-1)
+            selectable_TE = logits_TE.masked_fill(numbers_E >= allowed_T1, -torch.inf).softmax(-1)
+        weights_TK, ids_TK = self._choose(selectable_TE, allowed_T1)
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         active_TK = torch.ones_like(ids_TK, dtype=torch.bool) if allowed_T1 is None else ids_TK < allowed_T1
         ids_TK = ids_TK.masked_fill(~active_TK, 0)
-        return Routing(logits_TE, scores_TE, ids_TK, weights_TK, active_TK, class_logits_TC, self.old_experts)
+        reference_TE = self._reference_logits(x_TD)
+        return Routing(
+            logits_TE, scores_TE, ids_TK, weights_TK, active_TK, class_logits_TC, self.old_experts, reference_TE
+        )
 
 
 @contextmanager

@@ -14,10 +14,12 @@ from common.errors import UserError
 from common.files import read_json
 from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file
 from pipeline.checkpoint.verify import damaged_files
+from pipeline.method.expert_init import ExpertInit, drop_upcycled, expert_generator, with_noise
 from pipeline.method.upcycle import _logits_in_fp32, load_upcycled, upcycle
 from pipeline.model.backbone import load_dense, moe_layers
 from pipeline.model.expert_plan import ExpertPlan
-from tests.helpers.tiny import FAMILIES, VOCAB_SIZE, save_model, save_tokenizer
+from pipeline.model.moe.experts import fused_weights
+from tests.helpers.tiny import FAMILIES, FFN, VOCAB_SIZE, save_model, save_tokenizer
 
 SAMPLES = np.random.default_rng(0).integers(0, VOCAB_SIZE, (3, 40))
 
@@ -66,6 +68,7 @@ import sys, threading, time
 from pathlib import Path
 import numpy as np
 import torch
+from pipeline.method.expert_init import ExpertInit, drop_upcycled, expert_generator, with_noise
 from pipeline.method.upcycle import measure_parity
 from pipeline.model.expert_plan import ExpertPlan
 
@@ -108,12 +111,98 @@ def test_the_receipt_takes_the_memory_of_the_dense_model_and_of_a_layer(tmp_path
 
 def test_random_experts_are_no_copies_and_the_receipt_says_by_how_much(tmp_path: Path) -> None:
     dense, plan = save_model(tmp_path / "dense"), plan_of([3, 2, 1, 4])
-    manifest = upcycle(dense, plan, SAMPLES, tmp_path / "upcycled", seed=1, model_hash="x", init="random")
+    manifest = upcycle(dense, plan, SAMPLES, tmp_path / "upcycled", seed=1, model_hash="x", init=ExpertInit("random"))
     assert not manifest.parity["holds"] and manifest.parity["max_abs_logit_difference"] > 0.01
     model = load_upcycled(tmp_path / "upcycled", plan, torch.float32)
     first, *others = [p for name, p in model.named_parameters() if "deepspeed_experts" in name and "gate_up" in name]
     assert all(not torch.equal(first, other) for other in others)
     assert float(first.detach().std()) == pytest.approx(0.02, rel=0.1)  # as the model's configuration initialises
+
+
+EXPERT_WEIGHTS = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+
+
+def an_mlp(hidden: int = 64, intermediate: int = 400) -> dict[str, torch.Tensor]:
+    """A bf16 MLP's state_dict whose matrices have means and deviations of their own, with biases."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+    moments = [(0.5, 0.1), (-0.3, 0.2), (0.1, 0.4)]
+    mlp = {}
+    for name, shape, (mean, deviation) in zip(EXPERT_WEIGHTS, shapes, moments, strict=True):
+        mlp[name] = torch.empty(shape).normal_(mean, deviation, generator=generator).bfloat16()
+        mlp[name.replace("weight", "bias")] = torch.randn(shape[0], generator=generator).bfloat16()
+    return mlp
+
+
+def test_dropping_draws_a_share_of_the_intermediate_dimensions_anew_with_the_moments_of_what_it_replaces() -> None:
+    mlp = an_mlp()
+    dropped = drop_upcycled(mlp, 0.3, expert_generator(7, 0, 1))
+    assert dropped.keys() == mlp.keys()
+    found = []
+    for name, axis in zip(EXPERT_WEIGHTS, (1, 1, 0), strict=True):
+        assert dropped[name].dtype == torch.bfloat16
+        assert torch.equal(dropped[name.replace("weight", "bias")], mlp[name.replace("weight", "bias")])
+        changed = (dropped[name] != mlp[name]).any(axis)
+        before, now = (w[name].float().index_select(1 - axis, changed.nonzero()[:, 0]) for w in (mlp, dropped))
+        assert (before != now).float().mean() > 0.9  # all of such a dimension
+        assert float(now.mean()) == pytest.approx(float(before.mean()), abs=0.02)
+        assert float(now.std()) == pytest.approx(float(before.std()), rel=0.05)
+        found.append(changed.nonzero()[:, 0].tolist())
+    assert found[0] == found[1] == found[2] and len(found[0]) == 120
+
+
+def test_dropping_all_keeps_no_weight_and_dropping_less_than_a_dimension_keeps_all() -> None:
+    mlp = an_mlp()
+    all_of_it, nothing = (drop_upcycled(mlp, ratio, expert_generator(7, 0, 1)) for ratio in (1.0, 0.002))
+    for name in EXPERT_WEIGHTS:
+        assert (all_of_it[name] != mlp[name]).float().mean() > 0.9
+        assert torch.equal(nothing[name], mlp[name])
+
+
+def test_noise_is_relative_to_each_matrix_and_leaves_biases() -> None:
+    mlp = {name: tensor.float() for name, tensor in an_mlp().items()}
+    noisy = with_noise(mlp, 0.25, expert_generator(7, 0, 1))
+    for name in EXPERT_WEIGHTS:
+        added = noisy[name] - mlp[name]
+        assert float(added.std()) == pytest.approx(0.25 * float(mlp[name].std()), rel=0.03)
+        assert abs(float(added.mean())) < 0.01 * float(mlp[name].std())
+        assert torch.equal(noisy[name.replace("weight", "bias")], mlp[name.replace("weight", "bias")])
+
+
+@pytest.mark.parametrize("init", [ExpertInit("drop", drop_ratio=0.25), ExpertInit(noise=0.1)], ids=["drop", "noise"])
+def test_experts_that_differ_from_their_mlp_have_files_and_the_receipt_says_by_how_much(
+    init: ExpertInit, tmp_path: Path
+) -> None:
+    dense, plan = save_model(tmp_path / "dense"), plan_of([3, 2, 1, 4])
+    made = [
+        upcycle(dense, plan, SAMPLES, tmp_path / name, seed=seed, model_hash="x", init=init)
+        for name, seed in (("first", 1), ("again", 1), ("other", 2))
+    ]
+    assert all(manifest.holds_experts and not manifest.parity["holds"] for manifest in made)
+    assert made[0].parity["max_abs_logit_difference"] > 0.01
+    assert [manifest.parity == made[0].parity for manifest in made] == [True, True, False]
+    model = load_upcycled(tmp_path / "first", plan, torch.float32)
+    found = (logits(model) - logits(load_dense(dense, torch.float32))).abs().max()
+    assert float(found) == pytest.approx(made[0].parity["max_abs_logit_difference"], rel=1e-4)
+    layer = moe_layers(model)[2]
+    copy = fused_weights(layer.base_mlp.state_dict())["gate_up_proj"]
+    rows = [(expert.gate_up_proj != copy).any(1) for expert in layer.local_experts.experts]
+    assert not torch.equal(layer.local_experts.experts[0].gate_up_proj, layer.local_experts.experts[1].gate_up_proj)
+    if init.kind == "drop":
+        assert [int(row.sum()) for row in rows] == [2 * FFN // 4] * 3
+        assert not torch.equal(rows[0], rows[1])  # other dimensions for each expert
+    again = load_upcycled(tmp_path / "again", plan, torch.float32)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_routers_do_not_depend_on_what_experts_begin_as(tmp_path: Path) -> None:
+    dense, plan = save_model(tmp_path / "dense"), plan_of([3, 2, 1, 4])
+    routers = []
+    for name, init in (("copy", ExpertInit()), ("drop", ExpertInit("drop"))):
+        upcycle(dense, plan, SAMPLES, tmp_path / name, seed=1, model_hash="x", init=init)
+        model = load_upcycled(tmp_path / name, plan, torch.float32)
+        routers.append([layer.router.wg.weight for layer in moe_layers(model)])
+    assert all(torch.equal(p, q) for p, q in zip(*routers, strict=True))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
@@ -180,7 +269,7 @@ def test_copies_are_not_written_and_load_as_if_they_were(family: str, tmp_path: 
 
 def test_a_lost_file_of_an_expert_is_no_copy(tmp_path: Path) -> None:
     dense, plan = save_model(tmp_path / "dense"), plan_of([3, 2, 1, 4])
-    upcycle(dense, plan, SAMPLES, tmp_path / "out", seed=1, model_hash="x", init="random")
+    upcycle(dense, plan, SAMPLES, tmp_path / "out", seed=1, model_hash="x", init=ExpertInit("random"))
     (tmp_path / "out" / "upcycled" / expert_file(1, 0)).unlink()
     with pytest.raises(UserError, match=r"layers\.1\..*deepspeed_experts\.0\..* 1 more are missing"):
         load_upcycled(tmp_path / "out", plan, torch.float32)

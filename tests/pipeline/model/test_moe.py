@@ -11,7 +11,7 @@ from pipeline.method.losses import classifier_loss, load_balancing_loss, lpr_los
 from pipeline.model.backbone import install_moe_layers, moe_layers
 from pipeline.model.expert_plan import ExpertPlan, LayerPlacement
 from pipeline.model.moe import MoELayer, Routing, collect_routings
-from pipeline.model.moe.router import classify
+from pipeline.model.moe.router import Router, classify
 from pipeline.model.moe.rows import Rows, sorted_choices
 
 SIZES: dict[str, Any] = {
@@ -262,6 +262,52 @@ def test_layer_is_the_plain_formula(model: Any) -> None:
                 weight = scores[token, expert] / scores[token, chosen].sum()
                 expected[token] += weight * experts[expert](x[token : token + 1])[0]
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_selection_bias_chooses_but_weights_are_those_of_the_scores(top_k: int) -> None:
+    torch.manual_seed(3)
+    router = Router(32, 4, top_k, has_classifier=False, has_selection_bias=True)
+    router.selection_bias.copy_(torch.tensor([0.0, 0.3, -0.2, 0.1]))
+    x = torch.randn(50, 32)
+    routing = router(x)
+    scores = (x @ router.wg.weight.T).softmax(-1)
+    torch.testing.assert_close(routing.scores_TE, scores)
+    differs = 0
+    for token in range(50):
+        biased = [score + bias for score, bias in zip(scores[token].tolist(), [0.0, 0.3, -0.2, 0.1], strict=True)]
+        chosen = sorted(range(4), key=lambda expert: -biased[expert])[:top_k]
+        assert routing.ids_TK[token].tolist() == chosen
+        torch.testing.assert_close(routing.weights_TK[token], scores[token, chosen] / scores[token, chosen].sum())
+        differs += set(chosen) != set(scores[token].topk(top_k).indices.tolist())
+    assert differs > 0
+
+
+def test_moving_the_selection_bias_evens_the_loads_of_a_router_that_does_not_train() -> None:
+    torch.manual_seed(5)
+    router = Router(32, 6, 2, has_classifier=False, has_selection_bias=True)
+    x = torch.randn(3000, 32) + torch.randn(32)  # with a direction that all tokens share, some experts are far ahead
+
+    def imbalance() -> float:
+        loads = router(x).ids_TK.flatten().bincount(minlength=6).float()
+        router.balance(loads, 0.005)
+        return float(loads.max() / loads.mean())
+
+    imbalances = [imbalance() for _ in range(300)]
+    assert imbalances[0] > 2.0
+    assert max(imbalances[-20:]) < 1.15
+
+
+def test_a_selection_bias_of_zeros_changes_no_bit_of_a_layer_and_its_gradients() -> None:
+    results = []
+    for has_bias in (False, True):
+        torch.manual_seed(4)
+        router = Router(32, 4, 2, has_classifier=False, has_selection_bias=has_bias)
+        x = torch.randn(50, 32, requires_grad=True)
+        routing = router(x)
+        (routing.weights_TK * torch.arange(2.0)).sum().backward()
+        results.append((routing.ids_TK, routing.weights_TK, x.grad, router.wg.weight.grad))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])

@@ -64,6 +64,15 @@ def test_shares_and_loads_are_those_of_the_tokens_that_count(plan: ExpertPlan, r
         assert imbalance == pytest.approx(float(choices.max() / choices.mean()))
 
 
+def test_a_loss_that_came_later_is_among_the_figures_only_where_the_stage_has_it(plan: ExpertPlan) -> None:
+    sums = StepSums(["s0"], plan, torch.device("cpu"))
+    sums.add_losses({"next_token": torch.tensor(2.0)})
+    assert sums.read(sums.pack())["loss"] == {"next_token": 2.0, "balance": 0.0, "lpr": 0.0, "classifier": 0.0}
+    sums.add_losses({"next_token": torch.tensor(1.0), "router_z": torch.tensor(0.5)})
+    found = sums.read(sums.pack())["loss"]
+    assert found == {"next_token": 3.0, "balance": 0.0, "lpr": 0.0, "classifier": 0.0, "router_z": 0.5}
+
+
 def test_the_number_of_kernels_depends_on_layers_and_not_on_sources(plan: ExpertPlan, routings: list[Routing]) -> None:
     kernels = []
     for num_sources in (3, 20):
