@@ -22,6 +22,7 @@ ROOMS = (
     "evaluation",
     "training",
     "report",
+    "comparison",
     "estimate",
     "run",
     "cluster",

@@ -22,6 +22,7 @@ RUN_VERBS = {
     "Reads RUN.yaml's cluster.environment if it is given; writes nothing.",
 }
 NEW = "new"
+COMPARE = "compare"
 CHECKPOINT_VERBS = {
     "checkpoint": "whether a checkpoint is sound (verify), or what it is (inspect), without a model.\n"
     "Reads CHECKPOINT.",
@@ -48,6 +49,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if verb == "check" or any(step.verb == verb and step.needs_ranks for step in STEPS):
             sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher
     _new_options(_add_verb(verbs, NEW, "a run for your own model and text, with values that fit both."))
+    _compare_options(
+        _add_verb(
+            verbs, COMPARE, "what runs gained, forgot and cost, as a table and a page.\n"
+            "Reads the runs' folders; writes compare.html and compare.json into --to.",
+        )
+    )  # fmt: skip
     for verb, text in CHECKPOINT_VERBS.items():
         sub = _add_verb(verbs, verb, text)
         if verb == "checkpoint":
@@ -67,6 +74,14 @@ def _new_options(parser: argparse.ArgumentParser) -> None:
             f"--{group}", action="append", required=True, metavar="NAME=PATH",
             help=f"text of a language that {what}: a file, a folder or a glob; may be given several times",
         )  # fmt: skip
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its YAML")
+    parser.add_argument("--against", metavar="RUN", help="add paired intervals against this run")
+    parser.add_argument(
+        "--to", type=Path, metavar="FOLDER", help="by default compare-FIRST-and-N-more beside the first run's folder"
+    )
 
 
 def _add_verb(verbs: Any, verb: str, text: str) -> argparse.ArgumentParser:

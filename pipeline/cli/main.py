@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import EXIT_CODE, AgreedError, BusyError, OwnError, UserError, interrupted
 from common.launch_environment import become_rank, is_first_rank, listen_early, set_variables
-from pipeline.cli.arguments import CHECKPOINT_VERBS, NEW, RUN_VERBS, parse
+from pipeline.cli.arguments import CHECKPOINT_VERBS, COMPARE, NEW, RUN_VERBS, parse
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.distributed.failures import has_joined, told_by_ranks
@@ -133,6 +133,14 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    """Runs side by side."""
+    from pipeline.comparison.write import compare_runs
+
+    compare_runs(options.runs, options.against, options.to)
+    return 0
+
+
 def _checkpoint(options: argparse.Namespace) -> int:
     """Verify, inspect or resize a checkpoint.
 
@@ -194,6 +202,8 @@ def main(arguments: list[str]) -> int:
     if options.verb == NEW:
         write_new_run(options.path, options.model, options.old, options.new)
         return 0
+    if options.verb == COMPARE:
+        return _compare(options)
     if options.verb in CHECKPOINT_VERBS:
         return _checkpoint(options)
     if run is None or options.verb == "check":
