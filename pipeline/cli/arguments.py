@@ -116,13 +116,24 @@ def _submit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--until", choices=JOBS, default=JOBS[-1], help="submit up to this one")
 
 
+def _allocate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--budgets", metavar="N,N,…", help="only show the plans of so many new experts side by side, and write nothing"
+    )
+    _machine_options(parser, " (with --budgets)")
+
+
+def _machine_options(parser: argparse.ArgumentParser, when: str = "") -> None:
+    parser.add_argument("--ranks", type=int, help=f"how many; the run's parallel.ranks without it{when}")
+    parser.add_argument("--ep-size", type=int, help=f"the run's parallel.ep_size without it{when}")
+    parser.add_argument("--device", help=f"h100, h200, a100 …, or gigabytes such as 80GB; without it the CPU{when}")
+
+
 def _estimate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, help="how many; the run's parallel.ranks without it")
-    parser.add_argument("--ep-size", type=int, help="the run's parallel.ep_size without it")
+    _machine_options(parser)
     parser.add_argument(
         "--num-new", type=int, metavar="N", help="new experts, where experts.delta leaves them to similarities"
     )
-    parser.add_argument("--device", help="h100, h200, a100 …, or gigabytes such as 80GB; without it the CPU")
     parser.add_argument("--tokens-per-second", type=float, help="of all ranks; for the hours")
 
 
@@ -133,6 +144,7 @@ def _check_options(parser: argparse.ArgumentParser) -> None:
 
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "run": _run_options,
+    "allocate": _allocate_options,
     "train": _train_options,
     "evaluate": _evaluate_options,
     "submit": _submit_options,

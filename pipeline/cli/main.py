@@ -88,6 +88,16 @@ def _one_step(context: RunContext, options: argparse.Namespace) -> int:
     return 0
 
 
+def _allocate(context: RunContext, options: argparse.Namespace) -> int:
+    """How many experts each layer gets; or only the plans of several budgets."""
+    if options.budgets is None:
+        return _one_step(context, options)
+    from pipeline.run.budgets import budgets_table
+
+    print(budgets_table(context, options.budgets, options.ranks, options.ep_size, options.device), flush=True)
+    return 0
+
+
 def _submit(context: RunContext, options: argparse.Namespace) -> int:
     """The steps that are not done to SLURM."""
     from pipeline.cluster.submit import submit_run
@@ -162,6 +172,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
 DO: dict[str, Callable[[RunContext, argparse.Namespace], int]] = {
     **{step.verb: _one_step for step in STEPS},
     "run": _run_all,
+    "allocate": _allocate,
     "train": _train,
     "evaluate": _evaluate,
     "submit": _submit,
@@ -211,8 +222,9 @@ def main(arguments: list[str]) -> int:
             return _check(options)
     if options.verb != "fetch":
         run = with_fetched(run)
-    writes = is_first_rank() and options.verb not in WITHOUT_LOCK
-    quiet = not is_first_rank() or options.verb in WITHOUT_LOCK
+    only_shows = options.verb in WITHOUT_LOCK or getattr(options, "budgets", None) is not None
+    writes = is_first_rank() and not only_shows
+    quiet = not is_first_rank() or only_shows
     redo = options.force and options.verb != "run"
     context = RunContext(run, force=options.force or options.changed, redo=redo, quiet=quiet)
     if options.verb in READS_MODEL:

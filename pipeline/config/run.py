@@ -38,7 +38,8 @@ class ExpertsConfig(Section):
     the four quarters of the layers 2, 4, 6 and 8 (arXiv 2402.08562). New experts are copies of the original MLP, or
     random with ``init: random``, an ablation of MoE-LPR's. With ``write_copies`` the upcycled checkpoint has a file
     for each new expert even if it is a copy, so that DeepSpeed itself can load it. ``classifier_layers`` is a number,
-    of the most similar layers, or a list of layers; 0 is none.
+    of the most similar layers, or a list of layers; 0 is none. ``similarity`` is a file to take similarities from
+    instead of measuring them: another run's similarity.json, or a published one, of a model with as many layers.
     """
 
     allocation: Literal["layerwise", "uniform", "mola", "explicit"] = "layerwise"
@@ -50,6 +51,7 @@ class ExpertsConfig(Section):
     init: Literal["copy", "random"] = "copy"
     write_copies: bool = False
     classifier_layers: int | list[int] = 0
+    similarity: Path | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ExpertsConfig":
@@ -249,7 +251,8 @@ class RunConfig(Section):
         reasons = {
             "stage2 replays": self.stage2 is not None,
             "stage1.old_share reads": self.stage1.old_share > 0,
-            "allocation: layerwise compares with": self.experts.allocation == "layerwise",
+            "allocation: layerwise compares with": self.experts.allocation == "layerwise"
+            and self.experts.similarity is None,
         }
         reason = next((reason for reason, holds in reasons.items() if holds), None)
         if not self.data.old and reason:

@@ -103,6 +103,7 @@ FLIPS = [
     Flip("experts.init", "random", {U}),
     Flip("experts.write_copies", True, set()),  # the same weights
     Flip("experts.classifier_layers", [0], {A}),
+    Flip("experts.similarity", "given.json", {A}),
     # Training.
     Flip("stage?.tokens", 1792, {T, S1, S2}, "stage1.tokens"),  # of which old text is replayed
     Flip("stage?.tokens", 1792, {S2}, "stage2.tokens"),
@@ -182,6 +183,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, pools: Pools) -> Finished
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 299, "content": "<new>"})
     (folder / "model2" / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "lines.txt").write_text("one line of text\nand another one\n")
+    pairs = {"el&hu": [0.4, 0.3, 0.2, 0.1], "el&en": [0.4, 0.3, 0.2, 0.1], "hu&en": [0.4, 0.3, 0.2, 0.1]}
+    (folder / "given.json").write_text(json.dumps({"old": ["en"], "new": ["el", "hu"], "pairs": pairs}))
     for name, rows in (("hub", ("a", "b")), ("hub2", ("c", "d"))):
         save_hub(folder / name, rows)
     tree = run_tree(
