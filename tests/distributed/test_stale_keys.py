@@ -86,6 +86,7 @@ FLIPS = [
     Flip("data.tokenizer", "model2", TRAINING_PART),
     Flip("data.separator", "<|endoftext|>", set()),  # which is what auto chooses
     Flip("data.bos", "none", set()),  # the tokenizer puts none there anyway
+    Flip("data.seed", 18, TRAINING_TEXT),
     Flip("data.temperature", 2.0, {S1, S2}),
     Flip("data.isolate_documents", True, {S1, S2}),
     # Similarity and experts.
