@@ -26,6 +26,7 @@ ROOMS = (
     "estimate",
     "run",
     "cluster",
+    "sweep",
     "cli",
 )
 

@@ -23,6 +23,7 @@ RUN_VERBS = {
 }
 NEW = "new"
 COMPARE = "compare"
+SWEEP = "sweep"
 CHECKPOINT_VERBS = {
     "checkpoint": "whether a checkpoint is sound (verify), or what it is (inspect), without a model.\n"
     "Reads CHECKPOINT.",
@@ -55,6 +56,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             "Reads the runs' folders; writes compare.html and compare.json into --to.",
         )
     )  # fmt: skip
+    _sweep_options(
+        _add_verb(
+            verbs, SWEEP, "many runs of one base, each with its changes and seed; then compare.\n"
+            "Reads SWEEP.yaml and its base; writes output_dir/BASE-RUN-seedN/ and output_dir/compare-SWEEP/.",
+        )
+    )  # fmt: skip
     for verb, text in CHECKPOINT_VERBS.items():
         sub = _add_verb(verbs, verb, text)
         if verb == "checkpoint":
@@ -82,6 +89,15 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", type=Path, metavar="FOLDER", help="by default compare-FIRST-and-N-more beside the first run's folder"
     )
+
+
+def _sweep_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sweep", type=Path, metavar="SWEEP.yaml", help="base: RUN.yaml, runs: {NAME: {KEY: VALUE}}, seeds"
+    )
+    parser.add_argument("--submit", action="store_true", help="a chain of SLURM's jobs per run, rather than here")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done or submitted, and do nothing")
+    parser.add_argument("--force", action="store_true", help="do it again, also where inputs have changed")
 
 
 def _add_verb(verbs: Any, verb: str, text: str) -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import EXIT_CODE, AgreedError, BusyError, OwnError, UserError, interrupted
 from common.launch_environment import become_rank, is_first_rank, listen_early, set_variables
-from pipeline.cli.arguments import CHECKPOINT_VERBS, COMPARE, NEW, RUN_VERBS, parse
+from pipeline.cli.arguments import CHECKPOINT_VERBS, COMPARE, NEW, RUN_VERBS, SWEEP, parse
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.distributed.failures import has_joined, told_by_ranks
@@ -20,6 +20,7 @@ from pipeline.run.fetch import fetch_run, with_fetched
 from pipeline.run.new_run import write_new_run
 from pipeline.run.run_lock import RunLock
 from pipeline.run.steps import STEP_NAMES, STEPS, step_named, steps_of
+from pipeline.sweep.config import Sweep, read_sweep
 
 # What a verb needs torch for is imported where the verb is done: torch reads variables that the run sets before.
 JOB_SETTINGS = "job-settings"  # of launch/run.sh: which SLURM job the command line after it stands for
@@ -151,6 +152,24 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(sweep: Sweep, options: argparse.Namespace) -> int:
+    """Many runs of one base."""
+    from pipeline.sweep.sweep import do_sweep, show_sweep, submit_sweep
+
+    def do(run: RunConfig) -> None:
+        set_variables(run.environment)
+        words = ["run", str(RunFolder(run.folder).run_file), *(["--force"] if options.force else [])]
+        _do_verb(run, parse(words))
+
+    if options.submit:
+        submit_sweep(sweep, force=options.force, dry_run=options.dry_run)
+    elif options.dry_run:
+        show_sweep(sweep)
+    else:
+        do_sweep(sweep, do, force=options.force)
+    return 0
+
+
 def _checkpoint(options: argparse.Namespace) -> int:
     """Verify, inspect or resize a checkpoint.
 
@@ -203,11 +222,12 @@ def main(arguments: list[str]) -> int:
         return _job_settings(arguments[1:])
     options = parse(arguments)
     run: RunConfig | None = None
+    sweep = read_sweep(options.sweep) if options.verb == SWEEP else None
     if options.verb in RUN_VERBS and options.run:
         run = load_run(options.run, options.set)
-    set_variables(run.environment if run else {})
+    of = run or (sweep.base if sweep else None)
+    set_variables(of.environment if of else {})
     from pipeline.distributed.device import device_type  # imports torch, which reads the variables
-    from pipeline.distributed.process_group import leave
 
     device_type()
     if options.verb == NEW:
@@ -215,11 +235,20 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.verb == COMPARE:
         return _compare(options)
+    if sweep is not None:
+        return _sweep(sweep, options)
     if options.verb in CHECKPOINT_VERBS:
         return _checkpoint(options)
     if run is None or options.verb == "check":
         with told_by_ranks(None):
             return _check(options)
+    return _do_verb(run, options)
+
+
+def _do_verb(run: RunConfig, options: argparse.Namespace) -> int:
+    """Do a verb of a run, as its only writer where it writes."""
+    from pipeline.distributed.process_group import leave
+
     if options.verb != "fetch":
         run = with_fetched(run)
     only_shows = options.verb in WITHOUT_LOCK or getattr(options, "budgets", None) is not None
