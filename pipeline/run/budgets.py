@@ -10,6 +10,8 @@ from pipeline.records.similarity import Similarity
 from pipeline.run.context import RunContext
 from pipeline.run.preparation import known_similarity, plan_experts
 
+MOST = 100_000  # new experts; more is a mistake
+
 
 def budgets_table(
     context: RunContext, budgets: str, ranks: int | None = None, ep_size: int | None = None, device: str | None = None
@@ -50,8 +52,10 @@ def _numbers(budgets: str) -> list[int]:
         numbers = [int(part) for part in budgets.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1 or max(numbers) > 10**6:
-        raise UserError(f"--budgets {budgets}: not numbers of new experts; give one or more, such as 30,60,90")
+    if not numbers or min(numbers) < 1 or max(numbers) > MOST:
+        raise UserError(
+            f"--budgets {budgets}: not numbers of new experts from 1 on; give one or more, such as 30,60,90"
+        )
     return numbers
 
 
