@@ -12,19 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from common.text_table import aligned
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
-from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.device import Device
 from pipeline.estimate.imbalance import mlp_time
 from pipeline.estimate.memory import checkpoint_bytes, network_per_token
 from pipeline.estimate.report import Estimate
 from pipeline.method.stage import Stage
-from pipeline.model.backbone import install_moe_layers
-from pipeline.training.utilization import PEAK_TFLOPS, flops_per_token
+from pipeline.training.utilization import PEAK_TFLOPS, flops_of_stage
 
 GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 EFFICIENT = 0.8
@@ -124,15 +121,6 @@ def _goodput(run: RunConfig, stage: Stage, estimate: Estimate, costs: Costs) -> 
     return 1 / (1 + save / interval + costs.failures / 3600 * estimate.world_size * lost)
 
 
-def flops_of(estimate: Estimate, stage: Stage) -> float:
-    """Operations per token, counted on a model without memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(estimate.config)
-        install_moe_layers(model, estimate.plan, ParallelDims(1, 1), classifiers=stage.has_classifiers)
-    stage.train_only(model)
-    return flops_per_token(model, stage.settings.sequence_length)
-
-
 def show(stage: Stage, points: list[Point]) -> str:
     """A table, and where efficiency falls."""
     rows = [["GPUs", "ep_size", "micro-batch", "useful", "step s", "network", "tokens/s/GPU", "efficiency", "goodput",
@@ -178,7 +166,7 @@ def main() -> None:
     estimates = [first.on(gpus) for gpus in GPUS]
     found: dict[str, list[Point]] = {}
     for stage in estimates[0].stages:
-        flops = flops_of(estimates[0], stage)
+        flops = flops_of_stage(estimates[0].config, estimates[0].plan, stage)
         found[stage.name] = [simulate(run, stage, estimate, flops, peak, costs) for estimate in estimates]
         print(f"{show(stage, found[stage.name])}\n")
     if options.json:

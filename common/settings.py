@@ -20,6 +20,18 @@ def load_settings(kind: type[Settings], path: str | Path, overrides: list[str] |
     Raises:
         UserError: one line for each mistake, naming the file, the key, the value and the fix.
     """
+    tree = read_tree(path)
+    for override in overrides or []:
+        _apply_override(tree, override)
+    return parse_settings(kind, tree, str(path))
+
+
+def read_tree(path: str | Path) -> dict[str, Any]:
+    """A YAML file's keys, unchecked.
+
+    Raises:
+        UserError: it can't be read, or holds no keys.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -30,9 +42,7 @@ def load_settings(kind: type[Settings], path: str | Path, overrides: list[str] |
     tree = parse_yaml(text, str(path))
     if not isinstance(tree, dict):
         raise UserError(f"{path}: holds no keys; copy launch/runs/my-languages.yaml and change it")
-    for override in overrides or []:
-        _apply_override(tree, override)
-    return parse_settings(kind, tree, str(path))
+    return tree
 
 
 def parse_settings(kind: type[Settings], tree: dict[str, Any], name: str) -> Settings:
@@ -53,15 +63,24 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise UserError(f"--set {override}: not of the form key=value, such as --set stage1.lr=1e-4")
-    value = parse_yaml(text, f"--set {key}")
-    for part in parts[:-1]:
+    set_key(tree, key.strip(), parse_yaml(text, f"--set {key}"), f"--set {override}")
+
+
+def set_key(tree: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set a dotted key, in place; ``where`` says in errors who asks for it.
+
+    Raises:
+        UserError: a part of the key holds something that has no keys.
+    """
+    *parents, last = key.split(".")
+    for part in parents:
         child = tree.get(part)
         if child is None:
             child = tree[part] = {}
         if not isinstance(child, dict):
-            raise UserError(f"--set {override}: {part} holds {child!r}, which has no keys of its own; check the name")
+            raise UserError(f"{where}: {part} holds {child!r}, which has no keys of its own; check the name")
         tree = child
-    tree[parts[-1]] = value
+    tree[last] = value
 
 
 def _explain(kind: type[Section], problem: dict[str, Any]) -> str:

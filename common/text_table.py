@@ -1,8 +1,20 @@
 """Tables of text."""
 
 
-def aligned(rows: list[list[str]]) -> str:
-    """Rows of cells as columns; the first row is the heading."""
+def aligned(rows: list[list[str]], numbers_from: int | None = None) -> str:
+    """Rows of cells as columns; the first row is the heading.
+
+    Args:
+        rows: of as many cells each.
+        numbers_from: the first column that is flush right, as all after it are; None for no such column.
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    right = len(widths) if numbers_from is None else numbers_from
+    lines = (
+        "  ".join(
+            cell.rjust(width) if column >= right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)

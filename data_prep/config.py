@@ -166,7 +166,8 @@ class DataConfig(Section):
     ``tokenizer`` is a folder, a hub id or a SentencePiece file. ``separator`` is the token that ends a document, which
     begins with the BOS that the tokenizer by itself puts in front of a text; with ``bos: none`` it does not. With
     ``temperature`` T a set's share of samples is weight x tokens^(1/T) instead of weight alone. ``isolate_documents``
-    resets attention and positions at each document of a packed sample.
+    resets attention and positions at each document of a packed sample. ``seed`` chooses what is held out, what caps
+    take and what is replayed, by default the run's seed: runs of several seeds share their text if it is given.
     """
 
     old: dict[str, SetConfig] = {}
@@ -184,6 +185,7 @@ class DataConfig(Section):
     bos: Literal["auto", "none"] = "auto"
     temperature: float | None = Field(default=None, gt=0)
     isolate_documents: bool = False
+    seed: int | None = Field(default=None, ge=0)
 
     @model_validator(mode="before")
     @classmethod
@@ -268,6 +270,11 @@ class PreparationConfig(Section):
     seed: int = Field(default=17, ge=0)
     cache_dir: Path = Path("cache")
     stage1: Stage1Tokens = Stage1Tokens()
+
+    @property
+    def text_seed(self) -> int:
+        """What chooses text: ``data.seed``, or the run's seed where it is not given."""
+        return self.seed if self.data.seed is None else self.data.seed
 
     @property
     def tokenizer(self) -> tuple[str, str | None]:

@@ -129,12 +129,12 @@ def make_plan(config: PreparationConfig, executor: Executor, keep: Mapping[str, 
         files = [file for _, _, described in mine for file in described]
         slices = [(one.number, part) for one, splits, _ in mine for part in pack(splits, data.slice_bytes)]
         whole = FoundSet(name, group, entry, files, slices, slices)
-        read = slices_to_read(data, whole, replay.get(name), config.seed, encoder, memory)
+        read = slices_to_read(data, whole, replay.get(name), config.text_seed, encoder, memory)
         sets.append(whole._replace(read=read))
     size = sum(size_of(one.read) for one in sets if one.group in ("old", "new"))
     fraction = min(data.held_out.fraction, data.held_out.max_megabytes * 2**20 / max(1, size))
     encoding: Json = {"tokenizer": encoder.spec.key, "dtype": dtype}
-    planned = with_keys(data, sets, config.seed, fraction, encoding, replay)
+    planned = with_keys(data, sets, config.text_seed, fraction, encoding, replay)
     corpora = {one.name: one.slices for one in sets if one.group in ("old", "new")}
     return Planned(config, encoder, dtype, fraction, planned, corpora, keep)
 
@@ -163,7 +163,7 @@ def plan_of(planned: Planned) -> Plan:
     reads_all = data.filters.duplicates and any(one.trains and one.is_written for one in sets.values())
     return Plan(
         data,
-        planned.config.seed,
+        planned.config.text_seed,
         planned.fraction,
         planned.dtype,
         planned.encoder.spec,

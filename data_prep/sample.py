@@ -37,7 +37,7 @@ def sample_documents(planned: Planned, name: str, tokens: int) -> list[SampledDo
     """
     one = next(found for found in planned.sets if found.name == name and found.trains)
     slices = planned.corpora[name]
-    order = seeded_order(planned.config.seed, len(slices), "sample")
+    order = seeded_order(planned.config.text_seed, len(slices), "sample")
     documents: list[SampledDocument] = []
     total = 0
     for position, number in enumerate(order):
@@ -58,7 +58,7 @@ def _of_slice(planned: Planned, one: SetPlan, number: int) -> Iterator[SampledDo
     data, (source, splits) = planned.config.data, planned.corpora[one.name][number]
     filters = Filters(data.filters, one.entry, one.name)
     documents = list(_read(planned, one, source, splits))
-    documents.sort(key=lambda document: seeded_hash(planned.config.seed, "sample", number, document.index))
+    documents.sort(key=lambda document: seeded_hash(planned.config.text_seed, "sample", number, document.index))
     for document in documents:
         filtered = filters.apply(document.text)
         if filtered.reason is None:
@@ -72,5 +72,5 @@ def _read(planned: Planned, one: SetPlan, source: int, splits: list[FileSplit]) 
         if characters > data.slice_bytes:
             return
         characters += len(document.text)
-        if not holds_out(planned.config.seed, planned.fraction, one, document):
+        if not holds_out(planned.config.text_seed, planned.fraction, one, document):
             yield document

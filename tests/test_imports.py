@@ -22,9 +22,11 @@ ROOMS = (
     "evaluation",
     "training",
     "report",
+    "comparison",
     "estimate",
     "run",
     "cluster",
+    "sweep",
     "cli",
 )
 

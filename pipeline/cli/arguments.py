@@ -22,6 +22,8 @@ RUN_VERBS = {
     "Reads RUN.yaml's cluster.environment if it is given; writes nothing.",
 }
 NEW = "new"
+COMPARE = "compare"
+SWEEP = "sweep"
 CHECKPOINT_VERBS = {
     "checkpoint": "whether a checkpoint is sound (verify), or what it is (inspect), without a model.\n"
     "Reads CHECKPOINT.",
@@ -48,6 +50,18 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if verb == "check" or any(step.verb == verb and step.needs_ranks for step in STEPS):
             sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher
     _new_options(_add_verb(verbs, NEW, "a run for your own model and text, with values that fit both."))
+    _compare_options(
+        _add_verb(
+            verbs, COMPARE, "what runs gained, forgot and cost, as a table and a page.\n"
+            "Reads the runs' folders; writes compare.html and compare.json into --to.",
+        )
+    )  # fmt: skip
+    _sweep_options(
+        _add_verb(
+            verbs, SWEEP, "many runs of one base, each with its changes and seed; then compare.\n"
+            "Reads SWEEP.yaml and its base; writes output_dir/BASE-RUN-seedN/ and output_dir/compare-SWEEP/.",
+        )
+    )  # fmt: skip
     for verb, text in CHECKPOINT_VERBS.items():
         sub = _add_verb(verbs, verb, text)
         if verb == "checkpoint":
@@ -67,6 +81,23 @@ def _new_options(parser: argparse.ArgumentParser) -> None:
             f"--{group}", action="append", required=True, metavar="NAME=PATH",
             help=f"text of a language that {what}: a file, a folder or a glob; may be given several times",
         )  # fmt: skip
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its YAML")
+    parser.add_argument("--against", metavar="RUN", help="add paired intervals against this run")
+    parser.add_argument(
+        "--to", type=Path, metavar="FOLDER", help="by default compare-FIRST-and-N-more beside the first run's folder"
+    )
+
+
+def _sweep_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sweep", type=Path, metavar="SWEEP.yaml", help="base: RUN.yaml, runs: {NAME: {KEY: VALUE}}, seeds"
+    )
+    parser.add_argument("--submit", action="store_true", help="a chain of SLURM's jobs per run, rather than here")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done or submitted, and do nothing")
+    parser.add_argument("--force", action="store_true", help="do it again, also where inputs have changed")
 
 
 def _add_verb(verbs: Any, verb: str, text: str) -> argparse.ArgumentParser:
@@ -101,13 +132,24 @@ def _submit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--until", choices=JOBS, default=JOBS[-1], help="submit up to this one")
 
 
+def _allocate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--budgets", metavar="N,N,…", help="only show the plans of so many new experts side by side, and write nothing"
+    )
+    _machine_options(parser, " (with --budgets)")
+
+
+def _machine_options(parser: argparse.ArgumentParser, when: str = "") -> None:
+    parser.add_argument("--ranks", type=int, help=f"how many; the run's parallel.ranks without it{when}")
+    parser.add_argument("--ep-size", type=int, help=f"the run's parallel.ep_size without it{when}")
+    parser.add_argument("--device", help=f"h100, h200, a100 …, or gigabytes such as 80GB; without it the CPU{when}")
+
+
 def _estimate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ranks", type=int, help="how many; the run's parallel.ranks without it")
-    parser.add_argument("--ep-size", type=int, help="the run's parallel.ep_size without it")
+    _machine_options(parser)
     parser.add_argument(
         "--num-new", type=int, metavar="N", help="new experts, where experts.delta leaves them to similarities"
     )
-    parser.add_argument("--device", help="h100, h200, a100 …, or gigabytes such as 80GB; without it the CPU")
     parser.add_argument("--tokens-per-second", type=float, help="of all ranks; for the hours")
 
 
@@ -118,6 +160,7 @@ def _check_options(parser: argparse.ArgumentParser) -> None:
 
 OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "run": _run_options,
+    "allocate": _allocate_options,
     "train": _train_options,
     "evaluate": _evaluate_options,
     "submit": _submit_options,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import EXIT_CODE, AgreedError, BusyError, OwnError, UserError, interrupted
 from common.launch_environment import become_rank, is_first_rank, listen_early, set_variables
-from pipeline.cli.arguments import CHECKPOINT_VERBS, NEW, RUN_VERBS, parse
+from pipeline.cli.arguments import CHECKPOINT_VERBS, COMPARE, NEW, RUN_VERBS, SWEEP, parse
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.distributed.failures import has_joined, told_by_ranks
@@ -20,6 +20,7 @@ from pipeline.run.fetch import fetch_run, with_fetched
 from pipeline.run.new_run import write_new_run
 from pipeline.run.run_lock import RunLock
 from pipeline.run.steps import STEP_NAMES, STEPS, step_named, steps_of
+from pipeline.sweep.config import Sweep, read_sweep
 
 # What a verb needs torch for is imported where the verb is done: torch reads variables that the run sets before.
 JOB_SETTINGS = "job-settings"  # of launch/run.sh: which SLURM job the command line after it stands for
@@ -88,6 +89,16 @@ def _one_step(context: RunContext, options: argparse.Namespace) -> int:
     return 0
 
 
+def _allocate(context: RunContext, options: argparse.Namespace) -> int:
+    """How many experts each layer gets; or only the plans of several budgets."""
+    if options.budgets is None:
+        return _one_step(context, options)
+    from pipeline.run.budgets import budgets_table
+
+    print(budgets_table(context, options.budgets, options.ranks, options.ep_size, options.device), flush=True)
+    return 0
+
+
 def _submit(context: RunContext, options: argparse.Namespace) -> int:
     """The steps that are not done to SLURM."""
     from pipeline.cluster.submit import submit_run
@@ -133,6 +144,32 @@ def _check(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    """Runs side by side."""
+    from pipeline.comparison.write import compare_runs
+
+    compare_runs(options.runs, options.against, options.to)
+    return 0
+
+
+def _sweep(sweep: Sweep, options: argparse.Namespace) -> int:
+    """Many runs of one base."""
+    from pipeline.sweep.sweep import do_sweep, show_sweep, submit_sweep
+
+    def do(run: RunConfig) -> None:
+        set_variables(run.environment)
+        words = ["run", str(RunFolder(run.folder).run_file), *(["--force"] if options.force else [])]
+        _do_verb(run, parse(words))
+
+    if options.submit:
+        submit_sweep(sweep, force=options.force, dry_run=options.dry_run)
+    elif options.dry_run:
+        show_sweep(sweep)
+    else:
+        do_sweep(sweep, do, force=options.force)
+    return 0
+
+
 def _checkpoint(options: argparse.Namespace) -> int:
     """Verify, inspect or resize a checkpoint.
 
@@ -154,6 +191,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
 DO: dict[str, Callable[[RunContext, argparse.Namespace], int]] = {
     **{step.verb: _one_step for step in STEPS},
     "run": _run_all,
+    "allocate": _allocate,
     "train": _train,
     "evaluate": _evaluate,
     "submit": _submit,
@@ -184,25 +222,38 @@ def main(arguments: list[str]) -> int:
         return _job_settings(arguments[1:])
     options = parse(arguments)
     run: RunConfig | None = None
+    sweep = read_sweep(options.sweep) if options.verb == SWEEP else None
     if options.verb in RUN_VERBS and options.run:
         run = load_run(options.run, options.set)
-    set_variables(run.environment if run else {})
+    of = run or (sweep.base if sweep else None)
+    set_variables(of.environment if of else {})
     from pipeline.distributed.device import device_type  # imports torch, which reads the variables
-    from pipeline.distributed.process_group import leave
 
     device_type()
     if options.verb == NEW:
         write_new_run(options.path, options.model, options.old, options.new)
         return 0
+    if options.verb == COMPARE:
+        return _compare(options)
+    if sweep is not None:
+        return _sweep(sweep, options)
     if options.verb in CHECKPOINT_VERBS:
         return _checkpoint(options)
     if run is None or options.verb == "check":
         with told_by_ranks(None):
             return _check(options)
+    return _do_verb(run, options)
+
+
+def _do_verb(run: RunConfig, options: argparse.Namespace) -> int:
+    """Do a verb of a run, as its only writer where it writes."""
+    from pipeline.distributed.process_group import leave
+
     if options.verb != "fetch":
         run = with_fetched(run)
-    writes = is_first_rank() and options.verb not in WITHOUT_LOCK
-    quiet = not is_first_rank() or options.verb in WITHOUT_LOCK
+    only_shows = options.verb in WITHOUT_LOCK or getattr(options, "budgets", None) is not None
+    writes = is_first_rank() and not only_shows
+    quiet = not is_first_rank() or only_shows
     redo = options.force and options.verb != "run"
     context = RunContext(run, force=options.force or options.changed, redo=redo, quiet=quiet)
     if options.verb in READS_MODEL:

@@ -1,7 +1,7 @@
 """A run's jobs to SLURM, each waiting for the one before it."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from common.errors import UserError
 from pipeline.cluster import slurm
@@ -14,9 +14,20 @@ from pipeline.records.run_folder import RunFolder
 from pipeline.run.checks import check_parallel
 from pipeline.run.context import RunContext
 
+SHARES = ("tokenize", "prepare")  # jobs that leave in the cache what runs of the same text or model share
 
-def submit_run(context: RunContext, *, until: str, dry_run: bool) -> None:
+
+def submit_run(context: RunContext, *, until: str, dry_run: bool, after: Sequence[str] = ()) -> dict[str, list[str]]:
     """Write the batch scripts of what is not done, up to a job, and submit them, or only show them.
+
+    Args:
+        context: the run.
+        until: the last job.
+        dry_run: whether nothing is submitted or written.
+        after: jobs of another run; those of this one that share what they prepare wait for their end.
+
+    Returns:
+        By job, the numbers of those that are submitted, now or before.
 
     Raises:
         UserError: a step was done with other inputs, ranks do not fit, or SLURM refuses a job.
@@ -35,28 +46,34 @@ def submit_run(context: RunContext, *, until: str, dry_run: bool) -> None:
     if not dry_run:
         _write_run(run, active)
     before: list[str] = []
+    numbers: dict[str, list[str]] = {}
     for job in jobs:
         known = submitted.get(job.name, [])
         if any(number in active for number in known):
             print(f"{job.name}: is submitted already, job {' '.join(known)}", flush=True)
-            before = known
+            before = numbers[job.name] = known
             continue
-        before = _hand_over(job, before, _show if dry_run else _submit)
+        waits_for = list(after) if job.name in SHARES and not before else []
+        before = numbers[job.name] = _hand_over(job, before, _show if dry_run else _submit, waits_for)
         if not dry_run:
             submitted[job.name] = before
             write_submitted(run, submitted)
             print(f"{job.name}: job {' '.join(before)}   log {job.log}", flush=True)
     if not dry_run:
         print(f"see: python -m pipeline status {context.folder.run_file}", flush=True)
+    return numbers
 
 
-def _hand_over(job: Job, before: list[str], submit: Callable[[Job, int, list[str]], str]) -> list[str]:
+def _hand_over(
+    job: Job, before: list[str], submit: Callable[[Job, int, list[str]], str], after: Sequence[str] = ()
+) -> list[str]:
     """Submit a job, or the chain of jobs that stands for it; they start when one of ``before`` has ended well.
 
     Args:
         job: which.
         before: the numbers of the jobs before it.
         submit: is given the job, its place in the chain and sbatch's options, and returns its number.
+        after: jobs that must have ended, well or not, before it starts; none where there are any ``before``.
     """
     numbers: list[str] = []
     cluster = job.run.cluster
@@ -65,6 +82,7 @@ def _hand_over(job: Job, before: list[str], submit: Callable[[Job, int, list[str
         # gets the step done can never start, and SLURM takes them back.
         conditions = [f"afternotok:{':'.join(numbers)}"] if numbers else []
         conditions += ["?".join(f"afterok:{number}" for number in before)] if before and not numbers else []
+        conditions += [f"afterany:{':'.join(after)}"] if after and not numbers else []
         options = [f"--dependency={','.join(conditions)}", "--kill-on-invalid-dep=yes"] if conditions else []
         try:
             numbers.append(submit(job, attempt, options))

@@ -23,7 +23,8 @@ from pipeline.estimate.memory import (
     most_experts,
     network_per_token,
 )
-from pipeline.method.allocation import allocate, expert_plan
+from pipeline.method.allocation import allocate, clamp_similarity, expert_plan
+from pipeline.method.given_similarity import given_similarity
 from pipeline.method.stage import Stage
 from pipeline.method.stages import stages_of
 from pipeline.model.backbone import model_config, model_folder, parameter_counts
@@ -73,6 +74,7 @@ class Estimate:
             stage.number: measure_layers(self.config, self.plan.top_k, self.dtype, stage) for stage in self.stages
         }
         self.process = device.process
+        self._given_ep_size = ep_size
         self.dims = self._dims(ep_size or self._ep_size())
 
     def batch(self, stage: Stage, dims: ParallelDims) -> Batch:
@@ -97,6 +99,13 @@ class Estimate:
         other = copy.copy(self)
         other.world_size = world_size
         other.dims = other._dims(other._ep_size())
+        return other
+
+    def with_plan(self, plan: ExpertPlan) -> "Estimate":
+        """The same run with another plan of as many experts per token; its model is not measured again."""
+        other = copy.copy(self)
+        other.plan = plan
+        other.dims = other._dims(self._given_ep_size or other._ep_size())
         return other
 
     def _dims(self, ep_size: int) -> ParallelDims:
@@ -248,8 +257,12 @@ def find_plan(run: RunConfig, num_layers: int, num_new: int | None = None) -> tu
         plan = ExpertPlan.load(path)
         if plan.num_layers == num_layers:
             return plan, "the run's plan"
-    experts, note = run.experts, "as the run lists them"
-    if experts.allocation == "layerwise":
+    experts, note, similarity = run.experts, "as the run lists them", None
+    if experts.allocation == "layerwise" and experts.similarity is not None:
+        similarity, note = given_similarity(experts.similarity, num_layers).by_layer, "by experts.similarity"
+        if run.similarity.not_positive == "clamp":
+            similarity, _ = clamp_similarity(similarity)
+    elif experts.allocation == "layerwise":
         if experts.num_new is None and num_new is None:
             raise UserError(
                 "experts.delta: how many experts it gives depends on the similarities; add --num-new N for so many, "
@@ -258,23 +271,40 @@ def find_plan(run: RunConfig, num_layers: int, num_new: int | None = None) -> tu
         spread = {"num_new": experts.num_new or num_new, "delta": None, "rounding": "largest_remainder"}
         experts = experts.model_copy(update={"allocation": "uniform", **spread})
         note = "spread evenly, as similarities are not measured yet"
-    counts = allocate(experts, num_layers, None).counts
+    counts = allocate(experts, num_layers, similarity).counts
     layers = experts.classifier_layers
-    if isinstance(layers, int):  # which they are takes similarities; for sizes, any will do
+    if similarity is None and isinstance(layers, int):  # which they are takes similarities; for sizes, any will do
         layers = [layer for layer, count in enumerate(counts) if count > 1][:layers]
     chosen = run.model_copy(update={"experts": experts.model_copy(update={"classifier_layers": layers})})
-    before = None if run.base is None else ExpertPlan.load(run.base.run / PLAN_FILE)
-    return expert_plan(chosen, before, counts, None), note
+    return expert_plan(chosen, counts, similarity), note
+
+
+def estimate_of(
+    run: RunConfig,
+    *,
+    ranks: int | None = None,
+    ep_size: int | None = None,
+    device: str | None = None,
+    num_new: int | None = None,
+) -> Estimate:
+    """The estimate that options of the command line ask for; each that is None is as the run says.
+
+    Raises:
+        UserError: see :class:`Estimate`; or the device is unknown.
+    """
+    world_size = run.parallel.ranks if ranks is None else ranks
+    wanted = None if run.parallel.ep_size == "auto" else run.parallel.ep_size
+    fitting = 1 if wanted is not None and world_size % wanted else wanted
+    given = fitting if ep_size is None else ep_size
+    ParallelDims.from_options(world_size, 1 if given is None else given)
+    torch.manual_seed(0)
+    return Estimate(run, world_size, Device.named(device), ep_size=given, num_new=num_new)
 
 
 def estimate(run: RunConfig, options: Any) -> int:
     """``python -m pipeline estimate``."""
-    ranks = run.parallel.ranks if options.ranks is None else options.ranks
-    wanted = None if run.parallel.ep_size == "auto" else run.parallel.ep_size
-    fitting = 1 if wanted is not None and ranks % wanted else wanted
-    ep_size = fitting if options.ep_size is None else options.ep_size
-    ParallelDims.from_options(ranks, 1 if ep_size is None else ep_size)
-    torch.manual_seed(0)
-    estimate = Estimate(run, ranks, Device.named(options.device), ep_size=ep_size, num_new=options.num_new)
-    print(estimate.text(options.tokens_per_second))
+    found = estimate_of(
+        run, ranks=options.ranks, ep_size=options.ep_size, device=options.device, num_new=options.num_new
+    )
+    print(found.text(options.tokens_per_second))
     return 0

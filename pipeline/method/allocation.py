@@ -4,8 +4,10 @@ import math
 from dataclasses import dataclass
 
 from common.errors import UserError
-from pipeline.config.run import ExpertsConfig, RunConfig
+from pipeline.config.experts import ExpertsConfig
+from pipeline.config.run import RunConfig
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.run_folder import PLAN_FILE
 
 SMALLEST_SIMILARITY = 1e-3
 
@@ -180,14 +182,11 @@ def classifier_layers(experts: ExpertsConfig, counts: list[int], similarity: lis
     return most_similar_layers(similarity, counts, wanted)
 
 
-def expert_plan(
-    run: RunConfig, before: ExpertPlan | None, counts: list[int], similarity: list[float] | None
-) -> ExpertPlan:
+def expert_plan(run: RunConfig, counts: list[int], similarity: list[float] | None) -> ExpertPlan:
     """The plan of a run: of a dense model's first expansion, or of a further one.
 
     Args:
         run: its settings.
-        before: the plan of the expanded model that it starts from; None if it starts from a dense one.
         counts: N_l of each layer as allocated; a further expansion adds N_l - 1 (section 4).
         similarity: S_l per layer, where it was measured.
 
@@ -195,6 +194,7 @@ def expert_plan(
         UserError: top_k is not the expanded model's, or classifier layers do not fit.
     """
     new = sorted({entry.language for entry in run.data.new.values()})
+    before = None if run.base is None else ExpertPlan.load(run.base.run / PLAN_FILE)
     if before is None:
         old = sorted({entry.language for entry in run.data.old.values()})
         layers = classifier_layers(run.experts, counts, similarity)

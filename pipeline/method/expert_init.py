@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from common.seeded import seeded_hash
-from pipeline.config.run import ExpertsConfig
+from pipeline.config.experts import ExpertsConfig
 from pipeline.model.moe.experts import fused_weights
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common.progress import progress
-from pipeline.config.run import SimilarityConfig
+from pipeline.config.experts import SimilarityConfig
 from pipeline.model.backbone import decoder_layers, find_mlp
 from pipeline.records.similarity import Similarity
 

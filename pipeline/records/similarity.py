@@ -9,7 +9,7 @@ class Similarity(Record):
     Attributes:
         old: the languages that the model knows.
         new: the languages to teach it.
-        tokens: how many tokens of each language were read.
+        tokens: how many tokens of each language were read; none where a published file does not say.
         pairs: for "a&b" (and "a&a"), the mean cosine over all pairs of tokens, per layer.
         by_layer: S_l.
     """

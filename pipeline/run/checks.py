@@ -15,9 +15,11 @@ def check_model(context: RunContext) -> None:
     """Settings that have to fit the model.
 
     Raises:
-        UserError: a sample or window is longer than the model's positions, or a layer is not one of the model's.
+        UserError: a sample or window is longer than the model's positions, a layer is not one of the model's, or
+            similarities that are given are of another number of layers.
     """
     from pipeline.method.allocation import allocate
+    from pipeline.method.given_similarity import given_similarity
     from pipeline.model.backbone import model_config
     from pipeline.model.expert_plan import check_layers
 
@@ -32,6 +34,8 @@ def check_model(context: RunContext) -> None:
         if positions is not None and length > positions:
             raise UserError(f"{key}: {length} is more than the model's {positions} positions; give at most that")
     layers, wanted = config.num_hidden_layers, run.experts.classifier_layers
+    if run.experts.similarity is not None:
+        given_similarity(run.experts.similarity, layers)
     if run.experts.counts is not None:
         allocate(run.experts, layers, None)
     if isinstance(wanted, int) and wanted > layers:

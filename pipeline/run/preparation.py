@@ -9,7 +9,9 @@ from common.launch_environment import is_first_rank
 from data_prep.config import SetConfig
 from data_prep.prepare import prepare
 from data_prep.sample import sample_documents
+from pipeline.config.run import RunConfig
 from pipeline.method.allocation import allocate, clamp_similarity, expert_plan
+from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.run_folder import PLAN_FILE, SIMILARITY_FILE, STATISTICS_FILE
 from pipeline.records.similarity import Similarity
@@ -127,37 +129,84 @@ def _languages(sets: dict[str, SetConfig]) -> dict[str, str]:
     return {name: entry.language for name, entry in sets.items()}
 
 
+def similarity_is_there(context: RunContext) -> bool:
+    """Whether the run's folder still holds what was measured, rather than what ``experts.similarity`` named since."""
+    path = context.folder / SIMILARITY_FILE
+    return path.is_file() and sha256_file(path)[:16] == context.folder.manifest("similarity").outputs["similarity"]
+
+
+def is_measured(run: RunConfig) -> bool:
+    """Whether a run measures similarities: it has old sets to compare with, and names no file of them."""
+    return bool(run.data.old) and run.experts.similarity is None
+
+
 def allocate_inputs(context: RunContext) -> Inputs:
-    """The model, the similarities and the budget."""
-    has_old = bool(context.run.data.old)
+    """The model, the similarities, measured or given, and the budget."""
     return {
         "model": context.start,
-        "similarity": context.folder.manifest("similarity").outputs["similarity"] if has_old else None,
+        "similarity": _similarity_hash(context),
         "experts": context.run.experts.model_dump(
-            mode="json", exclude={"init", "drop_ratio", "noise", "write_copies", "router"}
+            mode="json", exclude={"init", "drop_ratio", "noise", "write_copies", "router", "similarity"}
         ),
         "not_positive": context.run.similarity.not_positive,
     }
 
 
+def _similarity_hash(context: RunContext) -> str | None:
+    if context.run.experts.similarity is not None:
+        from pipeline.method.given_similarity import hash_of_given
+
+        return hash_of_given(context.run.experts.similarity)
+    return context.folder.manifest("similarity").outputs["similarity"] if context.run.data.old else None
+
+
 def allocate_experts(context: RunContext, _ranks: object) -> Result:
-    """Similarities and budget to expert_plan.json."""
+    """Similarities and budget to expert_plan.json; similarities that are given become the run's similarity.json."""
     from pipeline.model.backbone import model_config
 
     run = context.run
     num_layers = model_config(context.dense).get_text_config().num_hidden_layers
-    measured = Similarity.load(context.folder / SIMILARITY_FILE).by_layer if run.data.old else None
-    similarity = measured
+    found = known_similarity(context, num_layers)
+    if found is not None and not is_measured(run):
+        print(f"allocate: similarities of {run.experts.similarity}, not measured", flush=True)
+        found.save(context.folder / SIMILARITY_FILE)
+    plan, note = plan_experts(run, num_layers, found)
+    plan.save(context.folder / PLAN_FILE)
+    print(f"allocate: {note}; experts by layer: {' '.join(map(str, plan.counts))}", flush=True)
+    return Result({"plan": plan.key}, {"note": note})
+
+
+def known_similarity(context: RunContext, num_layers: int) -> Similarity | None:
+    """The similarities that a run's file names, or those that it has measured; None where there are none.
+
+    Raises:
+        UserError: the file is not there, or of another number of layers.
+    """
+    if context.run.experts.similarity is not None:
+        from pipeline.method.given_similarity import given_similarity
+
+        return given_similarity(context.run.experts.similarity, num_layers)
+    return Similarity.load_if_there(context.folder / SIMILARITY_FILE) if context.run.data.old else None
+
+
+def plan_experts(run: RunConfig, num_layers: int, found: Similarity | None) -> tuple[ExpertPlan, str]:
+    """The plan that the run's budget and similarities give, and a line that says how the budget was met.
+
+    Args:
+        run: its settings.
+        num_layers: of the model.
+        found: the similarities; None where there are none.
+
+    Raises:
+        UserError: the budget can't be met, or a similarity is not positive.
+    """
+    measured = similarity = found.by_layer if found is not None else None
     if measured is not None and run.similarity.not_positive == "clamp":
         similarity, changed = clamp_similarity(measured)
         if changed:
             print(f"allocate: warning: similarity of layers {changed} raised to a small positive value", flush=True)
     allocation = allocate(run.experts, num_layers, similarity)
-    before = None if context.base is None else context.base.plan
-    plan = expert_plan(run, before, allocation.counts, measured)
-    plan.save(context.folder / PLAN_FILE)
-    print(f"allocate: {allocation.note}; experts by layer: {' '.join(map(str, plan.counts))}", flush=True)
-    return Result({"plan": plan.key}, {"note": allocation.note})
+    return expert_plan(run, allocation.counts, measured), allocation.note
 
 
 def upcycle_inputs(context: RunContext) -> Inputs:

@@ -32,14 +32,14 @@ STEPS = (
     ),
     Step(
         "similarity", does="how alike languages look to each layer", reads="tokens and the dense model",
-        writes="similarity.json", job="prepare", alone=True, applies=lambda run: bool(run.data.old),
-        without="no old set to compare with", inputs=preparation.similarity_inputs,
-        work=preparation.measure_similarity,
+        writes="similarity.json", job="prepare", alone=True, applies=preparation.is_measured,
+        without="no old set to compare with, or experts.similarity is given", inputs=preparation.similarity_inputs,
+        work=preparation.measure_similarity, is_there=preparation.similarity_is_there,
     ),
     Step(
-        "allocate", does="how many experts each layer gets", reads="similarity.json and the budget",
-        writes="expert_plan.json", job="prepare", inputs=preparation.allocate_inputs,
-        work=preparation.allocate_experts,
+        "allocate", does="how many experts each layer gets",
+        reads="similarity.json or experts.similarity, and the budget", writes="expert_plan.json", job="prepare",
+        inputs=preparation.allocate_inputs, work=preparation.allocate_experts,
     ),
     Step(
         "upcycle", does="the dense model to a DeepSpeed-MoE checkpoint", reads="model and expert_plan.json",

@@ -1,11 +1,16 @@
 """Model FLOPs utilization: the operations that the method needs, over those that the devices could do meanwhile."""
 
+from typing import Any
+
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from pipeline.config.run import LogConfig
 from pipeline.distributed.device import device_name
-from pipeline.model.backbone import decoder_layers
+from pipeline.method.stage import Stage
+from pipeline.model.backbone import decoder_layers, install_moe_layers
+from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
 
 # 10^12 dense bf16 operations per second, by what a device's name contains: makers' data sheets, without sparsity.
@@ -43,6 +48,24 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
         is_above = is_above or moe is not None
     head = 2.0 * config.vocab_size * config.hidden_size
     return forward + backward + 2 * head
+
+
+def flops_of_stage(config: Any, plan: ExpertPlan, stage: Stage) -> float:
+    """Operations of a stage per token, see :func:`flops_per_token`, counted on a model without memory.
+
+    Args:
+        config: the dense model's Hugging Face config.
+        plan: of its experts.
+        stage: what trains, at which sequence length.
+
+    Raises:
+        UserError: the plan is for another number of layers.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        install_moe_layers(model, plan, classifiers=stage.has_classifiers)
+    stage.train_only(model)
+    return flops_per_token(model, stage.settings.sequence_length)
 
 
 def _linear(module: nn.Module) -> int:

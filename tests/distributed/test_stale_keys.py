@@ -86,6 +86,7 @@ FLIPS = [
     Flip("data.tokenizer", "model2", TRAINING_PART),
     Flip("data.separator", "<|endoftext|>", set()),  # which is what auto chooses
     Flip("data.bos", "none", set()),  # the tokenizer puts none there anyway
+    Flip("data.seed", 18, TRAINING_TEXT),
     Flip("data.temperature", 2.0, {S1, S2}),
     Flip("data.isolate_documents", True, {S1, S2}),
     # Similarity and experts.
@@ -108,6 +109,7 @@ FLIPS = [
     Flip("experts.write_copies", True, set()),  # the same weights
     Flip("experts.router", "reset", set()),  # of a further expansion alone
     Flip("experts.classifier_layers", [0], {A}),
+    Flip("experts.similarity", "given.json", {A}),
     # Training.
     Flip("stage?.tokens", 1792, {T, S1, S2}, "stage1.tokens"),  # of which old text is replayed
     Flip("stage?.tokens", 1792, {S2}, "stage2.tokens"),
@@ -194,6 +196,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, pools: Pools) -> Finished
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 299, "content": "<new>"})
     (folder / "model2" / "tokenizer.json").write_text(json.dumps(tokenizer))
     (folder / "lines.txt").write_text("one line of text\nand another one\n")
+    pairs = {"el&hu": [0.4, 0.3, 0.2, 0.1], "el&en": [0.4, 0.3, 0.2, 0.1], "hu&en": [0.4, 0.3, 0.2, 0.1]}
+    (folder / "given.json").write_text(json.dumps({"old": ["en"], "new": ["el", "hu"], "pairs": pairs}))
     for name, rows in (("hub", ("a", "b")), ("hub2", ("c", "d"))):
         save_hub(folder / name, rows)
     tree = run_tree(

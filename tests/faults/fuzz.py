@@ -27,7 +27,7 @@ SLOW = [["train"], ["evaluate"], ["train", "--stage", "2"], ["run", "--until", "
 OPTIONS = [
     ["estimate", "--ranks"], ["estimate", "--ep-size"], ["estimate", "--device"], ["estimate", "--tokens-per-second"],
     ["run", "--until"], ["run", "--from"], ["train", "--stage"], ["evaluate", "--checkpoint"], ["check", "--ranks"],
-    ["submit", "--dry-run", "--until"],
+    ["submit", "--dry-run", "--until"], ["allocate", "--budgets"], ["allocate", "--budgets", "4", "--device"],
 ]  # fmt: skip
 OPTION_VALUES = ["0", "-1", "inf", "nan", "1e30", "", "é", "a/b", "99999999999999999999"]
 EXTREMES = [

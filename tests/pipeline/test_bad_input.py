@@ -117,6 +117,7 @@ def checkpoint_of_another(what: str) -> Callable[[Path, Tree], None]:
     return change
 
 
+PUBLISHED = Path(__file__).parents[1] / "golden" / "llama3.2-3b-g1-similarity.json"
 ROW = json.dumps({"text": "a page", "page": "p"}).encode() + b"\n"
 COUNTS = {"allocation": "explicit", "counts": [3, 2, 1, 4]}
 
@@ -149,6 +150,12 @@ TABLE: list[tuple[str, Callable[[Path, Tree], None], list[str], list[str]]] = [
     ("a classifier beyond the model", setting("experts", {**COUNTS, "classifier_layers": [9]}), ["allocate"], ["9", "not a layer"]),
     ("more classifiers than routers", setting("experts", {**COUNTS, "classifier_layers": 4}), ["allocate"], ["4 layers", "only 3"]),
     ("similarity not positive", negative_similarity, ["allocate"], ["layer 1", "-0.01", "not positive"]),
+    ("a file of similarities that is not there", setting("experts", {"num_new": 6, "similarity": "none.json"}), ["allocate"], ["experts.similarity", "none.json", "not there"]),
+    ("similarities of a model with more layers", setting("experts", {"num_new": 6, "similarity": str(PUBLISHED)}), ["tokenize"], ["experts.similarity", "28 layers", "the model has 4"]),
+    ("a file that holds no similarities", setting("experts", {"num_new": 6, "similarity": "ds_configs/fp32_zero1.json"}), ["allocate"], ["experts.similarity", "fp32_zero1.json", "no similarities"]),
+    ("budgets that are no numbers", setting("experts", {"num_new": 6}), ["allocate", "--budgets", "4,x"], ["--budgets 4,x", "30,60,90"]),
+    ("budgets of an allocation that takes none", setting("experts", COUNTS), ["allocate", "--budgets", "4"], ["--budgets", "explicit takes no budget"]),
+    ("budgets before similarities are measured", both(setting("experts", {"num_new": 6}), setting("name", "fresh")), ["allocate", "--budgets", "4"], ["--budgets", "fresh has no similarity.json yet", "--until similarity"]),
     ("an ep_size that does not divide the ranks", setting("parallel", {"ranks": 3, "ep_size": 2}), ["train"], ["ep_size", "2", "3"]),
     ("an imbalance below balance", setting("parallel", {"max_imbalance": 0.5}), ["tokenize"], ["parallel.max_imbalance", "0.5", "1"]),
     ("steps to profile that end before they begin", setting("log.profile_steps", [5, 2]), ["tokenize"], ["log", "profile_steps", "first"]),

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from common.errors import UserError
-from pipeline.config.run import ExpertsConfig
+from pipeline.config.experts import ExpertsConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.allocation import (
     allocate,

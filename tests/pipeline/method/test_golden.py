@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config.run import ExpertsConfig
+from pipeline.config.experts import ExpertsConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.allocation import allocate
 from pipeline.method.losses import load_balancing_loss, lpr_loss, next_token_loss

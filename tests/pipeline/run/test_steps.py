@@ -54,6 +54,16 @@ def test_a_change_redoes_what_depends_on_it_and_nothing_else(tmp_path: Path) -> 
     assert seeded["upcycle"] != first["upcycle"]
 
 
+def test_runs_of_several_seeds_share_text_and_similarities_where_the_text_has_a_seed_of_its_own(
+    tmp_path: Path,
+) -> None:
+    first, other = (outputs(tmp_path, name=f"s{seed}", seed=seed, data={"seed": 17}) for seed in (17, 18))
+    assert other["tokenize"] == first["tokenize"] == outputs(tmp_path, name="default", seed=17)["tokenize"]
+    assert other["similarity"] == first["similarity"]
+    assert other["upcycle"] != first["upcycle"]  # routers begin elsewhere
+    assert outputs(tmp_path, name="text", seed=17, data={"seed": 18})["tokenize"] != first["tokenize"]
+
+
 CHANGES = [
     {"seed": 18},
     {"stage1": {"lr": 1e-3}},

@@ -1,0 +1,103 @@
+"""What a sweep does with runs that fail, stop or are done, and what it submits.
+
+Run: pytest tests/pipeline/sweep/test_sweep.py
+"""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from common.errors import UserError
+from pipeline.config.run import RunConfig
+from pipeline.sweep.config import Sweep, read_sweep
+from pipeline.sweep.sweep import do_sweep, is_finished, show_sweep, submit_sweep
+from tests.helpers.tiny import write_run
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Sweep:
+    """Three runs of which nothing is done."""
+    base = write_run(tmp_path)
+    path = tmp_path / "rates.yaml"
+    runs = {"low": {"stage1.lr": 1e-3}, "middle": {"stage1.lr": 3e-3}, "high": {"stage1.lr": 1e-2}}
+    path.write_text(yaml.safe_dump({"base": str(base), "runs": runs}, sort_keys=False))
+    return read_sweep(path)
+
+
+def test_a_run_that_fails_does_not_keep_others_from_being_done_and_is_named_at_the_end(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = []
+
+    def do(run: RunConfig) -> None:
+        tried.append(run.name)
+        if run.name.endswith("low"):
+            raise UserError("stage1: no space left")
+        raise SystemExit(1)
+
+    with pytest.raises(UserError, match=r"^rates: 3 of 3 runs not finished: tiny-low, tiny-middle, tiny-high; "):
+        do_sweep(sweep, do)
+    assert tried == ["tiny-low", "tiny-middle", "tiny-high"]
+    assert "error: stage1: no space left" in capsys.readouterr().err
+    assert not sweep.comparison.exists()
+
+
+@pytest.mark.parametrize("code", [0, 130, 143])
+def test_a_signal_that_ended_a_run_ends_the_sweep(sweep: Sweep, code: int) -> None:
+    tried = []
+
+    def do(run: RunConfig) -> None:
+        tried.append(run.name)
+        raise SystemExit(code)
+
+    with pytest.raises(SystemExit):
+        do_sweep(sweep, do)
+    assert tried == ["tiny-low"]
+
+
+def test_variables_that_a_run_sets_are_gone_when_the_next_one_begins(sweep: Sweep) -> None:
+    seen: list[str | None] = []
+
+    def do(run: RunConfig) -> None:
+        seen.append(os.environ.get("OF_A_RUN"))
+        os.environ["OF_A_RUN"] = run.name
+
+    with pytest.raises(UserError):
+        do_sweep(sweep, do)
+    assert seen == [None, None, None]
+
+
+def test_a_dry_run_lists_runs_and_writes_nothing(sweep: Sweep, capsys: pytest.CaptureFixture[str]) -> None:
+    show_sweep(sweep)
+    assert capsys.readouterr().out.splitlines() == [f"tiny-{name}: to do" for name in ("low", "middle", "high")]
+    assert not any(is_finished(run) for run in sweep.runs)
+    assert not sweep.base.output_dir.exists()
+
+
+def test_each_run_is_a_chain_of_jobs_whose_first_waits_until_the_run_before_has_prepared(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit_sweep(sweep, dry_run=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--- ")]
+    words: list[Any] = [shlex.split(line)[3:] for line in lines]
+    first = [found for found in words if found[-1].endswith("/tokenize.sh")]
+    assert len(words) == 15
+    assert first[0][:-1] == []
+    kill = "--kill-on-invalid-dep=yes"
+    assert first[1][:-1] == ["--dependency=afterany:JOB_OF_prepare_OF_tiny-low", kill]
+    assert first[2][:-1] == ["--dependency=afterany:JOB_OF_prepare_OF_tiny-middle", kill]
+    others = [found for found in words if found not in first]
+    assert all(found[0].startswith("--dependency=afterok:") for found in others)
+    assert not sweep.base.output_dir.exists()
+
+
+def test_what_was_fetched_for_the_base_is_fetched_for_its_runs(sweep: Sweep) -> None:
+    sweep.base.folder.mkdir(parents=True)
+    (sweep.base.folder / "fetched.json").write_text('{"models": {}, "datasets": {}}')
+    with pytest.raises(UserError):
+        do_sweep(sweep, lambda run: None)
+    assert (sweep.runs[0].folder / "fetched.json").read_text() == '{"models": {}, "datasets": {}}'
