@@ -129,7 +129,10 @@ COST_COLUMNS = ["trained", "in stage 2", "total", "active", "tokens", "in stage 
 
 
 def _cost(one: ComparedRun) -> list[Cell]:
-    parameters = [one.parameters.get(key) for key in ("stage1_trained", "stage2_trained", "total", "active")]
+    trained = [
+        one.parameters.get(f"{stage}_trained") if stage in one.tokens else None for stage in ("stage1", "stage2")
+    ]
+    parameters = [*trained, one.parameters.get("total"), one.parameters.get("active")]
     numbers = [*parameters, one.tokens.get("stage1"), one.tokens.get("stage2")]
     cells = [MISSING if number is None else short(number) for number in numbers]
     cells.append(MISSING if one.flops is None else f"{one.flops:.2e}")

@@ -14,7 +14,7 @@ from pipeline.cli.main import command_line
 from pipeline.comparison.compare import compare
 from pipeline.comparison.page import page
 from pipeline.comparison.read import read_runs
-from pipeline.comparison.table import as_text
+from pipeline.comparison.table import MISSING, as_text, tables
 from pipeline.comparison.write import default_folder
 from pipeline.config.load import load_run
 from pipeline.evaluation.evaluate import paired_change
@@ -118,6 +118,14 @@ def test_without_the_models_config_flops_are_unknown_and_a_line_says_so(tmp_path
     found = compare(read_runs([str(path)]))
     assert found.runs[0].flops is None
     assert found.notes == ["FLOPs are unknown of a: the dense model's config or a stage's manifest is not there"]
+
+
+def test_a_run_without_stage_2_shows_no_figures_of_it(tmp_path: Path) -> None:
+    path = save_run(tmp_path, "a", SMALL, stage2=None)
+    (path / "manifests" / "stage2.json").unlink()
+    (row,) = tables(compare(read_runs([str(path)])))[1].rows
+    shown = [cell.text.replace("\N{NO-BREAK SPACE}", " ") for cell in row.cells]
+    assert shown[:6] == ["100.0 M", MISSING, "200.0 M", "150.0 M", "4.1 k", MISSING]
 
 
 def test_two_runs_of_the_same_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
