@@ -12,14 +12,16 @@ from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.estimate.device import Device
 from pipeline.estimate.report import Estimate
-from pipeline.method.allocation import allocate
+from pipeline.method.allocation import allocate, expert_plan
 from pipeline.method.similarity import layer_similarity
 from pipeline.method.stages import find_stage
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.run_folder import PLAN_FILE, RunFolder
 from pipeline.training.ds_config import batch_shape, read_ds_config
 from tests.launch.test_commands import ROOT
 
 RUNS = ROOT / "launch" / "runs"
+THEN = "qwen1.5-1.8b-g1-then-g2"
 PUBLISHED = json.loads((ROOT / "tests" / "golden" / "llama3.2-3b-g1-similarity.json").read_text())
 LLAMA = layer_similarity(
     PUBLISHED["pairs"],
@@ -38,6 +40,14 @@ def plan_of(run: RunConfig, num_layers: int, similarity: list[float] | None) -> 
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def first_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Work where group 1's run has been planned: a run that expands it further needs its folder."""
+    monkeypatch.chdir(tmp_path)
+    run = load_run(RUNS / "qwen1.5-1.8b-g1.yaml")
+    plan_of(run, 24, None).save(RunFolder.create(run) / PLAN_FILE)
+
+
 @pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_ready_run_parses_and_its_batches_divide_among_its_ranks(path: Path) -> None:
     run = load_run(path)
@@ -53,10 +63,7 @@ def test_a_ready_run_parses_and_its_batches_divide_among_its_ranks(path: Path) -
 
 
 @pytest.mark.parametrize("path", sorted(RUNS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_ready_run_finds_its_deepspeed_config_from_any_folder(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, path: Path
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_ready_run_finds_its_deepspeed_config_from_any_folder(tmp_path: Path, path: Path) -> None:
     run = load_run(path)
     assert run.ds_config_file == ROOT / "ds_configs" / "bf16_zero1.json"
     assert read_ds_config(run.ds_config_file)["bf16"]["enabled"]
@@ -120,6 +127,20 @@ def test_layermoes_runs_are_the_published_ones(
     assert run.stage2 is not None
     assert (run.stage2.global_batch_size, run.stage2.sequence_length) == (batch, 512)
     assert run.stage2.tokens * run.stage2.old_share == pytest.approx(0.138e9, rel=1e-3)
+
+
+def test_group_2_after_group_1_has_120_experts_and_the_languages_of_both() -> None:
+    run = load_run(RUNS / f"{THEN}.yaml")
+    similarity = LLAMA[:24]  # of another model: which layers get more is not what counts here
+    plan = expert_plan(run, allocate(run.experts, 24, similarity).counts, similarity)
+    before = [int(count) for count in PLANS["qwen1.5-1.8b-g1"].split()]
+    assert sum(plan.counts) == 120 and sum(before) == 72
+    assert all(count >= old for count, old in zip(plan.counts, before, strict=True))
+    assert [one.languages for one in plan.rounds] == [("en", "es", "zh"), ("el", "hu", "tr"), ("bn", "hi", "ne")]
+    assert plan.classifier_layers == (5, 6, 10, 11, 12, 23)
+    assert (run.model.path, set(run.data.old)) == ("Qwen/Qwen1.5-1.8B", {"en", "es", "zh", "el", "hu", "tr"})
+    assert run.stage2 is not None
+    assert (run.stage1.tokens, run.stage2.global_batch_size, run.stage2.sequence_length) == (6e9, 768, 512)
 
 
 def test_mola_gives_its_quarters() -> None:
