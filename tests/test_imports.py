@@ -4,6 +4,8 @@ Run: pytest tests/test_imports.py
 """
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -145,3 +147,10 @@ def test_a_circle_names_both_files(house: Path) -> None:
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from common.more import More\n"
     )
     assert circles(graph(house)) == ["common.errors and common.more import each other"]
+
+
+def test_the_command_line_starts_without_torch_and_deepspeed() -> None:
+    """They take seconds to import, and DeepSpeed prints lines that a shell would take for a verb's output."""
+    code = "import sys, pipeline.cli.main; print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from pipeline.evaluation.checkpoints import check_weights, load_model
-from pipeline.model.backbone import ONE_RANK, load_dense
 from pipeline.run.context import RunContext
 
 if TYPE_CHECKING:
@@ -18,6 +16,9 @@ def load_start(context: RunContext, dtype: "torch.dtype", ranks: "Ranks") -> Any
     Raises:
         UserError: the base run's checkpoint is damaged.
     """
+    from pipeline.evaluation.checkpoints import check_weights, load_model
+    from pipeline.model.backbone import ONE_RANK, load_dense
+
     start = context.base_checkpoint
     if start is None:
         return load_dense(context.dense, dtype, ranks.device)

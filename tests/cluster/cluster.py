@@ -41,7 +41,7 @@ def why_not() -> str | None:
     return None
 
 
-def wait_for(what: str, condition: Callable[[], Any], seconds: float = 60) -> Any:
+def wait_for(what: str, condition: Callable[[], Any], seconds: float = 180) -> Any:
     """Ask until the answer is true, and return it; an AssertionError that says ``what`` after ``seconds``."""
     end = time.monotonic() + seconds
     while True:

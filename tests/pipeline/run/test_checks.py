@@ -40,13 +40,13 @@ def test_settings_that_do_not_fit_the_model_are_named_before_anything_runs(
 
 def test_what_stage_2_lacks_is_named_before_stage_1(tmp_path: Path) -> None:
     run = context(tmp_path, data={"replay": {"tokens": 400}}, stage2={"sequence_length": 512, "tokens": 4096})
-    do_steps(run, "tokenize")
+    do_steps(run, "tokenize", "similarity", "allocate")
     with pytest.raises(UserError, match=r"set en has \d+ training tokens, less than one sample of 512 \+ 1.*replay"):
         check_stage(run, 1)
 
 
 def test_text_that_is_read_too_often_or_not_wholly_is_a_line(tmp_path: Path) -> None:
-    run = do_steps(context(tmp_path), "tokenize")
+    run = do_steps(context(tmp_path), "tokenize", "similarity", "allocate")
     assert sample_warnings(run, [1, 2]) == []
     run = context(tmp_path, stage1={"tokens": 10**5}, stage2={"tokens": 10**6})
     lines = sample_warnings(run, [1, 2])
@@ -64,7 +64,8 @@ def test_text_that_is_read_too_often_or_not_wholly_is_a_line(tmp_path: Path) -> 
     ],
 )
 def test_a_replay_that_stage_2_does_not_read_once_is_a_line(tmp_path: Path, tokens: int, line: str) -> None:
-    run = do_steps(context(tmp_path, data={"replay": {"tokens": 1000}}, stage2={"tokens": tokens}), "tokenize")
+    run = context(tmp_path, data={"replay": {"tokens": 1000}}, stage2={"tokens": tokens})
+    do_steps(run, "tokenize", "similarity", "allocate")
     [found] = sample_warnings(run, [2])
     assert re.search(line, found)
 
