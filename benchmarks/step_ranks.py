@@ -30,7 +30,7 @@ REST = "train_step"
 # What is timed, by the function's qualified name; each time is without that of the functions in it.
 PARTS = {
     "Router.forward": "router",
-    "_sorted_choices": "sorting the choices",
+    "sorted_choices": "sorting the choices",
     "Exchange.plan": "counts: exchange and plan",
     "Exchange.send": "dispatch: begun",
     "LlamaMLP.forward": "expert 0, while rows travel",
