@@ -1,34 +1,48 @@
-"""Reads weights from a checkpoint into a model."""
+"""Reads weights from a checkpoint into a model, and writes those of an expert."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import UserError
-from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file
+from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file, save_tensors
 from pipeline.distributed.parallel_dims import ParallelDims
-from pipeline.model.backbone import moe_layers
+from pipeline.model.backbone import moe_layers, named_moe_layers
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.model.moe import MoELayer
 from pipeline.model.moe.experts import Expert
 
 PIECES, SMALLEST_PIECE = 32, 4 << 20  # of a file, and bytes
-
-
 CLASSIFIER, SELECTION_BIAS = ".gate.classifier.weight", ".gate.selection_bias"
 
 
 def local_expert_names(model: nn.Module) -> dict[tuple[int, int], str]:
     """For each (MoE layer, file number) on this rank, the prefix of the expert's parameters in the model."""
-    prefixes = {layer: name for name, layer in model.named_modules() if isinstance(layer, MoELayer)}
-    result = {}
-    for index, layer in enumerate(moe_layers(model)):
-        numbers = layer.local_numbers
-        for slot, number in enumerate(numbers):
-            result[index, number - 1] = f"{prefixes[layer]}.deepspeed_moe.experts.deepspeed_experts.{slot}"
-    return result
+    return {
+        (index, number - 1): expert_prefix(name, slot)
+        for index, (name, layer) in enumerate(named_moe_layers(model).items())
+        for slot, number in enumerate(layer.local_numbers)
+    }
+
+
+def expert_prefix(layer: str, slot: int) -> str:
+    """The prefix of an expert's parameters in a model; in its file, the slot is the expert's number."""
+    return f"{layer}.deepspeed_moe.experts.deepspeed_experts.{slot}"
+
+
+def save_expert(weights: Mapping[str, Tensor], folder: Path, layer: str, moe_layer: int, number: int) -> None:
+    """Write the file of one new expert.
+
+    Args:
+        weights: under the names of :class:`pipeline.model.moe.experts.Expert`.
+        folder: of the tag.
+        layer: the MoE layer's name in the model.
+        moe_layer: its number among those with a router.
+        number: of the expert among the layer's new ones, from 0.
+    """
+    state = {f"{expert_prefix(layer, number)}.{name}": weight for name, weight in weights.items()}
+    save_tensors(state, folder / expert_file(moe_layer, number))
 
 
 def expert_files(plan: ExpertPlan, dims: ParallelDims, layers: Collection[int] | None = None) -> list[str]:
@@ -141,15 +155,18 @@ def copy_mlps(model: nn.Module, folder: Path, names: set[str]) -> set[str]:
     Returns:
         Which of them were set.
     """
-    layers = [name for name, module in model.named_modules() if isinstance(module, MoELayer)]
     done: set[str] = set()
-    for (index, _), prefix in local_expert_names(model).items():
-        expert = model.get_submodule(prefix)
-        assert isinstance(expert, Expert)
-        parameters = {f"{prefix}.{name}" for name, _ in expert.named_parameters()}
-        if parameters & names:
-            mlp = f"{layers[index]}.base_mlp."
-            stored = load_tensors(folder / main_file())["module"]  # mapped anew, so that one MLP at most is in memory
-            expert.copy_mlp({n.removeprefix(mlp): tensor for n, tensor in stored.items() if n.startswith(mlp)})
-            done |= parameters
+    for name, layer in named_moe_layers(model).items():
+        prefixes = [expert_prefix(name, slot) for slot in range(len(layer.local_numbers))]
+        wanted = [prefix for prefix in prefixes if any(one.startswith(f"{prefix}.") for one in names)]
+        if not wanted:
+            continue
+        mlp = f"{name}.base_mlp."
+        stored = load_tensors(folder / main_file())["module"]  # mapped anew, so that one MLP at most is in memory
+        weights = {one.removeprefix(mlp): tensor for one, tensor in stored.items() if one.startswith(mlp)}
+        for prefix in wanted:
+            expert = model.get_submodule(prefix)
+            assert isinstance(expert, Expert)
+            expert.copy_mlp(weights)
+            done |= {f"{prefix}.{parameter}" for parameter, _ in expert.named_parameters()}
     return done

@@ -226,6 +226,8 @@ class RunConfig(Section):
     def _check(self) -> "RunConfig":
         if self.base is not None and self.experts.init != "copy":
             raise ValueError("experts.init: a further expansion copies expert 0; leave it out")
+        if self.base is not None and self.experts.noise:
+            raise ValueError("experts.noise: a further expansion copies expert 0 exactly; leave it out")
         reasons = {
             "stage2 replays": self.stage2 is not None,
             "stage1.old_share reads": self.stage1.old_share > 0,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from common.errors import UserError
 from common.files import sha256_file
@@ -15,7 +15,7 @@ from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.stages import STAGES
 from pipeline.method.upcycle import load_upcycled
-from pipeline.model.backbone import moe_layers, move
+from pipeline.model.backbone import load_dense, moe_layers, move
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import CheckpointIdentity, CheckpointManifest
 
@@ -29,8 +29,8 @@ class Scored:
         folders: the checkpoints to lay over the upcycled model, later ones last; none for the dense model.
         weights: what names its weights: hashes, as JSON holds them.
         has_classifiers: whether its routing classifiers have been trained.
-        upcycled: the folder that the checkpoints are laid over; None if it is the run's own.
-        plan: its experts; None if they are the run's own.
+        upcycled: the folder that the checkpoints are laid over; None for the dense model.
+        plan: its experts; None for the dense model.
     """
 
     label: str
@@ -67,7 +67,11 @@ def find_checkpoint(stage_folders: dict[str, Path], tag: str) -> Path:
 
 
 def checkpoint_to_score(
-    stage_folders: dict[str, Path], label: str, identities: dict[int, CheckpointIdentity], upcycled: Path
+    stage_folders: dict[str, Path],
+    label: str,
+    identities: dict[int, CheckpointIdentity],
+    upcycled: Path,
+    plan: ExpertPlan,
 ) -> Scored:
     """A checkpoint with the one of stage 1 that holds its experts.
 
@@ -76,6 +80,7 @@ def checkpoint_to_score(
         label: what the user calls it.
         identities: by the stage's number, what its checkpoints must be of.
         upcycled: the folder that it is laid over.
+        plan: its experts.
 
     Raises:
         UserError: it is missing, or of another model, plan, tokenizer or stage 1.
@@ -91,7 +96,7 @@ def checkpoint_to_score(
         folders.insert(0, experts)
     hashes = [sha256_file(path / MANIFEST) for path in folders]
     weights = {"upcycled": upcycled.name, "checkpoints": hashes}
-    return Scored(label, tuple(folders), weights, STAGES[manifest.stage].has_classifiers)
+    return Scored(label, tuple(folders), weights, STAGES[manifest.stage].has_classifiers, upcycled, plan)
 
 
 def check_weights(scored: Scored, ranks: Ranks) -> None:
@@ -105,9 +110,22 @@ def check_weights(scored: Scored, ranks: Ranks) -> None:
         check_sound(folder, ranks, fix, weight_files(folder))
 
 
+def load_scored(scored: Scored, dense: Path, dtype: torch.dtype, ranks: Ranks, dims: ParallelDims) -> PreTrainedModel:
+    """A model on the ranks' device, verified: the dense one where it has no checkpoints.
+
+    Raises:
+        AgreedError: names the damaged files.
+    """
+    if not scored.folders:
+        return load_dense(dense, dtype, ranks.device)
+    assert scored.upcycled is not None and scored.plan is not None
+    check_weights(scored, ranks)
+    return load_model(scored, scored.upcycled, scored.plan, dtype, dims, ranks.device)
+
+
 def load_model(
     scored: Scored, upcycled: Path, plan: ExpertPlan, dtype: torch.dtype, dims: ParallelDims, device: torch.device
-) -> nn.Module:
+) -> PreTrainedModel:
     """The upcycled model with a checkpoint's weights, each rank with its own experts, ready to score.
 
     What it reads must have been verified: see :func:`check_weights`.

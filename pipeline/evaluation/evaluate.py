@@ -7,16 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed
-from torch import nn
 
 from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
-from pipeline.evaluation.checkpoints import Scored, check_weights, load_model
+from pipeline.evaluation.checkpoints import Scored, load_scored
 from pipeline.evaluation.score_cache import ScoreCache
 from pipeline.evaluation.scoring import score_set
-from pipeline.model.backbone import load_dense
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.evaluation import BASE, Change, Evaluation, SetResult, SetScore, Shares, StageRouting
 
@@ -32,7 +30,6 @@ class Evaluator:
         store: the tokens.
         texts: by set, a hash of its held-out text.
         dense: the dense model's folder.
-        upcycled: the upcycled checkpoint's folder.
         dtype: that models are computed in.
         cache: where scores are kept.
     """
@@ -45,12 +42,11 @@ class Evaluator:
         texts: dict[str, str],
         *,
         dense: Path,
-        upcycled: Path,
         dtype: torch.dtype,
         cache: ScoreCache,
     ) -> None:
         self.run, self.plan, self.store, self.texts = run, plan, store, texts
-        self.dense, self.upcycled, self.dtype, self.cache = dense, upcycled, dtype, cache
+        self.dense, self.dtype, self.cache = dense, dtype, cache
 
     def missing(self, models: list[Scored]) -> dict[str, list[str]]:
         """By label, the sets on which a model has not been scored yet; labels that lack none are left out."""
@@ -66,20 +62,13 @@ class Evaluator:
         for scored in models:
             if scored.label not in missing:
                 continue
-            model = self._load(scored, ranks, dims)
+            model = load_scored(scored, self.dense, self.dtype, ranks, dims)
             for name in missing[scored.label]:
                 found = score_set(model, self.store, name, ranks, window=self.run.evaluate.window)
                 ranks.say(f"evaluate: {scored.label:12} {name:12} {found.bits_per_character:.4f} bits/char")
                 if ranks.is_first:
                     self.cache.save(scored.weights, self.texts[name], found)
             del model
-
-    def _load(self, scored: Scored, ranks: Ranks, dims: ParallelDims) -> nn.Module:
-        if not scored.folders:
-            return load_dense(self.dense, self.dtype, ranks.device)
-        check_weights(scored, ranks)
-        upcycled, plan = scored.upcycled or self.upcycled, scored.plan or self.plan
-        return load_model(scored, upcycled, plan, self.dtype, dims, ranks.device)
 
     def result(self, models: list[Scored], parameters: dict[str, int]) -> Evaluation:
         """Everything that ``evaluation.json`` holds, from the cache alone; the base model is the first of the models.

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 
 from common.files import new_folder, write_text
 from pipeline.checkpoint.store import write_manifest
-from pipeline.checkpoint.tensors import expert_file, file_entry, main_file, save_tensors
-from pipeline.checkpoint.weights import CLASSIFIER, local_expert_names
-from pipeline.method.upcycle import HF_FOLDER, TAG, Parity, measure_difference, untied
-from pipeline.model.backbone import empty_model, install_moe_layers, moe_layers
+from pipeline.checkpoint.weights import CLASSIFIER, save_expert
+from pipeline.method.upcycle import HF_FOLDER, TAG, Parity, files_of, measure_difference, save_shared
+from pipeline.model.backbone import empty_model, install_moe_layers, moe_layers, named_moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe.experts import fused_weights
 from pipeline.records.checkpoint import UpcycledManifest
@@ -69,7 +68,7 @@ def expand(
         parity: Parity = measure_difference(model, new, plan, samples, dtype, classifiers=True)
         expanded = manifest.model_copy(
             update={
-                "files": {str(path.relative_to(new)): file_entry(path) for path in sorted((new / TAG).iterdir())},
+                "files": files_of(new),
                 "model": key,
                 "plan": plan.model_dump(mode="json"),
                 "seed": seed,
@@ -82,9 +81,9 @@ def expand(
 
 def _write_experts(model: nn.Module, before: ExpertPlan, plan: ExpertPlan, folder: Path) -> None:
     """A file for each expert that is there; a layer's number among MoE layers may have changed."""
-    for (index, number), prefix in local_expert_names(model).items():
-        state = {f"{prefix}.{name}": weight for name, weight in model.get_submodule(prefix).state_dict().items()}
-        save_tensors(state, folder / expert_file(plan.moe_layers.index(before.moe_layers[index]), number))
+    for number_before, (name, layer) in zip(before.moe_layers, named_moe_layers(model).items(), strict=True):
+        for number, expert in enumerate(layer.local_experts.experts):
+            save_expert(expert.state_dict(), folder, name, plan.moe_layers.index(number_before), number)
 
 
 @torch.no_grad()
@@ -109,22 +108,18 @@ def _write_shared(
         else:
             assert found is not None, name
             state[name] = found.to(fresh.dtype)
-    save_tensors(
-        {"module": untied(expanded, state), "num_experts": [n for n in plan.num_new if n], "dp_world_size": 1},
-        folder / TAG / main_file(),
-    )
+    save_shared(expanded, state, plan, folder / TAG)
     return state
 
 
 def _write_copies(shared: dict[str, Tensor], plan: ExpertPlan, folder: Path) -> None:
     """A file for each new expert, though it is a copy."""
-    prefixes = [name.removesuffix(f".deepspeed_moe{ROUTER}") for name in shared if name.endswith(ROUTER)]
-    for index, prefix in enumerate(prefixes):
-        mlp = f"{prefix}.base_mlp."
+    names = [name.removesuffix(f".deepspeed_moe{ROUTER}") for name in shared if name.endswith(ROUTER)]
+    for index, (name, layer) in enumerate(zip(names, plan.moe_layers, strict=True)):
+        mlp = f"{name}.base_mlp."
         weights = fused_weights({n.removeprefix(mlp): tensor for n, tensor in shared.items() if n.startswith(mlp)})
-        for number in range(plan.num_frozen(plan.moe_layers[index]), plan.num_new[plan.moe_layers[index]]):
-            expert = f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{number}"
-            save_tensors({f"{expert}.{name}": w for name, w in weights.items()}, folder / expert_file(index, number))
+        for number in range(plan.num_frozen(layer), plan.num_new[layer]):
+            save_expert(weights, folder, name, index, number)
 
 
 def _with_new_rows(fresh: Tensor, trained: Tensor | None, *, copy_last: bool) -> Tensor:

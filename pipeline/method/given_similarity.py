@@ -1,13 +1,12 @@
 """Similarities that were measured elsewhere: another run's similarity.json, or a published one."""
 
 import os
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
 from common.files import read_json, sha256_file
-from pipeline.method.similarity import layer_similarity
+from pipeline.method.similarity import layer_similarity, names_of_pairs
 from pipeline.records.similarity import Similarity
 
 KEY = "experts.similarity"
@@ -74,5 +73,4 @@ def _published(known: dict[str, Any]) -> list[float]:
     """S_l of a file that has pairs alone, over all pairs of new languages and of a new and an old one."""
     new, old, given = known["new"], known["old"], known["pairs"]
     pairs = {"&".join(reversed(name.split("&"))): values for name, values in given.items()} | given
-    within = [f"{a}&{b}" for a, b in combinations(new, 2)] or [f"{new[0]}&{new[0]}"]
-    return layer_similarity(pairs, within, [f"{a}&{b}" for a in new for b in old])
+    return layer_similarity(pairs, *names_of_pairs(old, new))

@@ -155,9 +155,16 @@ def similarity_of(means: dict[str, np.ndarray], tokens: dict[str, int], old: lis
     languages = [*old, *new]
     keys = [*combinations(languages, 2), *((language, language) for language in languages)]
     pairs = {f"{a}&{b}": (means[a] * means[b]).sum(-1).tolist() for a, b in keys}
-    new_new = [f"{a}&{b}" for a, b in combinations(new, 2)] or [f"{new[0]}&{new[0]}"]
-    by_layer = layer_similarity(pairs, new_new, [f"{a}&{b}" for a in old for b in new])
+    by_layer = layer_similarity(pairs, *names_of_pairs(old, new))
     return Similarity(old=old, new=new, tokens=tokens, pairs=pairs, by_layer=by_layer)
+
+
+def names_of_pairs(old: list[str], new: list[str]) -> tuple[list[str], list[str]]:
+    """Names of the pairs of new languages, and of an old and a new one; see :func:`similarity_of`."""
+    return (
+        [f"{a}&{b}" for a, b in combinations(new, 2)] or [f"{new[0]}&{new[0]}"],
+        [f"{a}&{b}" for a in old for b in new],
+    )
 
 
 def layer_similarity(pairs: dict[str, list[float]], new_new: list[str], old_new: list[str]) -> list[float]:

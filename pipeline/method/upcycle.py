@@ -17,7 +17,14 @@ from common.files import new_folder, write_text
 from common.progress import progress
 from pipeline.checkpoint.store import read_manifest, write_manifest
 from pipeline.checkpoint.tensors import expert_file, file_entry, main_file, save_tensors
-from pipeline.checkpoint.weights import CLASSIFIER, SELECTION_BIAS, copy_mlps, local_expert_names, read_weights
+from pipeline.checkpoint.weights import (
+    CLASSIFIER,
+    SELECTION_BIAS,
+    copy_mlps,
+    local_expert_names,
+    read_weights,
+    save_expert,
+)
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.expert_init import ExpertInit, expert_generator
 from pipeline.model.backbone import (
@@ -29,11 +36,12 @@ from pipeline.model.backbone import (
     load_dense,
     model_config,
     moe_layers,
+    named_moe_layers,
 )
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
 from pipeline.model.moe.experts import Expert, fused_weights
-from pipeline.records.checkpoint import CheckpointManifest, UpcycledManifest
+from pipeline.records.checkpoint import CheckpointManifest, FileEntry, UpcycledManifest
 
 TAG = "upcycled"
 HF_FOLDER = "hf"  # config and tokenizer, so that training does not need the dense model
@@ -117,7 +125,7 @@ def upcycle(
                 "this model does more with its MLPs than decoder layers usually do, so it can't be upcycled"
             )
         manifest = UpcycledManifest(
-            files={str(path.relative_to(folder)): file_entry(path) for path in sorted((folder / TAG).iterdir())},
+            files=files_of(folder),
             model=model_hash,
             plan=plan.model_dump(mode="json"),
             seed=seed,
@@ -147,22 +155,17 @@ def _write_weights(
     generator = torch.Generator().manual_seed(seed)
     spread = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     with progress(sum(plan.num_new), "upcycle", "expert", show=experts is not None) as bar:
-        for index, (prefix, layer) in enumerate(_named_moe_layers(model)):
+        for index, (name, layer) in enumerate(named_moe_layers(model).items()):
             layer.router.reset(generator)
             if experts is None:
                 continue
             for number in range(layer.num_experts - 1):
                 own = generator if experts.kind == "random" else expert_generator(seed, index, number)
                 weights = experts.weights(layer.base_mlp.state_dict(), spread, own)
-                expert = f"{prefix}.deepspeed_moe.experts.deepspeed_experts.{number}"
-                state = {f"{expert}.{name}": weight for name, weight in weights.items()}
-                save_tensors(state, folder / expert_file(index, number))
+                save_expert(weights, folder, name, index, number)
                 bar.update(1)
     state = {name: tensor for name, tensor in model.state_dict().items() if ".deepspeed_experts." not in name}
-    save_tensors(
-        {"module": untied(model, state), "num_experts": [n for n in plan.num_new if n], "dp_world_size": 1},
-        folder / main_file(),
-    )
+    save_shared(model, state, plan, folder)
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "dense_parameters": dense_parameters,
@@ -171,15 +174,24 @@ def _write_weights(
     }
 
 
-def _named_moe_layers(model: nn.Module) -> list[tuple[str, MoELayer]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, MoELayer)]
+def save_shared(model: nn.Module, state: dict[str, Tensor], plan: ExpertPlan, folder: Path) -> None:
+    """Write a tag's main file: all but experts. A parameter that has another name too, as a tied head, is there once.
+
+    Args:
+        model: whose state it is.
+        state: the tensors, by name.
+        plan: of the experts.
+        folder: of the tag.
+    """
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name in state]
+    module = {name: state[name] for name in names}
+    main = {"module": module, "num_experts": [n for n in plan.num_new if n], "dp_world_size": 1}
+    save_tensors(main, folder / main_file())
 
 
-def untied(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out names whose parameter has another name too, such as a tied output head."""
-    return {name: state[name] for name, _ in model.named_parameters() if name in state} | {
-        name: state[name] for name, _ in model.named_buffers() if name in state
-    }
+def files_of(folder: Path) -> dict[str, FileEntry]:
+    """The files of an upcycled checkpoint's tag, as its manifest names them."""
+    return {str(path.relative_to(folder)): file_entry(path) for path in sorted((folder / TAG).iterdir())}
 
 
 def load_upcycled(

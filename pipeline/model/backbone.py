@@ -175,9 +175,14 @@ def install_moe_layers(
     return installed
 
 
+def named_moe_layers(model: nn.Module) -> dict[str, MoELayer]:
+    """The model's MoE layers by name, in order; without its dense layers."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoELayer)}
+
+
 def moe_layers(model: nn.Module) -> list[MoELayer]:
     """The model's MoE layers, in order; without its dense layers."""
-    return [module for module in model.modules() if isinstance(module, MoELayer)]
+    return list(named_moe_layers(model).values())
 
 
 def train_only(model: nn.Module, *, experts: bool, classifiers: bool) -> None:
@@ -191,8 +196,7 @@ def train_only(model: nn.Module, *, experts: bool, classifiers: bool) -> None:
     model.requires_grad_(False)
     for layer in moe_layers(model):
         layer.router.wg.requires_grad_(True)
-        frozen = layer.router.old_experts[-1] - 1
-        layer.experts_train = experts and layer.num_experts - 1 > frozen
+        layer.experts_train = experts and layer.num_experts > layer.router.old_experts[-1]
         for number, expert in zip(layer.local_numbers, layer.local_experts.experts, strict=True):
             expert.requires_grad_(layer.trains(number))
         if layer.router.classifier is not None:

@@ -87,29 +87,28 @@ class RunContext:
         return RunContext(run)
 
     @cached_property
-    def base_checkpoint(self) -> "Scored | None":
-        """The checkpoint that a further expansion starts from.
+    def start_model(self) -> "Scored":
+        """The model that the run starts from: the dense one, or its base run's checkpoint.
 
         Raises:
-            UserError: there is none.
+            UserError: there is no such checkpoint.
         """
-        from pipeline.evaluation.checkpoints import checkpoint_to_score
+        from pipeline.evaluation.checkpoints import Scored, checkpoint_to_score
 
-        if self.base is None or self.run.base is None:
-            return None
         base = self.base
+        if base is None or self.run.base is None:
+            return Scored(BASE, (), {"dense": self.model_hash})
         label = self.run.base.checkpoint or base.stages[-1]
         folders = {stage: base.folder / stage for stage in base.stages}
         identities = {number: base.identity(number) for number in base.run.stage_numbers}
-        found = checkpoint_to_score(folders, label, identities, base.upcycled)
-        return replace(found, label=BASE, upcycled=base.upcycled, plan=base.plan)
+        return replace(checkpoint_to_score(folders, label, identities, base.upcycled, base.plan), label=BASE)
 
     @cached_property
     def start(self) -> str:
-        """A content key of the model that the run starts from: the dense one, or its base run's checkpoint."""
-        if self.base_checkpoint is None:
+        """A content key of :attr:`start_model`."""
+        if self.base is None:
             return self.model_hash
-        return content_key({"model": self.model_hash, "base": self.base_checkpoint.weights})
+        return content_key({"model": self.model_hash, "base": self.start_model.weights})
 
     @property
     def backend(self) -> Backend:

@@ -15,7 +15,6 @@ from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.run_folder import PLAN_FILE, SIMILARITY_FILE, STATISTICS_FILE
 from pipeline.records.similarity import Similarity
-from pipeline.run.base_run import load_start
 from pipeline.run.checks import warn_of_slow_bf16
 from pipeline.run.context import RunContext
 from pipeline.run.step import Inputs, Result
@@ -85,7 +84,9 @@ def measure_similarity(context: RunContext, _ranks: object) -> Result:
 
 def _measure(context: RunContext) -> Similarity:
     from pipeline.distributed.process_group import alone
+    from pipeline.evaluation.checkpoints import load_scored
     from pipeline.method.similarity import similarity_of_sets
+    from pipeline.model.backbone import ONE_RANK
 
     settings, data = context.run.similarity, context.run.data
     documents = {
@@ -94,7 +95,7 @@ def _measure(context: RunContext) -> Similarity:
     }
     warn_of_slow_bf16(context)
     _check_sample(context, {name: sum(map(len, found)) for name, found in documents.items()})
-    model = load_start(context, context.dtype, alone())
+    model = load_scored(context.start_model, context.dense, context.dtype, alone(), ONE_RANK)
     return similarity_of_sets(model, documents, _languages(data.old), _languages(data.new), settings)
 
 
@@ -279,13 +280,16 @@ def _write_upcycled(context: RunContext, target: Path) -> None:
     import torch
 
     from pipeline.distributed.process_group import alone
+    from pipeline.evaluation.checkpoints import load_scored
     from pipeline.method.expand import expand
+    from pipeline.model.backbone import ONE_RANK
 
     upcycled = context.base.upcycled
     manifest = read_manifest(upcycled, UpcycledManifest)
+    dtype = getattr(torch, manifest.dtype)
+    model = load_scored(context.start_model, context.dense, dtype, alone("cpu"), ONE_RANK)
     expand(
-        load_start(context, getattr(torch, manifest.dtype), alone("cpu")), context.base.plan, context.plan,
-        (upcycled, manifest), samples, target,
+        model, context.base.plan, context.plan, (upcycled, manifest), samples, target,
         seed=run.seed, key=context.start, router=run.experts.router, write_copies=run.experts.write_copies,
     )  # fmt: skip
 

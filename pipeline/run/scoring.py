@@ -89,8 +89,8 @@ def evaluator(context: RunContext) -> "Evaluator":
 
     run = context.run
     return Evaluator(
-        run, context.plan, context.store, held_out_keys(context), dense=context.dense, upcycled=context.upcycled,
-        dtype=context.dtype, cache=ScoreCache(run.cache_dir / "scores", run.evaluate.window, str(context.dtype)),
+        run, context.plan, context.store, held_out_keys(context), dense=context.dense, dtype=context.dtype,
+        cache=ScoreCache(run.cache_dir / "scores", run.evaluate.window, str(context.dtype)),
     )  # fmt: skip
 
 
@@ -100,10 +100,10 @@ def models_to_score(context: RunContext, tag: str | None) -> "list[Scored]":
     Raises:
         UserError: there is no such checkpoint, or it is of another model, plan or tokenizer.
     """
-    from pipeline.evaluation.checkpoints import Scored, checkpoint_to_score
+    from pipeline.evaluation.checkpoints import checkpoint_to_score
 
     folders = {stage: context.folder / stage for stage in context.stages}
     identities = {number: context.identity(number) for number in context.run.stage_numbers}
-    base = context.base_checkpoint or Scored(BASE, (), {"dense": context.model_hash})
     labels = [label for label in ([tag] if tag else context.stages) if label != BASE]
-    return [base, *(checkpoint_to_score(folders, label, identities, context.upcycled) for label in labels)]
+    found = (checkpoint_to_score(folders, one, identities, context.upcycled, context.plan) for one in labels)
+    return [context.start_model, *found]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from common.errors import UserError
-from pipeline.cluster.submit import submit_run
+from pipeline.cluster.submit import SHARES, submit_run
 from pipeline.comparison.write import compare_runs
 from pipeline.config.cluster import JOBS
 from pipeline.config.run import RunConfig
@@ -20,7 +20,6 @@ from pipeline.run.steps import steps_of
 from pipeline.sweep.config import Sweep
 
 ENDED_BY_SIGNAL = (0, *(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)))
-SHARED_JOB = "prepare"  # the last one whose results runs share
 
 
 def do_sweep(sweep: Sweep, do: Callable[[RunConfig], object], *, force: bool = False) -> None:
@@ -86,7 +85,7 @@ def submit_sweep(sweep: Sweep, *, force: bool = False, dry_run: bool = False) ->
         context = RunContext(with_fetched(run), force=force, quiet=True)
         check_model(context)
         jobs = submit_run(context, until=JOBS[-1], dry_run=dry_run, after=after)
-        numbers = jobs.get(SHARED_JOB, [])
+        numbers = jobs.get(SHARES[-1], [])
         after = [f"{number}_OF_{run.name}" for number in numbers] if dry_run else numbers
     if not left:
         _compare(sweep, left)

@@ -19,7 +19,8 @@ from pipeline.method.stages import find_stage
 from pipeline.training.state import TrainingState
 from pipeline.training.step import train_step
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import held_bytes, stage_inputs, with_parallel
+from tests.distributed.observed import held_bytes
+from tests.distributed.stages import stage_inputs, with_parallel
 from tests.helpers.tiny import parse_run, prepared_run, run_tree, save_model
 
 ROOT = Path(__file__).parent.parent.parent

@@ -82,7 +82,7 @@ class Model:
     def of(cls, context: RunContext) -> "Model":
         folders = {stage: context.folder / stage for stage in context.stages}
         identities = {number: context.identity(number) for number in context.run.stage_numbers}
-        scored = checkpoint_to_score(folders, "stage2", identities, context.upcycled)
+        scored = checkpoint_to_score(folders, "stage2", identities, context.upcycled, context.plan)
         model = load_model(scored, context.upcycled, context.plan, torch.float32, ONE_RANK, torch.device("cpu"))
         experts = {
             (context.plan.moe_layers[index], number + 1): dict(model.get_submodule(prefix).state_dict())
@@ -174,6 +174,7 @@ def test_tokens_of_each_language_keep_the_experts_of_its_time(pools: Pools, seco
     ({"experts": {"allocation": "explicit", "counts": [1, 1, 1, 1]}}, "no layer gets a new expert"),
     ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "top_k": 1}}, "experts.top_k: 1, but"),
     ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "init": "random"}}, "experts.init: a further"),
+    ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "noise": 0.1}}, "experts.noise: a further"),
 ])  # fmt: skip
 def test_a_mistake_in_a_further_expansion_is_one_line(second_round: Tree, change: Tree, line: str) -> None:
     text = json.dumps(change).replace("{base}", second_round["base"])

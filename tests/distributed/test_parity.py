@@ -12,13 +12,8 @@ import torch
 
 from pipeline.distributed.process_group import Ranks
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import (
-    count_experts,
-    first_logits,
-    load_with_deepspeeds_own_engine,
-    train_steps,
-    with_parallel,
-)
+from tests.distributed.observed import count_experts, first_logits, load_with_deepspeeds_own_engine
+from tests.distributed.stages import train_steps, with_parallel
 from tests.helpers.tiny import prepared_run, run_tree
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}

@@ -9,7 +9,8 @@ import torch
 
 from pipeline.checkpoint.tensors import main_file
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import files_read, with_parallel
+from tests.distributed.observed import files_read
+from tests.distributed.stages import with_parallel
 from tests.helpers.tiny import prepared_run, run_tree
 
 NEW = 6  # new experts, each a file

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import expert_timeouts, optimizer_class, summed_over_ranks, train_steps, with_parallel
+from tests.distributed.observed import expert_timeouts, optimizer_class, summed_over_ranks
+from tests.distributed.stages import train_steps, with_parallel
 from tests.helpers.tiny import FFN, HIDDEN
 
 ROOT = Path(__file__).parent.parent.parent

@@ -10,14 +10,8 @@ from pipeline.checkpoint.store import best, complete_tags, mark_best
 from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file
 from pipeline.records.record import read_rows
 from tests.distributed.conftest import Pools
-from tests.distributed.stages import (
-    engines_left,
-    exchanges,
-    kernels_are_deterministic,
-    train_steps,
-    train_to_the_end,
-    with_parallel,
-)
+from tests.distributed.observed import engines_left, exchanges, kernels_are_deterministic
+from tests.distributed.stages import train_steps, train_to_the_end, with_parallel
 from tests.helpers.rows import TIMING
 from tests.helpers.tiny import prepared_run, run_tree
 

@@ -79,7 +79,7 @@ class Router(nn.Module):
         self.wg = nn.Linear(hidden_size, num_experts, bias=False)
         self.old_experts = old_experts
         self.classifier = nn.Linear(hidden_size, len(old_experts) + 1, bias=False) if has_classifier else None
-        self.allowed_C: Tensor  # how many experts a token of each class may use
+        self.allowed_C: Tensor  # for each class, how many experts its tokens can take
         self.register_buffer("allowed_C", torch.tensor([*old_experts, num_experts]), persistent=False)
         if self.classifier is not None:
             nn.init.zeros_(self.classifier.weight)
@@ -113,15 +113,14 @@ class Router(nn.Module):
         loads_E = choices_E.double()  # so that a load that is the mean differs from it by exactly 0
         self.selection_bias.add_((loads_E.mean() - loads_E).sign().to(self.selection_bias), alpha=rate)
 
-    def _choose(self, scores_TE: Tensor, allowed_T1: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The scores of the K chosen experts, and which they are; scores of experts that are not allowed are 0."""
+    def _choose(self, scores_TE: Tensor, forbidden_TE: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The scores of the K chosen experts, and which they are; scores of forbidden ones are 0."""
         if self.selection_bias is None:
             scores_TK, ids_TK = scores_TE.topk(self.top_k, dim=-1)
             return scores_TK, ids_TK
         biased_TE = scores_TE.detach() + self.selection_bias
-        if allowed_T1 is not None:
-            numbers_E = torch.arange(scores_TE.shape[1], device=scores_TE.device)
-            biased_TE = biased_TE.masked_fill(numbers_E >= allowed_T1, -torch.inf)
+        if forbidden_TE is not None:
+            biased_TE = biased_TE.masked_fill(forbidden_TE, -torch.inf)
         ids_TK = biased_TE.topk(self.top_k, dim=-1).indices
         return scores_TE.gather(-1, ids_TK), ids_TK
 
@@ -130,16 +129,18 @@ class Router(nn.Module):
         x_TD = x_TD.float()
         logits_TE = F.linear(x_TD, self.wg.weight.float())
         scores_TE = logits_TE.softmax(-1)
-        selectable_TE, allowed_T1, class_logits_TC = scores_TE, None, None
+        allowed_TE, forbidden_TE, class_logits_TC = scores_TE, None, None
         if self.classifier is not None:
             class_logits_TC = F.linear(x_TD, self.classifier.weight.float())
-            allowed_T1 = self.allowed_C[classify(class_logits_TC)].unsqueeze(-1)
             numbers_E = torch.arange(scores_TE.shape[1], device=x_TD.device)
-            selectable_TE = logits_TE.masked_fill(numbers_E >= allowed_T1, -torch.inf).softmax(-1)
-        weights_TK, ids_TK = self._choose(selectable_TE, allowed_T1)
+            forbidden_TE = numbers_E >= self.allowed_C[classify(class_logits_TC)].unsqueeze(-1)
+            allowed_TE = logits_TE.masked_fill(forbidden_TE, -torch.inf).softmax(-1)
+        weights_TK, ids_TK = self._choose(allowed_TE, forbidden_TE)
         weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        active_TK = torch.ones_like(ids_TK, dtype=torch.bool) if allowed_T1 is None else ids_TK < allowed_T1
-        ids_TK = ids_TK.masked_fill(~active_TK, 0)
+        active_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+        if forbidden_TE is not None:
+            active_TK = ~forbidden_TE.gather(-1, ids_TK)
+            ids_TK = ids_TK.masked_fill(~active_TK, 0)
         reference_TE = self._reference_logits(x_TD)
         return Routing(
             logits_TE, scores_TE, ids_TK, weights_TK, active_TK, class_logits_TC, self.old_experts, reference_TE
