@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -49,12 +49,13 @@ class RandomTokens:
         return self.ids[start:stop]
 
 
-def run_config(sizes: Sizes, dtype: str, world_size: int, folder: Path) -> RunConfig:
+def run_config(sizes: Sizes, dtype: str, world_size: int, folder: Path, **of_stages: Any) -> RunConfig:
     """The settings: every layer has the same number of experts, one micro-step is a step, and none is skipped."""
     stage = {
         "tokens": STEPS * world_size * sizes.tokens,
         "sequence_length": sizes.sequence,
         "global_batch_size": world_size * sizes.samples,
+        **of_stages,
     }
     tree = {
         "name": "benchmark",
@@ -79,10 +80,13 @@ def expert_plan(sizes: Sizes) -> ExpertPlan:
     return ExpertPlan.first_expansion(counts, old=["old"], new=["new"], top_k=TOP_K, classifier_layers=[])
 
 
-def write_upcycled(sizes: Sizes, dtype: torch.dtype, folder: Path) -> None:
-    """Write a random dense model to ``dense``, and what it is upcycled to to ``upcycled``."""
+def write_upcycled(sizes: Sizes, dtype: torch.dtype, folder: Path, device: str = "cpu") -> None:
+    """Write a random dense model, made on a device, to ``dense``, and what it is upcycled to to ``upcycled``."""
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(sizes.llama(), dtype=dtype).save_pretrained(folder / "dense")
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(sizes.llama(), dtype=dtype)
+    model.save_pretrained(folder / "dense")
+    del model
     samples = np.random.default_rng(0).integers(sizes.vocab, size=(1, min(8, sizes.sequence)))
     upcycle(folder / "dense", expert_plan(sizes), samples, folder / "upcycled", seed=0, model_hash="random")
 

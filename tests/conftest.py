@@ -8,7 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-TOGETHER = ("cluster", "distributed")  # folders whose tests share what takes long to start
+TOGETHER = ("cluster", "distributed", "gpu")  # folders whose tests share what takes long to start
 APART = ("launch", "faults")  # each test starts its own processes
 
 

@@ -24,13 +24,21 @@ _is_wanted: bool | None = None  # that it computes on the CPU though GPUs may be
 
 
 def device_type() -> str:
-    """``cuda`` if there is a GPU, else ``cpu``; also tells DeepSpeed, which would guess from installed packages."""
+    """``cuda`` if there is a GPU and DS_ACCELERATOR does not say ``cpu``, else ``cpu``.
+
+    It also tells DeepSpeed, which would guess from installed packages.
+    """
     global _is_wanted
     if _is_wanted is None:
         _is_wanted = os.environ.get("DS_ACCELERATOR") == "cpu"
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = "cuda" if torch.cuda.is_available() and not _is_wanted else "cpu"
     os.environ.setdefault("DS_ACCELERATOR", kind)
     return kind
+
+
+def num_gpus() -> int:
+    """How many GPUs this process computes on or could."""
+    return torch.cuda.device_count() if device_type() == "cuda" else 0
 
 
 def device_name(device: torch.device) -> str:

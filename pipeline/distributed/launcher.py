@@ -9,11 +9,10 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
-import torch
 
 from common.errors import EXIT_CODE, UserError, say_ended
 from common.hosts import free_port
-from pipeline.distributed.device import check_gpu, device_type
+from pipeline.distributed.device import check_gpu, device_type, num_gpus
 from pipeline.distributed.watchdog import STARTED_BY
 
 RANKS_PER_CORE = 8
@@ -59,7 +58,7 @@ def check_room(num_ranks: int) -> None:
     check_gpu()
     if num_ranks < 1:
         raise UserError(f"{num_ranks} ranks: at least 1 is needed (parallel.ranks, --ranks)")
-    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    gpus, cores = num_gpus(), os.cpu_count() or 1
     most, has = (gpus, f"{gpus} GPUs") if gpus else (cores * RANKS_PER_CORE, f"{cores} cores and no GPU")
     if num_ranks > most:
         raise UserError(

@@ -157,7 +157,7 @@ def take_timeout(*groups: torch.distributed.ProcessGroup) -> None:
 
 def alone(device: str | None = None) -> Ranks:
     """This process by itself, in no group: on its GPU if it has one, unless a device is named."""
-    return Ranks(0, 1, torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    return Ranks(0, 1, torch.device(device or device_type()))
 
 
 def leave() -> None:

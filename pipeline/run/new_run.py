@@ -152,7 +152,7 @@ def _found(planned: Planned, name: str) -> FoundSet:
 
 def _values(old: list[FoundSet], new: list[FoundSet], layers: int, positions: int) -> dict[str, Any]:
     """What the template leaves open."""
-    import torch
+    from pipeline.distributed.device import num_gpus  # imports torch
 
     smallest = min(one.tokens for one in (*old, *new))
     fraction = min(0.1, max(0.001, FEW_HELD_OUT / min(one.documents for one in (*old, *new))))
@@ -171,21 +171,21 @@ def _values(old: list[FoundSet], new: list[FoundSet], layers: int, positions: in
     stage2["lr"] = "3.0e-3" if stage1["tokens"] < SMALL else stage1["lr"]
     stage2["note"] = f"half of it old: {_short(stage2['tokens'] / 2)}"
     share = stage2["tokens"] / 2 / stage1["tokens"]
-    has_gpu = torch.cuda.is_available()
+    gpus = num_gpus()
     return {
         "layers": layers,
         "positions": positions,
         "held_out_by": "document",
         "fraction": f"{fraction:.2g}",
         "replay": "null" if num_old_tokens < 1.2 * share * stage1["tokens"] else f"{{share: {share:.3g}}}",
-        "similarity_tokens": min(100_000 if has_gpu else 20_000, smallest // 2),
+        "similarity_tokens": min(100_000 if gpus else 20_000, smallest // 2),
         "classifiers": max(1, round(layers * 7 / 24)),  # 7 of the 24 layers of Qwen1.5-1.8B (LayerMoE)
         "sequence_length": sequence_length,
         "stage1": stage1,
         "stage2": stage2,
         "validate_every": max(1, stage1["tokens"] // 5),
-        "ranks": torch.cuda.device_count() if has_gpu else 1,
-        "deepspeed": f"ds_configs/{'bf16' if has_gpu else 'fp32'}_zero1.json",
+        "ranks": gpus or 1,
+        "deepspeed": f"ds_configs/{'bf16' if gpus else 'fp32'}_zero1.json",
     }
 
 

@@ -28,7 +28,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 def golden(name: str) -> SimpleNamespace:
     data = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
     return SimpleNamespace(
-        **{key: torch.from_numpy(data[key]) if data[key].dtype.kind in "fib" else data[key] for key in data}
+        **{key: torch.as_tensor(data[key]) if data[key].dtype.kind in "fib" else data[key] for key in data}
     )
 
 
@@ -170,25 +170,25 @@ def test_stage_1_step_of_a_two_layer_model_equals_the_reference() -> None:
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, keys in names.items():
-            parameters[name].copy_(torch.cat([torch.from_numpy(data[f"p::{key}"]) for key in keys]))
+            parameters[name].copy_(torch.cat([torch.as_tensor(data[f"p::{key}"]) for key in keys]))
     for name, parameter in parameters.items():
         assert name in names, name
         parameter.requires_grad_(True)
-    ids = torch.from_numpy(data["input_ids"])
+    ids = torch.as_tensor(data["input_ids"])
     with collect_routings(model) as routings:
         logits = model(input_ids=ids, use_cache=False).logits
-    torch.testing.assert_close(logits, torch.from_numpy(data["logits"]), **CLOSE)
+    torch.testing.assert_close(logits, torch.as_tensor(data["logits"]), **CLOSE)
     for routing, expected in zip(routings, data["router_logits"], strict=True):
-        torch.testing.assert_close(routing.logits_TE, torch.from_numpy(expected), **CLOSE)
+        torch.testing.assert_close(routing.logits_TE, torch.as_tensor(expected), **CLOSE)
     next_token = next_token_loss(logits[:, :-1], ids[:, 1:]) / ids[:, 1:].numel()
     balance = load_balancing_loss(routings, scale="reference")
-    torch.testing.assert_close(next_token, torch.from_numpy(data["lm_loss"]), **CLOSE)
-    torch.testing.assert_close(balance, torch.from_numpy(data["extra"]), **CLOSE)
+    torch.testing.assert_close(next_token, torch.as_tensor(data["lm_loss"]), **CLOSE)
+    torch.testing.assert_close(balance, torch.as_tensor(data["extra"]), **CLOSE)
     (next_token + 0.01 * balance).backward()
     compared = 0
     for name, keys in names.items():
         if all(f"g::{key}" in data for key in keys):
-            expected = torch.cat([torch.from_numpy(data[f"g::{key}"]) for key in keys])
+            expected = torch.cat([torch.as_tensor(data[f"g::{key}"]) for key in keys])
             torch.testing.assert_close(parameters[name].grad, expected, **CLOSE)
             compared += 1
     assert compared >= 2 * (1 + 3 * 2)  # a router and three experts of two weights in each layer, at the least

@@ -33,7 +33,9 @@ def model() -> Any:
     return model
 
 
-IDS = torch.arange(40).view(2, 20) * 7 % 97
+def token_ids() -> torch.Tensor:
+    """Two sequences, on the default device: tests/gpu runs these tests too."""
+    return torch.arange(40).view(2, 20) * 7 % 97
 
 
 def routing_of(layer: MoELayer, x: torch.Tensor) -> Routing:
@@ -46,13 +48,13 @@ def routing_of(layer: MoELayer, x: torch.Tensor) -> Routing:
 def test_routings_come_in_the_order_of_the_layers_and_nothing_stays_on_the_model(model: Any) -> None:
     before = {id(module): set(vars(module)) for module in model.modules()}
     with collect_routings(model) as routings, torch.no_grad():
-        model(input_ids=IDS, use_cache=False)
+        model(input_ids=token_ids(), use_cache=False)
     assert [routing.scores_TE.shape for routing in routings] == [(40, 3), (40, 2), (40, 4)]
     assert [routing.class_logits_TC is not None for routing in routings] == [True, False, True]
     assert {id(module): set(vars(module)) for module in model.modules()} == before
     assert not any(module._forward_hooks for module in model.modules())
     with torch.no_grad():
-        model(input_ids=IDS, use_cache=False)
+        model(input_ids=token_ids(), use_cache=False)
     assert len(routings) == 3, "a forward after the block was collected"
 
 
@@ -63,7 +65,7 @@ def test_activation_checkpointing_adds_no_routing_and_gives_the_same_gradients(
     def gradients() -> tuple[int, list[torch.Tensor]]:
         model.zero_grad()
         with collect_routings(model) as routings:
-            model(input_ids=IDS, use_cache=False)
+            model(input_ids=token_ids(), use_cache=False)
             if backward_within:
                 load_balancing_loss(routings).backward()
         if not backward_within:
@@ -85,8 +87,8 @@ def test_activation_checkpointing_adds_no_routing_and_gives_the_same_gradients(
 
 def test_changing_a_later_token_never_changes_an_earlier_tokens_output(model: Any) -> None:
     with torch.no_grad():
-        before = model(input_ids=IDS, use_cache=False).logits
-        changed = IDS.clone()
+        before = model(input_ids=token_ids(), use_cache=False).logits
+        changed = token_ids().clone()
         changed[:, 15:] = (changed[:, 15:] + 11) % 97
         with collect_routings(model) as routings:
             after = model(input_ids=changed, use_cache=False).logits
@@ -98,10 +100,10 @@ def test_changing_a_later_token_never_changes_an_earlier_tokens_output(model: An
 
 def test_decoding_token_by_token_with_a_cache_equals_the_full_sequence(model: Any) -> None:
     with torch.no_grad():
-        full = model(input_ids=IDS, use_cache=False).logits
+        full = model(input_ids=token_ids(), use_cache=False).logits
         cache, steps = None, []
-        for position in range(IDS.shape[1]):
-            output = model(input_ids=IDS[:, position : position + 1], past_key_values=cache, use_cache=True)
+        for position in range(token_ids().shape[1]):
+            output = model(input_ids=token_ids()[:, position : position + 1], past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), full, rtol=1e-4, atol=1e-5)
@@ -138,8 +140,8 @@ def test_a_fresh_classifier_changes_nothing(model: Any) -> None:
 
 def test_a_micro_batch_without_old_tokens_gives_a_finite_loss_and_no_lpr_gradient(model: Any) -> None:
     with collect_routings(model) as routings:
-        logits = model(input_ids=IDS, use_cache=False).logits
-    none_old = torch.ones(IDS.numel(), dtype=torch.int64)
+        logits = model(input_ids=token_ids(), use_cache=False).logits
+    none_old = torch.ones(token_ids().numel(), dtype=torch.int64)
     for form in ("paper", "reference"):
         loss = lpr_loss(routings, none_old, form=form)  # type: ignore[arg-type]
         assert loss.item() == 0.0
@@ -147,15 +149,15 @@ def test_a_micro_batch_without_old_tokens_gives_a_finite_loss_and_no_lpr_gradien
             loss, [layer.router.wg.weight for layer in moe_layers(model)], retain_graph=True
         )
         assert all(float(g.abs().max()) == 0.0 for g in gradients)
-    total = next_token_loss(logits, IDS) + lpr_loss(routings, none_old) + classifier_loss(routings, none_old)
+    total = next_token_loss(logits, token_ids()) + lpr_loss(routings, none_old) + classifier_loss(routings, none_old)
     assert torch.isfinite(total)
 
 
 def test_lpr_pulls_old_tokens_towards_expert_0_and_leaves_others_alone(model: Any) -> None:
     with collect_routings(model) as routings:
-        model(input_ids=IDS, use_cache=False)
+        model(input_ids=token_ids(), use_cache=False)
     routing = routings[2]
-    groups = torch.ones(IDS.numel(), dtype=torch.int64)
+    groups = torch.ones(token_ids().numel(), dtype=torch.int64)
     groups[:5] = 0
     (gradient,) = torch.autograd.grad(lpr_loss([routing], groups), routing.logits_TE)
     assert (gradient[:5, 0] < 0).all()
