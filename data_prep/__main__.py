@@ -2,19 +2,23 @@
 
 Alone it uses this machine's cores; under mpirun, MPI ranks; as one of SLURM's tasks (srun, or an array), it shares the
 work with the others. `python -m data_prep inspect RUN.yaml` shows samples of its shards as text, `verify` checks them.
+`extend-tokenizer RUN.yaml --add 8000` makes a tokenizer for the run's `model.tokenizer`: the model's own, with merges
+learned on the training text of the new sets.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from common.errors import exit_on_user_error
 from common.settings import load_settings
 from data_prep.config import PreparationConfig
 from data_prep.executor.launch import BACKENDS
+from data_prep.extend.extend import TOKENS, extend_tokenizer
 from data_prep.prepare import prepare
 from data_prep.statistics.show_samples import inspect_sets, open_sets
 
-VERBS = ("prepare", "inspect", "verify")
+VERBS = ("prepare", "inspect", "verify", "extend-tokenizer")
 
 
 def main() -> int:
@@ -36,10 +40,19 @@ def main() -> int:
         parser.add_argument("--samples", type=int, default=3, help="samples of each set")
         parser.add_argument("--length", type=int, default=256, help="tokens of each sample")
         parser.add_argument("--only", metavar="SET", help="this set alone")
+    if verb == "extend-tokenizer":
+        parser.add_argument("--add", type=int, required=True, metavar="N", help="tokens to add")
+        parser.add_argument("--to", type=Path, metavar="FOLDER", help="to write; by default RUN-tokenizer beside it")
+        parser.add_argument("--tokens", type=int, default=TOKENS, help="read of each set (%(default)s)")
     options = parser.parse_args(arguments)
     if verb == "prepare":
         config = load_settings(PreparationConfig, options.run, options.set)
         prepare(config, options.executor, options.workers, force=options.force)
+        return 0
+    if verb == "extend-tokenizer":
+        config = load_settings(PreparationConfig, options.run, options.set)
+        target = options.to or Path(options.run).with_name(f"{Path(options.run).stem}-tokenizer")
+        extend_tokenizer(config, options.add, target, options.tokens)
         return 0
     sets = open_sets(options.run, options.set)
     if verb == "inspect":

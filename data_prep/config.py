@@ -246,10 +246,15 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The dense model: a folder, or a hub id with a revision."""
+    """The dense model: a folder, or a hub id with a revision.
+
+    ``tokenizer`` is a folder with the model's tokenizer to which tokens were added, after all of its ids. Their
+    embedding and head rows start as the mean of their pieces' rows, and train in stage 1.
+    """
 
     path: str
     revision: str | None = None
+    tokenizer: str | None = None
 
 
 class Stage1Tokens(Section):
@@ -278,6 +283,20 @@ class PreparationConfig(Section):
 
     @property
     def tokenizer(self) -> tuple[str, str | None]:
-        """The tokenizer's path or hub id, and its revision: the model's, unless ``data.tokenizer`` names one."""
-        named = self.data.tokenizer
+        """The tokenizer's path or hub id, and its revision: the model's, unless one is named."""
+        named = self.data.tokenizer or self.model.tokenizer
         return (self.model.path, self.model.revision) if named is None else (named, None)
+
+    @model_validator(mode="after")
+    def _one_tokenizer(self) -> "PreparationConfig":
+        check_one_tokenizer(self.model, self.data)
+        return self
+
+
+def check_one_tokenizer(model: ModelConfig, data: DataConfig) -> None:
+    """Refuse two tokenizers in one run."""
+    if model.tokenizer is not None and data.tokenizer is not None:
+        raise ValueError(
+            "model.tokenizer, an extension of the model's own, and data.tokenizer, which replaces it, are both given; "
+            "leave one of them out"
+        )

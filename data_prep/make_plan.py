@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from common.errors import UserError, one_line
+from common.errors import UserError
 from common.files import content_key, read_json, write_json
 from data_prep.config import CapsConfig, DataConfig, PlaceConfig, PreparationConfig, SetConfig, SourceConfig
+from data_prep.encoders import Encoders, make_encoders
 from data_prep.executor.pool import Executor, Phase
 from data_prep.keys import differs_only_in_cleaning, replay_budgets, with_keys
 from data_prep.manifest import MANIFEST, SetManifest, read_manifest
@@ -18,7 +19,7 @@ from data_prep.reading import hub
 from data_prep.reading.file_splits import FileIndex, FileSplit, FileToIndex, hub_split, index_file, pack
 from data_prep.reading.sources import source_files
 from data_prep.slices_to_read import size_of, slices_to_read
-from data_prep.tokenizer import DocumentEncoder, dtype_of
+from data_prep.tokenizer import DocumentEncoder
 from data_prep.work import Work, copies_record
 
 PACKAGES = ("tokenizers", "transformers", "sentencepiece", "rensa", "numpy")
@@ -30,8 +31,7 @@ class Planned:
 
     Attributes:
         config: what the run says of its text.
-        encoder: the tokenizer.
-        dtype: of the shards.
+        encoders: the tokenizer.
         fraction: the share of pages that is held out.
         sets: the sets, benchmarks last.
         corpora: by training set, all slices of its text; its budgets may need fewer.
@@ -40,8 +40,7 @@ class Planned:
     """
 
     config: PreparationConfig
-    encoder: DocumentEncoder
-    dtype: Literal["uint16", "int32"]
+    encoders: Encoders
     fraction: float
     sets: list[SetPlan]
     corpora: dict[str, Slices]
@@ -92,6 +91,16 @@ class Planned:
         return list(found.values())
 
     @property
+    def encoder(self) -> DocumentEncoder:
+        """The tokenizer that encodes the run's text."""
+        return self.encoders.encoder
+
+    @property
+    def dense_encoder(self) -> DocumentEncoder:
+        """The dense model's tokenizer: the run's, unless that extends it."""
+        return self.encoders.own or self.encoders.encoder
+
+    @property
     def tokenizer_key(self) -> str:
         """Changes with anything that changes a document's ids."""
         return self.encoder.spec.key
@@ -118,7 +127,8 @@ def make_plan(config: PreparationConfig, executor: Executor, keep: Mapping[str, 
         UserError: a source, the tokenizer or a setting can't be used.
     """
     data = config.data
-    encoder, dtype = make_encoder(config)
+    encoders = make_encoders(config)
+    encoder = encoders.encoder
     found = _find(data)
     memory = config.cache_dir / "sources"
     cuts = _cut(found, data.slice_bytes, memory, executor)
@@ -133,22 +143,12 @@ def make_plan(config: PreparationConfig, executor: Executor, keep: Mapping[str, 
         sets.append(whole._replace(read=read))
     size = sum(size_of(one.read) for one in sets if one.group in ("old", "new"))
     fraction = min(data.held_out.fraction, data.held_out.max_megabytes * 2**20 / max(1, size))
-    encoding: Json = {"tokenizer": encoder.spec.key, "dtype": dtype}
+    encoding: Json = {"tokenizer": encoder.spec.key, "dtype": encoders.dtype}
+    if encoders.own is not None:
+        encoding["own_tokenizer"] = encoders.own.spec.key
     planned = with_keys(data, sets, config.text_seed, fraction, encoding, replay)
     corpora = {one.name: one.slices for one in sets if one.group in ("old", "new")}
-    return Planned(config, encoder, dtype, fraction, planned, corpora, keep)
-
-
-def make_encoder(config: PreparationConfig) -> tuple[DocumentEncoder, Literal["uint16", "int32"]]:
-    """The run's tokenizer, and the dtype that holds its ids.
-
-    Raises:
-        UserError: there is no such tokenizer, or the model has no embedding for its ids.
-    """
-    (path, revision), data, vocab_size = config.tokenizer, config.data, _vocab_size(config)
-    begins_with_bos = data.bos == "auto"
-    encoder = DocumentEncoder.create(path, data.separator, vocab_size, revision, begins_with_bos=begins_with_bos)
-    return encoder, dtype_of(vocab_size)
+    return Planned(config, encoders, fraction, planned, corpora, keep)
 
 
 def plan_of(planned: Planned) -> Plan:
@@ -165,13 +165,14 @@ def plan_of(planned: Planned) -> Plan:
         data,
         planned.config.text_seed,
         planned.fraction,
-        planned.dtype,
+        planned.encoders.dtype,
         planned.encoder.spec,
         planned.config.tokenizer[0],
         [one for one in sets.values() if one.is_written or (reads_all and one.trains)],
         planned.held_out_texts,
         [one for one in planned.kept_sets if not copies_record(planned.tokens, one.record).is_file()],
         {name: importlib.metadata.version(name) for name in PACKAGES},
+        None if planned.encoders.own is None else planned.encoders.own.spec,
     )
 
 
@@ -262,20 +263,3 @@ def _of_hub(one: _Source, slice_bytes: int) -> tuple[list[FileSplit], list[Json]
     pinned = hub.pin(hub.hub_source(one.config))
     splits = [hub_split(name, size, slice_bytes) for name, size in hub.files_of(pinned)]
     return splits, [{"path": hub.name_of(pinned), "sha256": hub.content_of(pinned), "bytes": 0, "source": one.number}]
-
-
-def _vocab_size(config: PreparationConfig) -> int:
-    """The vocabulary of the run's model, from its configuration."""
-    from transformers import AutoConfig
-
-    path = config.model.path
-    if path.startswith((".", "/")) and not Path(path).is_dir():
-        raise UserError(f"model.path: {path} is not a folder; name one with a model, or a hub id")
-    try:
-        found = AutoConfig.from_pretrained(path, revision=config.model.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.path: no model configuration at {path} ({one_line(error)}); name a folder, or a hub id, which "
-            "python -m pipeline fetch RUN.yaml downloads"
-        ) from error
-    return int(found.get_text_config().vocab_size)

@@ -11,6 +11,7 @@ from common.files import read_json
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.json"
 HELD_OUT = "held_out"  # the shard of held-out documents, and its .jsonl
+OWN_HELD_OUT = "held_out_own"  # the same documents by the model's own tokenizer, where the run's extends it
 RUNS, RUN_SIZES = "held_out_runs.npy", "held_out_sizes.npy"  # word runs of the held-out texts: see HeldOutRuns
 
 
@@ -87,11 +88,15 @@ class TextManifest(Part):
 class SetManifest(TextManifest):
     """What the folder of a set says of itself. `train` is None for a set that is only scored.
 
+    `own_tokenizer_key` is of the model's own tokenizer where the run's extends it: the folder then has the held-out
+    documents by both.
+
     A budget takes whole slices until it is reached; `slices_beyond_budget` of `slices` it did not come to.
     """
 
     tokenizer: str
     tokenizer_key: str
+    own_tokenizer_key: str | None = None
     separator: str
     separator_id: int
     bos_id: int | None

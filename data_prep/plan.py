@@ -172,6 +172,7 @@ class Plan:
         held_out_texts: what training documents are compared with; none where they are not.
         kept: the sets whose copies are counted.
         versions: of the packages, for the manifests.
+        own_tokenizer: the model's own, where ``tokenizer`` extends it: held-out text is encoded by it too.
     """
 
     data: DataConfig
@@ -184,6 +185,7 @@ class Plan:
     held_out_texts: list[HeldOutText] = field(default_factory=list)
     kept: list[KeptSet] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    own_tokenizer: TokenizerSpec | None = None
 
     def save(self, path: Path) -> None:
         """Write it as JSON, unless another process has been first: all follow the plan that is there."""

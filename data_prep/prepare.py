@@ -117,6 +117,8 @@ def _work_out(planned: Planned, executor: PoolExecutor) -> bool:
             if one.trains:
                 Filters(plan.data.filters, one.entry, one.name)  # an unknown language is named before any work is done
         planned.encoder.save(work.folder)
+        if planned.encoders.own is not None:
+            planned.encoders.own.save(work.own_tokenizer)
         plan.save(work.folder / "plan.json")
         try:
             run_phases(work, executor)

@@ -14,6 +14,7 @@ from data_prep.phases.filter import holds_out
 from data_prep.plan import SetPlan, reading_of
 from data_prep.reading.documents import BadRows, Document, read_documents
 from data_prep.reading.file_splits import FileSplit
+from data_prep.tokenizer import DocumentEncoder
 
 SLICES = 8  # that share in giving the tokens; more are read only where these have too little text
 
@@ -25,7 +26,9 @@ class SampledDocument(NamedTuple):
     ids: NDArray[np.integer]
 
 
-def sample_documents(planned: Planned, name: str, tokens: int) -> list[SampledDocument]:
+def sample_documents(
+    planned: Planned, name: str, tokens: int, encoder: DocumentEncoder | None = None
+) -> list[SampledDocument]:
     """Random documents of a set, those left out that the filters drop or that are held out.
 
     It depends on the set's text and filters, on the tokenizer and on the run's seed.
@@ -34,6 +37,7 @@ def sample_documents(planned: Planned, name: str, tokens: int) -> list[SampledDo
         planned: what the run wants of its text.
         name: of an old or new set.
         tokens: how many are wanted; the last document may pass that, and there are fewer where the text has fewer.
+        encoder: the tokenizer; without it the run's.
     """
     one = next(found for found in planned.sets if found.name == name and found.trains)
     slices = planned.corpora[name]
@@ -42,7 +46,7 @@ def sample_documents(planned: Planned, name: str, tokens: int) -> list[SampledDo
     total = 0
     for position, number in enumerate(order):
         share = math.ceil((tokens - total) / max(1, min(SLICES, len(order)) - position))
-        for document in _of_slice(planned, one, number):
+        for document in _of_slice(planned, one, number, encoder or planned.encoder):
             if share <= 0:
                 break
             documents.append(document)
@@ -53,7 +57,7 @@ def sample_documents(planned: Planned, name: str, tokens: int) -> list[SampledDo
     return documents
 
 
-def _of_slice(planned: Planned, one: SetPlan, number: int) -> Iterator[SampledDocument]:
+def _of_slice(planned: Planned, one: SetPlan, number: int, encoder: DocumentEncoder) -> Iterator[SampledDocument]:
     """The documents of a slice in a random order."""
     data, (source, splits) = planned.config.data, planned.corpora[one.name][number]
     filters = Filters(data.filters, one.entry, one.name)
@@ -62,7 +66,7 @@ def _of_slice(planned: Planned, one: SetPlan, number: int) -> Iterator[SampledDo
     for document in documents:
         filtered = filters.apply(document.text)
         if filtered.reason is None:
-            yield SampledDocument(filtered.text, planned.encoder.encode([filtered.text])[0])
+            yield SampledDocument(filtered.text, encoder.encode([filtered.text])[0])
 
 
 def _read(planned: Planned, one: SetPlan, source: int, splits: list[FileSplit]) -> Iterator[Document]:

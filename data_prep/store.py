@@ -10,7 +10,17 @@ from common.errors import UserError
 from common.files import read_json, sha256_file
 from common.progress import progress
 from data_prep.config import DataConfig
-from data_prep.manifest import HELD_OUT, STATISTICS, BadRowsReport, Counts, Dropped, Part, SetManifest, read_manifest
+from data_prep.manifest import (
+    HELD_OUT,
+    OWN_HELD_OUT,
+    STATISTICS,
+    BadRowsReport,
+    Counts,
+    Dropped,
+    Part,
+    SetManifest,
+    read_manifest,
+)
 from data_prep.shards import Shard, ShardSequence
 from data_prep.statistics.tally import PartStatistics, fertility_warning
 
@@ -74,9 +84,14 @@ class TokenSet:
         chosen = [shard for shard in self.manifest.shards if source in (None, shard.source)]
         return ShardSequence([self.folder / shard.name for shard in chosen], self.manifest.dtype)
 
-    def held_out(self) -> Shard:
-        """The held-out documents; of a set that is only scored, all of them."""
-        return Shard(self.folder / HELD_OUT)
+    def held_out(self, *, by_own_tokenizer: bool = False) -> Shard:
+        """The held-out documents; of a set that is only scored, all of them.
+
+        Args:
+            by_own_tokenizer: by the model's own tokenizer, where the run's extends it.
+        """
+        is_extended = self.manifest.own_tokenizer_key is not None
+        return Shard(self.folder / (OWN_HELD_OUT if by_own_tokenizer and is_extended else HELD_OUT))
 
     def held_out_documents(self) -> list[HeldOutDocument]:
         """What is known of each document of `held_out()`, in the same order."""
@@ -154,6 +169,11 @@ class TokenStore:
         return self.any_manifest.tokenizer_key
 
     @property
+    def own_tokenizer_key(self) -> str | None:
+        """The same of the model's own tokenizer, where the run's extends it; else None."""
+        return self.any_manifest.own_tokenizer_key
+
+    @property
     def any_manifest(self) -> SetManifest:
         """The manifest of one of the sets: all have the same tokenizer."""
         return next(iter(self.sets.values())).manifest
@@ -165,9 +185,14 @@ class TokenStore:
             raise UserError(f"data.watch.{name}: a watch set is scored, never trained on; name an old or a new set")
         return one.train(source)
 
-    def held_out(self, name: str) -> Shard:
-        """The held-out documents of a set; of a watch set, all of them."""
-        return self._set(name).held_out()
+    def held_out(self, name: str, *, by_own_tokenizer: bool = False) -> Shard:
+        """The held-out documents of a set; of a watch set, all of them.
+
+        Args:
+            name: of the set.
+            by_own_tokenizer: by the model's own tokenizer, where the run's extends it.
+        """
+        return self._set(name).held_out(by_own_tokenizer=by_own_tokenizer)
 
     def held_out_documents(self, name: str) -> list[HeldOutDocument]:
         """What is known of each document of `held_out(name)`, in the same order."""

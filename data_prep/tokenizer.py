@@ -156,7 +156,7 @@ def _sentencepiece_spec(
 def _fast_spec(
     path: str, separator: str, vocab_size: int, revision: str | None, begins_with_bos: bool
 ) -> tuple[TokenizerSpec, bytes]:
-    tokenizer = _load(path, revision)
+    tokenizer = load_tokenizer(path, revision)
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     separator = _choose_separator(separator, vocabulary, tokenizer.eos_token, path)
     bos = _prepended_bos(tokenizer) if begins_with_bos else None
@@ -185,19 +185,29 @@ def _check_vocabulary(path: str, largest: int, vocab_size: int) -> None:
         )
 
 
-def _load(tokenizer_path: str, revision: str | None) -> Any:
+def load_tokenizer(tokenizer_path: str, revision: str | None, key: str = "data.tokenizer") -> Any:
+    """The fast tokenizer of ``transformers`` at a folder or hub id.
+
+    Args:
+        tokenizer_path: of the tokenizer.
+        revision: of a hub id.
+        key: of the run, which errors name.
+
+    Raises:
+        UserError: there is none, or it is not a fast one.
+    """
     import os
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # no advice about missing model libraries or long texts
     from transformers import AutoTokenizer
 
     if tokenizer_path.startswith((".", "/")) and not Path(tokenizer_path).is_dir():
-        raise UserError(f"{tokenizer_path}: no such folder; set data.tokenizer or model.path to one with a tokenizer")
+        raise UserError(f"{tokenizer_path}: no such folder; set {key} or model.path to one with a tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, revision=revision)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(
-            f"{tokenizer_path}: no tokenizer can be loaded ({one_line(error)}); set data.tokenizer to one that can"
+            f"{tokenizer_path}: no tokenizer can be loaded ({one_line(error)}); set {key} to one that can"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{tokenizer_path}: not a fast tokenizer; save it with tokenizer.json and name that folder")

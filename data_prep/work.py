@@ -28,6 +28,11 @@ class Work:
         """The plan, read once."""
         return Plan.load(self.folder / "plan.json")
 
+    @property
+    def own_tokenizer(self) -> Path:
+        """The folder of the model's own tokenizer, where the plan's extends it."""
+        return self.folder / "own"
+
     def once(self, name: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives; made the first time that this name is asked for."""
         if name not in self._kept:

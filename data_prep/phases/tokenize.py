@@ -14,6 +14,7 @@ from common.files import save_array, write_text
 from data_prep.dedup.deduplicate import dropped_of
 from data_prep.dedup.held_out import SHINGLE
 from data_prep.dedup.word_shingles import shingles, word_hashes
+from data_prep.manifest import OWN_HELD_OUT
 from data_prep.phases.copies import copy_index
 from data_prep.phases.filter import Drops, filters_of, holds_out
 from data_prep.phases.replay import draw, quota
@@ -54,6 +55,12 @@ def encoder_of(work: Work) -> DocumentEncoder:
     return work.once("encoder", lambda: DocumentEncoder.load(work.folder, work.plan.tokenizer))
 
 
+def own_encoder_of(work: Work) -> DocumentEncoder | None:
+    """The model's own tokenizer, where the plan's extends it, loaded once a process."""
+    spec = work.plan.own_tokenizer
+    return None if spec is None else work.once("own encoder", lambda: DocumentEncoder.load(work.own_tokenizer, spec))
+
+
 def tokenize_slice(work: Work, number: int) -> Json:
     """Write the shards of a slice.
 
@@ -64,16 +71,22 @@ def tokenize_slice(work: Work, number: int) -> Json:
     plan, part = work.plan, work.plan.slices[number]
     drops, bad_rows, written = Drops(), BadRows(), _Written()
     figures: Json = {}
+    own = own_encoder_of(work)
     with ExitStack() as shards:
         parts = ["held_out", *(["train"] if plan.set_of(part).trains else [])]
+        parts += [OWN_HELD_OUT] * (own is not None)
         writers = {
             name: shards.enter_context(ShardWriter(work.path(TOKENIZE, number, f".{name}"), plan.dtype))
             for name in parts
         }
         for one, ids in _encoded(work, part, drops, bad_rows):
             writers["held_out" if one.held_out else "train"].append(ids)
-            _count(written, one, ids, plan.tokenizer.num_added)
+            if own is not None and one.held_out:
+                writers[OWN_HELD_OUT].append(own.encode([one.text], dtype_of_ids(work))[0])
+            _count(written, one, ids, plan.tokenizer.num_added, own)
     for name, writer in writers.items():
+        if name == OWN_HELD_OUT:
+            continue
         figures[name] = getattr(written, name).as_json() | {"sha256": writer.sha256}
     rows = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in written.rows)
     write_text(work.path(TOKENIZE, number, ".held_out.jsonl"), "".join(rows))
@@ -83,10 +96,15 @@ def tokenize_slice(work: Work, number: int) -> Json:
     return figures
 
 
+def dtype_of_ids(work: Work) -> np.dtype[np.integer]:
+    """What the plan's shards hold."""
+    return np.dtype(work.plan.dtype).newbyteorder("<")
+
+
 def _encoded(work: Work, part: Slice, drops: Drops, bad_rows: BadRows) -> Iterable[Encoded]:
     """The documents of a slice that go into shards, in its order, each encoded once."""
     share, encoder = quota(work, part), encoder_of(work)
-    dtype = np.dtype(work.plan.dtype).newbyteorder("<")
+    dtype = dtype_of_ids(work)
     if share is None:
         return _encode(encoder, _chosen(work, part, drops, bad_rows), dtype)
     drawn = draw(work, part, share)
@@ -166,10 +184,12 @@ def _kept(work: Work, part: Slice, drops: Drops) -> Iterator[Chosen]:
         yield Chosen(document, text, bool(flag & HELD_OUT))
 
 
-def _count(written: _Written, one: Chosen, ids: NDArray[np.integer], num_added: int) -> None:
+def _count(
+    written: _Written, one: Chosen, ids: NDArray[np.integer], num_added: int, own: DocumentEncoder | None
+) -> None:
     tally = written.held_out if one.held_out else written.train
     before = tally.bytes
-    tally.add(one.text, ids.size, num_added)
+    tally.add(one.text, ids.size, num_added, own)
     if one.held_out:
         written.rows.append(_held_out_row(one, ids.size - num_added))
     else:

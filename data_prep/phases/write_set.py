@@ -13,6 +13,7 @@ from common.files import fsync_path, save_array, sha256_file, write_json, write_
 from data_prep.manifest import (
     HELD_OUT,
     MANIFEST,
+    OWN_HELD_OUT,
     RUN_SIZES,
     RUNS,
     STATISTICS,
@@ -142,6 +143,7 @@ def _write_shards(work: Work, one: _Set, slices: list[Slice]) -> SetManifest:
     return SetManifest(
         tokenizer=plan.tokenizer_name,
         tokenizer_key=plan.tokenizer.key,
+        own_tokenizer_key=None if plan.own_tokenizer is None else plan.own_tokenizer.key,
         separator=plan.tokenizer.separator,
         separator_id=plan.tokenizer.separator_id,
         bos_id=plan.tokenizer.bos_id,
@@ -221,15 +223,15 @@ def _link(path: Path, new: Path) -> None:
 
 def _join_held_out(work: Work, one: _Set) -> None:
     """One shard of all held-out documents, in the order of slices, and a line for each."""
-    lines = []
-    with ShardWriter(one.folder / HELD_OUT, work.plan.dtype) as writer:
-        for number in sorted(one.taken):
-            shard = Shard(work.path(TOKENIZE, number, ".held_out"))
-            for index in range(shard.num_documents):
-                writer.append(shard.document(index))
-            lines.append(work.path(TOKENIZE, number, ".held_out.jsonl").read_text(encoding="utf-8"))
-    write_text(one.folder / f"{HELD_OUT}.jsonl", "".join(lines))
-    one.files |= {f"{HELD_OUT}{suffix}": value for suffix, value in writer.sha256.items()}
+    for name in (HELD_OUT, *([OWN_HELD_OUT] if work.plan.own_tokenizer is not None else [])):
+        with ShardWriter(one.folder / name, work.plan.dtype) as writer:
+            for number in sorted(one.taken):
+                shard = Shard(work.path(TOKENIZE, number, f".{name}"))
+                for index in range(shard.num_documents):
+                    writer.append(shard.document(index))
+        one.files |= {f"{name}{suffix}": value for suffix, value in writer.sha256.items()}
+    described = (work.path(TOKENIZE, number, ".held_out.jsonl") for number in sorted(one.taken))
+    write_text(one.folder / f"{HELD_OUT}.jsonl", "".join(path.read_text(encoding="utf-8") for path in described))
     one.files[f"{HELD_OUT}.jsonl"] = sha256_file(one.folder / f"{HELD_OUT}.jsonl")
 
 

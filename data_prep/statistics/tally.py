@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from data_prep.dedup.word_shingles import is_without_spaces, words_of
+from data_prep.tokenizer import DocumentEncoder
 
 SAMPLE_CHARACTERS = 200_000  # of each slice, whose words are counted: enough for a mean, little time
 # Tokens per word above which a tokenizer hardly knows a language: languages it was trained on have 1.2 to 2.5. Scripts
@@ -28,8 +29,11 @@ class Tally:
     lengths: Counter[int] = field(default_factory=Counter)
     sample: Counter[str] = field(default_factory=Counter)
 
-    def add(self, text: str, tokens: int, num_added: int) -> None:
-        """Count a document of so many ids, `num_added` of which are not its text's."""
+    def add(self, text: str, tokens: int, num_added: int, own: DocumentEncoder | None = None) -> None:
+        """Count a document of so many ids, `num_added` of which are not its text's.
+
+        With the model's own tokenizer, where the run's extends it, the sample is counted in its tokens too.
+        """
         self.documents += 1
         self.tokens += tokens
         self.bytes += len(text) if text.isascii() else len(text.encode())
@@ -42,6 +46,9 @@ class Tally:
             self.sample["characters"] += min(len(text), SAMPLE_CHARACTERS)
             self.sample["tokens"] += round((tokens - num_added) * share)
             self.sample["words"] += len(words)
+            if own is not None:
+                ids = own.encode([text[:SAMPLE_CHARACTERS]])[0]
+                self.sample["tokens_before"] += ids.size - own.spec.num_added
             self.sample["words_without_spaces"] += sum(map(is_without_spaces, words))
 
     def as_json(self) -> dict[str, Any]:
@@ -77,7 +84,8 @@ class LengthBin(BaseModel):
 class PartStatistics(BaseModel):
     """One part of a set. Tokens per character, word and byte are of its text, without BOS and separators.
 
-    `fertility` is tokens per word, over a sample of each slice; `warning` says where it is too high.
+    `fertility` is tokens per word, over a sample of each slice; `warning` says where it is too high. Those that end in
+    `_before` are of the sample by the model's own tokenizer, where the run's extends it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -91,6 +99,8 @@ class PartStatistics(BaseModel):
     fertility: float | None
     words_without_spaces: float | None
     lengths: list[LengthBin]
+    fertility_before: float | None = None
+    characters_per_token_before: float | None = None
 
 
 def part_statistics(tally: Tally) -> PartStatistics:
@@ -112,6 +122,8 @@ def part_statistics(tally: Tally) -> PartStatistics:
         fertility=_ratio(tally.sample["tokens"], words),
         words_without_spaces=_ratio(tally.sample["words_without_spaces"], words),
         lengths=bins,
+        fertility_before=_ratio(tally.sample["tokens_before"], words) if tally.sample["tokens_before"] else None,
+        characters_per_token_before=_ratio(tally.sample["characters"], tally.sample["tokens_before"]),
     )
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 from common.errors import UserError
 from common.files import content_key
+from pipeline.checkpoint.store import read_manifest
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.method.stages import find_stage
 from pipeline.model.backbone import model_config
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.checkpoint import NewRows, UpcycledManifest
 from pipeline.records.evaluation import BASE, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE, PLAN_FILE, UPCYCLED, RunFolder
 from pipeline.records.step_manifest import StepManifest
@@ -80,7 +82,13 @@ class ReadRun:
             return None
         plan = ExpertPlan.load(self.folder / PLAN_FILE)
         stages = [find_stage(self.run, number) for number in self.run.stage_numbers]
-        return sum(flops_of_stage(config, plan, stage) * tokens[stage.name] for stage in stages)
+        return sum(flops_of_stage(config, plan, stage, self._new_rows()) * tokens[stage.name] for stage in stages)
+
+    def _new_rows(self) -> NewRows | None:
+        """The rows of new tokens that its model has."""
+        if self.run.model.tokenizer is None:
+            return None
+        return read_manifest(self.folder / UPCYCLED, UpcycledManifest).new_rows
 
     def _config(self) -> Any:
         """The dense model's config: the copy beside the upcycled weights, or the model's own; no hub is asked."""

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from common.errors import UserError
 from common.section import Fraction, Positive, Section
 from common.yaml_reader import parse_yaml
-from data_prep.config import DataConfig, PreparationConfig, Stage1Tokens
+from data_prep.config import DataConfig, PreparationConfig, Stage1Tokens, check_one_tokenizer
 from data_prep.config import ModelConfig as ModelConfig  # others import it from here
 from pipeline.config.cluster import ClusterConfig
 from pipeline.config.experts import BaseConfig, ExpertsConfig, SimilarityConfig
@@ -224,6 +224,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
+        check_one_tokenizer(self.model, self.data)
         if self.base is not None and self.experts.init != "copy":
             raise ValueError("experts.init: a further expansion copies expert 0; leave it out")
         if self.base is not None and self.experts.noise:

@@ -14,6 +14,8 @@ from pipeline.estimate.zero import FP32, MOMENTS, Gradients, offloaded, zero_gra
 from pipeline.method.stage import Stage
 from pipeline.model.backbone import decoder_layers, find_mlp
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.new_rows import install_new_rows, vocabulary_of
+from pipeline.records.checkpoint import NewRows
 from pipeline.training.ds_config import offloads
 
 # A share of all tensors: gaps between blocks, and buffers of the kernels. Measured: 7 to 10 % on a CPU, 1 and 2 ranks.
@@ -29,13 +31,21 @@ class ModelSizes:
         total: of the dense model; a tied weight counts once.
         mlp: of one layer's MLP.
         hidden: D.
-        vocabulary: V.
+        vocabulary: V, new tokens included.
+        new_rows: of new tokens' rows, which are not in ``total``.
+        rows_train: whether these train in stage 1.
     """
 
     total: int
     mlp: int
     hidden: int
     vocabulary: int
+    new_rows: int = 0
+    rows_train: bool = True
+
+    def trained_rows(self, stage: Stage) -> int:
+        """Of new tokens' rows, those that train in a stage."""
+        return self.new_rows if self.rows_train and stage.trains_experts else 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Trained:
     """Parameters of the fullest rank that train in a stage.
 
     Attributes:
-        routers: of routers and, where the stage has them, classifiers; on every rank alike.
+        routers: of routers and, where the stage has them, classifiers and new tokens' rows; on every rank alike.
         experts: of this rank's new experts, by how many ranks hold the same; empty where they are frozen.
     """
 
@@ -107,6 +117,7 @@ def trained_parameters(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, 
     routers = sum(sizes.hidden * plan.counts[layer] for layer in plan.moe_layers)
     if stage.has_classifiers:
         routers += plan.num_groups * sizes.hidden * len(plan.classifier_layers)
+    routers += sizes.trained_rows(stage)
     held = most_experts(plan, dims, trained=True) if stage.trains_experts else {}
     return Trained(routers, {replicas: number * sizes.mlp for replicas, number in held.items()})
 
@@ -152,7 +163,8 @@ def memory_by_kind(
     held = trained.optimized(dims, stage)
     elsewhere = offloaded(dtype, held) if stage.uses_zero and offloads(ds_config) else {}
     experts = sum(most_experts(plan, dims).values()) * sizes.mlp
-    weights = (sizes.total + experts) * width + trained.routers * (width if stage.uses_zero else FP32)
+    frozen_rows = sizes.new_rows - sizes.trained_rows(stage)
+    weights = (sizes.total + frozen_rows + experts) * width + trained.routers * (width if stage.uses_zero else FP32)
     gradients = Gradients(float(FP32 * trained.total))
     if stage.uses_zero:
         accumulates = batch.accumulation > 1
@@ -169,7 +181,8 @@ def memory_by_kind(
         stays = kinds[kind] if kind == "gradients" else 0.0
         kinds[kind] = stays if on_gpu else stays + there
     logits = 2 * batch.tokens * sizes.vocabulary * width  # and their gradient
-    kinds["activations"] = _activations(plan, dims, batch, layers, sizes.hidden * width) + logits
+    lowest = 0 if sizes.trained_rows(stage) else plan.moe_layers[0]
+    kinds["activations"] = _activations(plan, dims, batch, layers, sizes.hidden * width, lowest) + logits
     kinds["allocator"] = ALLOCATOR * (sum(kinds.values()) - process)
     kinds["peak"] = sum(kinds.values()) - min(kinds["activations"], gradients.fresh)
     if on_gpu and elsewhere:
@@ -178,18 +191,19 @@ def memory_by_kind(
 
 
 def _activations(
-    plan: ExpertPlan, dims: ParallelDims, batch: Batch, layers: LayerActivations, hidden_bytes: int
+    plan: ExpertPlan, dims: ParallelDims, batch: Batch, layers: LayerActivations, hidden_bytes: int, lowest: int
 ) -> float:
     """Bytes kept for the backward by the busiest rank of each layer, if routing is uniform.
 
-    Layers below the first router keep nothing: no gradient gets there. Of an MoE layer the MLPs' part grows with the
-    rows that the rank computes; it is what the layer keeps beyond a dense one's, which computes one row per token.
+    Layers below the ``lowest`` keep nothing: no gradient gets there. It is the first with a router, or where new
+    tokens' rows train the first of all. Of an MoE layer the MLPs' part grows with the rows that the rank computes; it
+    is what the layer keeps beyond a dense one's, which computes one row per token.
     """
     row = max(0.0, layers.moe - layers.dense) / max(1, plan.top_k - 1)
     kept = [
         layers.moe + (rows - 1) * plan.top_k * row if count > 1 else layers.dense
         for count, rows in zip(plan.counts, busiest_rank(plan, dims), strict=True)
-    ][plan.moe_layers[0] :]
+    ][lowest:]
     if batch.checkpoint_activations:  # each layer keeps its input, and one layer at a time is computed again
         # Rows that came from other ranks are kept too, and results that came back, as they are not sent again.
         layers_apart = [num for num in plan.num_new if num and dims.of_layer(num).ep_size > 1]
@@ -228,16 +242,20 @@ def checkpoint_bytes(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, dt
     return (experts + trained.routers) * (dtype.itemsize + FP32 + MOMENTS)
 
 
-def model_sizes(config: Any) -> ModelSizes:
-    """Count a config's parameters without allocating them."""
+def model_sizes(config: Any, rows: NewRows | None = None) -> ModelSizes:
+    """Count the parameters of a config, and of rows for new tokens, without allocating them."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()
     layer = decoder_layers(model)[0]
     mlp = getattr(layer, find_mlp(layer))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    added = install_new_rows(model, rows)
     return ModelSizes(
-        total=sum(parameter.numel() for parameter in model.parameters()),
+        total=total,
         mlp=sum(parameter.numel() for parameter in mlp.parameters()),
         hidden=mlp.gate_proj.in_features,
-        vocabulary=config.get_text_config().vocab_size,
+        vocabulary=vocabulary_of(model),
+        new_rows=sum(parameter.numel() for parameter in added),
+        rows_train=rows is None or rows.train,
     )

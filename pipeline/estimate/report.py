@@ -9,6 +9,7 @@ import torch
 
 from common.errors import UserError
 from common.text_table import aligned
+from data_prep.encoders import find_extension
 from pipeline.config.run import RunConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.activations import measure_layers
@@ -29,6 +30,7 @@ from pipeline.method.stage import Stage
 from pipeline.method.stages import stages_of
 from pipeline.model.backbone import model_config, model_folder, parameter_counts
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.records.checkpoint import NewRows
 from pipeline.records.metrics import StepRow
 from pipeline.records.run_folder import METRICS_FILE, PLAN_FILE, RunFolder
 from pipeline.training.ds_config import batch_shape, read_ds_config, training_dtype
@@ -67,7 +69,7 @@ class Estimate:
         self.config = model_config(model_folder(run.model))
         self.ds_config = read_ds_config(run.ds_config_file)
         self.dtype = training_dtype(self.ds_config)
-        self.sizes: ModelSizes = model_sizes(self.config)
+        self.sizes: ModelSizes = model_sizes(self.config, rows_of(run, self.config))
         self.plan, self.plan_note = find_plan(run, self.config.get_text_config().num_hidden_layers, num_new)
         self.stages = stages_of(run)
         self.layers = {
@@ -137,16 +139,27 @@ class Estimate:
         """The one of :meth:`ep_sizes` that takes the least memory."""
         return min(self.ep_sizes(), key=self.peak)
 
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of parameters by kind; see :func:`pipeline.model.backbone.parameter_counts`."""
+        sizes = self.sizes
+        return parameter_counts(
+            sizes.total, sizes.mlp, sizes.hidden, self.plan, new_rows=sizes.new_rows, rows_train=sizes.rows_train
+        )
+
+    def _of_rows(self) -> str:
+        return f" and {self.sizes.new_rows / 1e6:,.1f} M of new tokens' rows" if self.sizes.new_rows else ""
+
     def text(self, tokens_per_second: float | None) -> str:
         """The whole estimate as text.
 
         Args:
             tokens_per_second: for the hours; None takes the speed of the steps that the run has done.
         """
-        counts = parameter_counts(self.sizes.total, self.sizes.mlp, self.sizes.hidden, self.plan)
+        counts = self.parameter_counts()
         lines = [
             f"model: {counts['dense'] / 1e6:,.1f} M parameters -> {counts['total'] / 1e6:,.1f} M with "
-            f"{sum(self.plan.num_new)} new experts; {counts['active'] / 1e6:,.1f} M active per token; "
+            f"{sum(self.plan.num_new)} new experts{self._of_rows()}; "
+            f"{counts['active'] / 1e6:,.1f} M active per token; "
             f"{counts['stage1_trained'] / 1e6:,.1f} M train in stage 1, {counts['stage2_trained'] / 1e6:,.2f} M in 2",
             f"experts by layer ({self.plan_note}): {' '.join(map(str, self.plan.counts))}",
             f"ranks: {self.dims.world_size}, ep_size {self.dims.ep_size}, {str(self.dtype).removeprefix('torch.')}",
@@ -239,6 +252,18 @@ class Estimate:
                 "parallel.micro_batch_size, activation_checkpointing, or a larger parallel.max_imbalance"
             )
         return f"smallest ep_size that fits {self.world_size} ranks ({device}): {smallest}"
+
+
+def rows_of(run: RunConfig, config: Any) -> NewRows | None:
+    """The rows that a model gets for the tokens which the run's tokenizer adds to its own.
+
+    Raises:
+        UserError: the tokenizer does not extend the model's.
+    """
+    found = find_extension(run.preparation, config.get_text_config().vocab_size)
+    if found is None:
+        return None
+    return NewRows(first=found.first, count=found.count, tokenizer="", train=run.base is None)
 
 
 def find_plan(run: RunConfig, num_layers: int, num_new: int | None = None) -> tuple[ExpertPlan, str]:

@@ -31,6 +31,7 @@ class Scored:
         has_classifiers: whether its routing classifiers have been trained.
         upcycled: the folder that the checkpoints are laid over; None for the dense model.
         plan: its experts; None for the dense model.
+        by_own_tokenizer: whether text is given to it by the dense model's own tokenizer, where the run's extends it.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Scored:
     has_classifiers: bool = False
     upcycled: Path | None = None
     plan: ExpertPlan | None = None
+    by_own_tokenizer: bool = False
 
 
 def find_checkpoint(stage_folders: dict[str, Path], tag: str) -> Path:

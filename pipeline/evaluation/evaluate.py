@@ -64,7 +64,10 @@ class Evaluator:
                 continue
             model = load_scored(scored, self.dense, self.dtype, ranks, dims)
             for name in missing[scored.label]:
-                found = score_set(model, self.store, name, ranks, window=self.run.evaluate.window)
+                found = score_set(
+                    model, self.store, name, ranks,
+                    window=self.run.evaluate.window, by_own_tokenizer=scored.by_own_tokenizer,
+                )  # fmt: skip
                 ranks.say(f"evaluate: {scored.label:12} {name:12} {found.bits_per_character:.4f} bits/char")
                 if ranks.is_first:
                     self.cache.save(scored.weights, self.texts[name], found)

@@ -12,6 +12,7 @@ from pipeline.distributed.process_group import Ranks
 from pipeline.method.losses import routing_statistics, token_losses
 from pipeline.model.backbone import moe_layers
 from pipeline.model.moe import collect_routings
+from pipeline.model.new_rows import first_new_row
 from pipeline.records.evaluation import SetScore
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 16384}
@@ -32,7 +33,9 @@ class Window:
     ids: np.ndarray
 
 
-def document_windows(store: TokenStore, name: str, window: int, max_tokens: int | None = None) -> list[Window]:
+def document_windows(
+    store: TokenStore, name: str, window: int, max_tokens: int | None = None, *, by_own_tokenizer: bool = False
+) -> list[Window]:
     """Whole documents in consecutive windows of at most ``window`` inputs.
 
     The first input is the document's BOS, or the document separator if the tokenizer has no BOS. So the document's
@@ -43,8 +46,9 @@ def document_windows(store: TokenStore, name: str, window: int, max_tokens: int 
         name: of the set.
         window: tokens per window.
         max_tokens: stop after the document that reaches this number; None scores all.
+        by_own_tokenizer: whether tokens are those of the dense model's own tokenizer, where the run's extends it.
     """
-    shard = store.held_out(name)
+    shard = store.held_out(name, by_own_tokenizer=by_own_tokenizer)
     windows: list[Window] = []
     tokens = 0
     for document in range(shard.num_documents):
@@ -72,7 +76,14 @@ def make_batches(windows: list[Window], tokens_per_batch: int) -> list[list[Wind
 
 @torch.inference_mode()
 def score_set(
-    model: nn.Module, store: TokenStore, name: str, ranks: Ranks, *, window: int, max_tokens: int | None = None
+    model: nn.Module,
+    store: TokenStore,
+    name: str,
+    ranks: Ranks,
+    *,
+    window: int,
+    max_tokens: int | None = None,
+    by_own_tokenizer: bool = False,
 ) -> SetScore:
     """Score a set's held-out documents; every rank gets the whole result.
 
@@ -86,8 +97,11 @@ def score_set(
         ranks: all of them take part.
         window: tokens per window.
         max_tokens: stop after the document that reaches this number; None scores all.
+        by_own_tokenizer: whether text is given to the model, and predicted, by the dense model's own tokenizer, where
+            the run's extends it: so the untrained mixture scores as the dense model does.
     """
-    windows = document_windows(store, name, window, max_tokens)
+    windows = document_windows(store, name, window, max_tokens, by_own_tokenizer=by_own_tokenizer)
+    num_ids = first_new_row(model) if by_own_tokenizer else None
     batches = make_batches(windows, TOKENS_PER_BATCH[ranks.device.type])
     num_documents = max(w.document for w in windows) + 1
     num_layers = len(moe_layers(model))
@@ -97,7 +111,7 @@ def score_set(
         ranks.at(f"scoring {name}, batch {start // ranks.world_size + 1}")
         mine = batches[start + ranks.rank] if start + ranks.rank < len(batches) else []
         with collect_routings(model) as routings:
-            _score_batch(model, mine, store.separator_id, ranks.device, bits)
+            _score_batch(model, mine, store.separator_id, ranks.device, bits, num_ids)
         mask = _mask(mine).flatten().to(ranks.device)
         for index, routing in enumerate(routings):
             sums = routing_statistics(routing, mask)
@@ -120,8 +134,15 @@ def _mask(batch: list[Window]) -> torch.Tensor:
     return torch.arange(longest).unsqueeze(0) < torch.tensor([[len(w.ids) - 1] for w in batch])
 
 
-def _score_batch(model: nn.Module, batch: list[Window], filler: int, device: torch.device, bits: torch.Tensor) -> None:
-    """Run one forward pass and add each window's bits to those of its document."""
+def _score_batch(
+    model: nn.Module,
+    batch: list[Window],
+    filler: int,
+    device: torch.device,
+    bits: torch.Tensor,
+    num_ids: int | None,
+) -> None:
+    """Run one forward pass and add each window's bits, among the first ``num_ids`` ids, to those of its document."""
     mask_BL = _mask(batch)
     rows = torch.full((mask_BL.shape[0], mask_BL.shape[1] + 1), filler)
     for row, window in zip(rows, batch, strict=False):
@@ -129,5 +150,5 @@ def _score_batch(model: nn.Module, batch: list[Window], filler: int, device: tor
     logits_BLV = model(input_ids=rows[:, :-1].to(device), use_cache=False).logits
     for window, logits_LV, labels_L in zip(batch, logits_BLV, rows[:, 1:].to(device), strict=False):
         length = len(window.ids) - 1
-        nats = token_losses(logits_LV[:length], labels_L[:length]).double().sum()
+        nats = token_losses(logits_LV[:length, :num_ids], labels_L[:length]).double().sum()
         bits[window.document] += nats / math.log(2)

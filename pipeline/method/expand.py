@@ -20,7 +20,8 @@ from pipeline.method.upcycle import HF_FOLDER, TAG, Parity, files_of, measure_di
 from pipeline.model.backbone import empty_model, install_moe_layers, moe_layers, named_moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe.experts import fused_weights
-from pipeline.records.checkpoint import UpcycledManifest
+from pipeline.model.new_rows import install_new_rows
+from pipeline.records.checkpoint import NewRows, UpcycledManifest
 
 ROUTER = ".gate.wg.weight"
 
@@ -40,7 +41,8 @@ def expand(
 ) -> UpcycledManifest:
     """Write the checkpoint that the next stage 1 starts from, as :func:`pipeline.method.upcycle.upcycle` does.
 
-    Experts of earlier expansions have files; new ones, copies of their layer's MLP, have none.
+    Experts of earlier expansions have files; new ones, copies of their layer's MLP, have none. Rows of new tokens are
+    taken over, and do not train again.
 
     Args:
         model: the expanded model, whole on one rank, with its classifiers.
@@ -61,11 +63,12 @@ def expand(
         (new / TAG).mkdir()
         _write_experts(model, before, plan, new / TAG)
         dtype = getattr(torch, manifest.dtype)
-        shared = _write_shared(model, plan, new, dtype, seed, keep=router == "keep")
+        rows = None if manifest.new_rows is None else manifest.new_rows.model_copy(update={"train": False})
+        shared = _write_shared(model, plan, new, dtype, seed, keep=router == "keep", rows=rows)
         if write_copies:
             _write_copies(shared, plan, new / TAG)
         write_text(new / "latest", TAG)
-        parity: Parity = measure_difference(model, new, plan, samples, dtype, classifiers=True)
+        parity: Parity = measure_difference(model, new, plan, samples, dtype, classifiers=True, new_rows=rows)
         expanded = manifest.model_copy(
             update={
                 "files": files_of(new),
@@ -73,6 +76,7 @@ def expand(
                 "plan": plan.model_dump(mode="json"),
                 "seed": seed,
                 "parity": parity.record(),
+                "new_rows": rows,
             }
         )
         write_manifest(new, expanded)
@@ -88,11 +92,20 @@ def _write_experts(model: nn.Module, before: ExpertPlan, plan: ExpertPlan, folde
 
 @torch.no_grad()
 def _write_shared(
-    model: PreTrainedModel, plan: ExpertPlan, folder: Path, dtype: torch.dtype, seed: int, *, keep: bool
+    model: PreTrainedModel,
+    plan: ExpertPlan,
+    folder: Path,
+    dtype: torch.dtype,
+    seed: int,
+    *,
+    keep: bool,
+    rows: NewRows | None,
 ) -> dict[str, Tensor]:
     """Everything but experts; returns it."""
     expanded = empty_model(folder / HF_FOLDER, dtype)
     install_moe_layers(expanded, plan, classifiers=True)
+    expanded.tie_weights()
+    install_new_rows(expanded, rows)
     generator = torch.Generator().manual_seed(seed)
     for layer in moe_layers(expanded):
         layer.router.reset(generator)

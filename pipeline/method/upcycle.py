@@ -27,6 +27,7 @@ from pipeline.checkpoint.weights import (
 )
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.expert_init import ExpertInit, expert_generator
+from pipeline.method.new_tokens import ExtendedTokenizer, add_new_rows
 from pipeline.model.backbone import (
     ONE_RANK,
     decoder_layers,
@@ -41,14 +42,16 @@ from pipeline.model.backbone import (
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
 from pipeline.model.moe.experts import Expert, fused_weights
-from pipeline.records.checkpoint import CheckpointManifest, FileEntry, UpcycledManifest
+from pipeline.model.new_rows import install_new_rows
+from pipeline.records.checkpoint import CheckpointManifest, FileEntry, NewRows, UpcycledManifest
 
 TAG = "upcycled"
 HF_FOLDER = "hf"  # config and tokenizer, so that training does not need the dense model
 EXACT_COPIES = ExpertInit()
 TOLERANCE = 1e-4  # of the largest logit; fp32 rounding stays two orders of magnitude below
-_HF_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.model", "vocab.json",
-             "merges.txt", "chat_template*", "added_tokens.json")  # fmt: skip
+_CONFIG_FILES = ("config.json", "generation_config.json")
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.model", "vocab.json", "merges.txt", "chat_template*",
+                    "added_tokens.json")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,7 @@ def upcycle(
     model_hash: str,
     init: ExpertInit = EXACT_COPIES,
     write_copies: bool = False,
+    tokenizer: ExtendedTokenizer | None = None,
 ) -> UpcycledManifest:
     """Write the upcycled checkpoint; returns its manifest.
 
@@ -97,27 +101,29 @@ def upcycle(
     Args:
         dense: folder of the dense model.
         plan: of the experts.
-        samples: token ids of real text [B, L] for the receipt.
+        samples: token ids of real text [B, L] for the receipt, by the model's own tokenizer.
         target: the folder to make; it appears only when all of it is written and the receipt is good.
         seed: of the routers' Xavier-normal initialisation.
         model_hash: of the dense model's files.
         init: what new experts begin as; unless as exact copies of the original MLP, the logits may differ.
         write_copies: whether experts have files though they are copies, so that DeepSpeed itself can load them.
+        tokenizer: the run's, where it extends the model's own: its new tokens get rows.
 
     Raises:
-        UserError: the model's MLPs can't become experts, or the logits differ.
+        UserError: the model's MLPs can't become experts, its embedding can't be extended, or the logits differ.
     """
     dtype = getattr(torch, str(_config_dtype(dense)))
     with new_folder(target) as folder:
         init_of_files = None if init.copies and not write_copies else init
-        shape = _write_weights(dense, plan, folder / TAG, dtype=dtype, seed=seed, experts=init_of_files)
+        shape = _write_weights(
+            dense, plan, folder / TAG, dtype=dtype, seed=seed, experts=init_of_files, tokenizer=tokenizer
+        )
         (folder / HF_FOLDER).mkdir()
-        for pattern in _HF_FILES:
-            for file in dense.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, folder / HF_FOLDER / file.name)
+        _copy_files(dense, _CONFIG_FILES, folder / HF_FOLDER)
+        _copy_files(dense if tokenizer is None else tokenizer.folder, _TOKENIZER_FILES, folder / HF_FOLDER)
         write_text(folder / "latest", TAG)
-        parity = measure_parity(dense, folder, plan, samples, dtype)
+        rows = None if tokenizer is None else tokenizer.rows
+        parity = measure_parity(dense, folder, plan, samples, dtype, rows)
         if init.copies and not parity.holds:
             raise UserError(
                 f"upcycle: the upcycled model's logits differ from the dense model's by "
@@ -130,10 +136,18 @@ def upcycle(
             plan=plan.model_dump(mode="json"),
             seed=seed,
             parity=parity.record(),
+            new_rows=rows,
             **shape,
         )
         write_manifest(folder, manifest)
     return manifest
+
+
+def _copy_files(source: Path, patterns: Sequence[str], target: Path) -> None:
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
 
 
 def _config_dtype(dense: Path) -> str:
@@ -143,7 +157,14 @@ def _config_dtype(dense: Path) -> str:
 
 @torch.no_grad()
 def _write_weights(
-    dense: Path, plan: ExpertPlan, folder: Path, *, dtype: torch.dtype, seed: int, experts: ExpertInit | None
+    dense: Path,
+    plan: ExpertPlan,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    experts: ExpertInit | None,
+    tokenizer: ExtendedTokenizer | None,
 ) -> dict[str, Any]:
     """DeepSpeed's layout: one file per new expert, unless ``experts`` is None, and one of everything else."""
     folder.mkdir()
@@ -152,6 +173,7 @@ def _write_weights(
     first = decoder_layers(model)[0]
     first_mlp = getattr(first, find_mlp(first))
     install_moe_layers(model, plan)
+    new_row_parameters = 0 if tokenizer is None else add_new_rows(model, tokenizer)
     generator = torch.Generator().manual_seed(seed)
     spread = getattr(model.config.get_text_config(), "initializer_range", 0.02)
     with progress(sum(plan.num_new), "upcycle", "expert", show=experts is not None) as bar:
@@ -171,6 +193,7 @@ def _write_weights(
         "dense_parameters": dense_parameters,
         "mlp_parameters": sum(p.numel() for p in first_mlp.parameters()),
         "hidden_size": first_mlp.gate_proj.in_features,
+        "new_row_parameters": new_row_parameters,
     }
 
 
@@ -224,14 +247,15 @@ def load_upcycled(
     biased = selection_biases or any(read_manifest(tag, CheckpointManifest).selection_biases for tag in checkpoints)
     install_moe_layers(model, plan, dims, classifiers=classifiers, selection_biases=biased)
     model.tie_weights()
+    manifest = read_manifest(folder, UpcycledManifest)
+    install_new_rows(model, manifest.new_rows)
     tags = (folder / TAG, *checkpoints)
     missing = set.intersection(*(read_weights(model, tag, once=once) for tag in tags))
     missing = {name for name in missing if not name.endswith((CLASSIFIER, SELECTION_BIAS))}
-    files = read_manifest(folder, UpcycledManifest).files
     copies = {
         prefix
         for (layer, number), prefix in local_expert_names(model).items()
-        if f"{TAG}/{expert_file(layer, number)}" not in files
+        if f"{TAG}/{expert_file(layer, number)}" not in manifest.files
     }
     missing -= copy_mlps(model, folder / TAG, {name for name in missing if name.rpartition(".")[0] in copies})
     if missing:
@@ -241,9 +265,16 @@ def load_upcycled(
     return model
 
 
-def measure_parity(dense: Path, folder: Path, plan: ExpertPlan, samples: np.ndarray, dtype: torch.dtype) -> Parity:
+def measure_parity(
+    dense: Path,
+    folder: Path,
+    plan: ExpertPlan,
+    samples: np.ndarray,
+    dtype: torch.dtype,
+    new_rows: NewRows | None = None,
+) -> Parity:
     """:func:`measure_difference` to the dense model."""
-    return measure_difference(load_dense(dense, dtype), folder, plan, samples, dtype)
+    return measure_difference(load_dense(dense, dtype), folder, plan, samples, dtype, new_rows=new_rows)
 
 
 @torch.inference_mode()
@@ -255,8 +286,11 @@ def measure_difference(
     dtype: torch.dtype,
     *,
     classifiers: bool = False,
+    new_rows: NewRows | None = None,
 ) -> Parity:
     """Compare a model's logits with those of the upcycled one, read back from its files, in fp32.
+
+    Where the dense model has no rows for new tokens, logits of the ids before them are compared.
 
     It takes the memory of the model in its own dtype, and of one layer in fp32: files are mapped into memory, and
     experts that have none are copied from their layer's MLP when its turn comes.
@@ -266,8 +300,11 @@ def measure_difference(
     upcycled = empty_model(folder / HF_FOLDER, dtype)
     install_moe_layers(upcycled, plan, classifiers=classifiers)
     upcycled.tie_weights()
+    install_new_rows(upcycled, new_rows)
     missing = read_weights(upcycled, folder / TAG, mapped=True)
     found = _logits_in_fp32(upcycled, ids_BL, missing)
+    if new_rows is not None and new_rows.train:  # the first expansion's: the dense model has none
+        found, expected = found[..., : new_rows.first], expected[..., : new_rows.first]
     largest = float(expected.abs().max())
     difference = float((found - expected).abs().max())
     return Parity(difference, largest, TOLERANCE * max(largest, 1.0), ids_BL.numel())

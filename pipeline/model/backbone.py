@@ -15,6 +15,7 @@ from pipeline.config.run import ModelConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
+from pipeline.model.new_rows import new_rows
 
 transformers_logging.disable_progress_bar()  # we show our own
 ONE_RANK = ParallelDims(world_size=1, ep_size=1)
@@ -190,10 +191,13 @@ def train_only(model: nn.Module, *, experts: bool, classifiers: bool) -> None:
 
     Args:
         model: with its MoE layers.
-        experts: whether the new experts train too; expert 0 and those of earlier expansions never do.
+        experts: whether the new experts train too, with rows of new tokens; expert 0 and all that is of earlier
+            expansions never does.
         classifiers: whether the routing classifiers train too.
     """
     model.requires_grad_(False)
+    for rows in new_rows(model, that_train=True):
+        rows.requires_grad_(experts)
     for layer in moe_layers(model):
         layer.router.wg.requires_grad_(True)
         layer.experts_train = experts and layer.num_experts > layer.router.old_experts[-1]
@@ -204,7 +208,8 @@ def train_only(model: nn.Module, *, experts: bool, classifiers: bool) -> None:
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups: routers first, then, if they train, experts by the ep_size of their layers.
+    """The optimizer's parameter groups: what all ranks hold alike, that is routers, classifiers and rows of new
+    tokens, then, if they train, experts by the ep_size of their layers.
 
     We give them explicitly because DeepSpeed's own split of MoE parameters iterates over a set of strings, whose
     order can differ from rank to rank.
@@ -232,7 +237,9 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     return groups
 
 
-def parameter_counts(dense_total: int, mlp: int, hidden_size: int, plan: ExpertPlan) -> dict[str, int]:
+def parameter_counts(
+    dense_total: int, mlp: int, hidden_size: int, plan: ExpertPlan, *, new_rows: int = 0, rows_train: bool = True
+) -> dict[str, int]:
     """Numbers of parameters before and after the expansion.
 
     Args:
@@ -240,6 +247,8 @@ def parameter_counts(dense_total: int, mlp: int, hidden_size: int, plan: ExpertP
         mlp: parameters of one layer's MLP.
         hidden_size: D.
         plan: of the experts.
+        new_rows: parameters of rows for new tokens.
+        rows_train: whether these train in stage 1.
 
     Returns:
         ``dense``, ``total`` and ``active`` (used for one token that is routed to K experts) of the whole model;
@@ -249,8 +258,8 @@ def parameter_counts(dense_total: int, mlp: int, hidden_size: int, plan: ExpertP
     classifiers = plan.num_groups * hidden_size * len(plan.classifier_layers)
     return {
         "dense": dense_total,
-        "total": dense_total + mlp * sum(plan.num_new) + routers + classifiers,
-        "active": dense_total + mlp * (plan.top_k - 1) * len(plan.moe_layers) + routers + classifiers,
-        "stage1_trained": mlp * sum(plan.rounds[-1].num_new) + routers,
+        "total": dense_total + mlp * sum(plan.num_new) + routers + classifiers + new_rows,
+        "active": dense_total + mlp * (plan.top_k - 1) * len(plan.moe_layers) + routers + classifiers + new_rows,
+        "stage1_trained": mlp * sum(plan.rounds[-1].num_new) + routers + new_rows * rows_train,
         "stage2_trained": routers + classifiers,
     }

@@ -18,6 +18,22 @@ class Manifest(Record):
     files: dict[str, FileEntry] = {}
 
 
+class NewRows(Record):
+    """Embedding and head rows for the tokens that a run's tokenizer adds to the model's own.
+
+    Attributes:
+        first: the id of the first new token.
+        count: how many there are.
+        tokenizer: the extended tokenizer's content key.
+        train: whether they train in stage 1; in a further expansion they are frozen.
+    """
+
+    first: int
+    count: int
+    tokenizer: str
+    train: bool = True
+
+
 class UpcycledManifest(Manifest):
     """Of the untrained mixture.
 
@@ -30,6 +46,8 @@ class UpcycledManifest(Manifest):
         dense_parameters: of the dense model.
         mlp_parameters: of one layer's MLP.
         hidden_size: D.
+        new_rows: for new tokens; None where the tokenizer is the model's own.
+        new_row_parameters: of all new rows, the head's included where it is not tied.
     """
 
     model: str
@@ -40,6 +58,8 @@ class UpcycledManifest(Manifest):
     dense_parameters: int
     mlp_parameters: int
     hidden_size: int
+    new_rows: NewRows | None = None
+    new_row_parameters: int = 0
 
     @property
     def holds_experts(self) -> bool:

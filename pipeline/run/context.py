@@ -82,6 +82,11 @@ class RunContext:
         run = load_run(folder / RUN_FILE)
         if run.folder.resolve() != folder.resolve():
             raise UserError(f"base.run: {folder} was moved: its {RUN_FILE} says {run.folder}; move it back")
+        if run.model.tokenizer != self.run.model.tokenizer:
+            raise UserError(
+                f"model.tokenizer: {self.run.model.tokenizer} is not {run.model.tokenizer}, which base.run {folder} "
+                "has; a tokenizer can be extended only in the first expansion: leave model out"
+            )
         if run.stage1.balance == "bias":
             raise UserError(f"base.run: {folder} balances by biases, which can't be expanded yet")
         return RunContext(run)
@@ -97,7 +102,8 @@ class RunContext:
 
         base = self.base
         if base is None or self.run.base is None:
-            return Scored(BASE, (), {"dense": self.model_hash})
+            own = {} if self.run.model.tokenizer is None else {"tokenizer": self.store.own_tokenizer_key}
+            return Scored(BASE, (), {"dense": self.model_hash} | own, by_own_tokenizer=True)
         label = self.run.base.checkpoint or base.stages[-1]
         folders = {stage: base.folder / stage for stage in base.stages}
         identities = {number: base.identity(number) for number in base.run.stage_numbers}

@@ -6,8 +6,8 @@ from typing import Any
 from common.files import content_key
 from common.progress import progress
 from data_prep.config import DataConfig, SetConfig, SourceConfig
+from data_prep.encoders import make_encoders
 from data_prep.keys import replay_budgets
-from data_prep.make_plan import make_encoder
 from data_prep.plan import FoundSet, Group, Slices
 from data_prep.reading.file_splits import hub_split
 from data_prep.reading.hub import (
@@ -94,7 +94,7 @@ def _needed_files(source: HubSource, run: RunConfig, files: list[str], sizes: di
         found = FoundSet(set_name or "", group, entry, [{"source": number, "sha256": name_of(source)}], slices, slices)
         if group in ("old", "new") and len(files) > LEAST and limits_of(entry, number, budget):
             _download(source, _files_of(first_slices(slices, run.seed)), sizes)
-            encoder, _ = make_encoder(run.preparation)
+            encoder = make_encoders(run.preparation).encoder
             slices = slices_to_read(data, found, budget, run.seed, encoder, memory)
         elif group == "watch":
             slices = slices_to_read(data, found, None, run.seed, None, memory)

@@ -9,6 +9,7 @@ from common.launch_environment import is_first_rank
 from data_prep.config import SetConfig
 from data_prep.prepare import prepare
 from data_prep.sample import sample_documents
+from data_prep.tokenizer import DocumentEncoder
 from pipeline.config.run import RunConfig
 from pipeline.method.allocation import allocate, clamp_similarity, expert_plan
 from pipeline.model.expert_plan import ExpertPlan
@@ -21,6 +22,8 @@ from pipeline.run.step import Inputs, Result
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from pipeline.method.new_tokens import ExtendedTokenizer
 
 UPCYCLED_FORMAT = 2  # raised when what an upcycled folder holds changes
 PARITY_SAMPLE = 128  # tokens of each set for the upcycling receipt
@@ -60,11 +63,16 @@ def similarity_inputs(context: RunContext) -> Inputs:
         "model": context.start,
         "dtype": str(context.dtype),
         "texts": texts,
-        "tokenizer": planned.tokenizer_key,
+        "tokenizer": _encoder_of_start(context).spec.key,
         "old": _languages(data.old),
         "new": _languages(data.new),
         "settings": context.run.similarity.model_dump(mode="json", exclude={"not_positive", "min_share"}),
     }
+
+
+def _encoder_of_start(context: RunContext) -> DocumentEncoder:
+    """The tokenizer of the model that the run starts from: a dense model knows no tokens that the run adds."""
+    return context.planned.dense_encoder if context.base is None else context.planned.encoder
 
 
 def measure_similarity(context: RunContext, _ranks: object) -> Result:
@@ -89,8 +97,9 @@ def _measure(context: RunContext) -> Similarity:
     from pipeline.model.backbone import ONE_RANK
 
     settings, data = context.run.similarity, context.run.data
+    planned, encoder = context.planned, _encoder_of_start(context)
     documents = {
-        name: [document.ids for document in sample_documents(context.planned, name, settings.tokens)]
+        name: [document.ids for document in sample_documents(planned, name, settings.tokens, encoder)]
         for name in (*data.old, *data.new)
     }
     warn_of_slow_bf16(context)
@@ -221,6 +230,7 @@ def upcycle_inputs(context: RunContext) -> Inputs:
         **({"noise": experts.noise} if experts.noise else {}),
         "seed": run.seed,
         **({} if context.base is None else {"router": run.experts.router}),
+        **({} if _extended_tokenizer(context) is None else {"tokenizer": context.planned.tokenizer_key}),
     }
 
 
@@ -258,6 +268,13 @@ def upcycle_model(context: RunContext, _ranks: object) -> Result:
         f"(logits up to {parity['max_abs_logit']:.0f}) on {parity['tokens']} tokens of real text, fp32{rows}",
         flush=True,
     )
+    new = manifest.new_rows
+    if new is not None and new.train:
+        print(
+            f"upcycle: {new.count:,} new tokens from id {new.first} on, whose rows start as the mean of their pieces' "
+            "rows and train in stage 1",
+            flush=True,
+        )
     figures = manifest.model_dump(mode="json", include={"parity", "dense_parameters", "mlp_parameters"})
     return Result({"upcycled": target.name}, figures)
 
@@ -274,7 +291,7 @@ def _write_upcycled(context: RunContext, target: Path) -> None:
         upcycle(
             context.dense, context.plan, samples, target,
             seed=run.seed, model_hash=context.model_hash, init=ExpertInit.of(run.experts),
-            write_copies=run.experts.write_copies,
+            write_copies=run.experts.write_copies, tokenizer=_extended_tokenizer(context),
         )  # fmt: skip
         return
     import torch
@@ -286,6 +303,11 @@ def _write_upcycled(context: RunContext, target: Path) -> None:
 
     upcycled = context.base.upcycled
     manifest = read_manifest(upcycled, UpcycledManifest)
+    if manifest.new_rows is not None and manifest.new_rows.tokenizer != context.planned.tokenizer_key:
+        raise UserError(
+            f"model.tokenizer: {run.model.tokenizer} has changed since {context.base.run.folder} was upcycled with "
+            "it; put the old one back"
+        )
     dtype = getattr(torch, manifest.dtype)
     model = load_scored(context.start_model, context.dense, dtype, alone("cpu"), ONE_RANK)
     expand(
@@ -294,10 +316,22 @@ def _write_upcycled(context: RunContext, target: Path) -> None:
     )  # fmt: skip
 
 
+def _extended_tokenizer(context: RunContext) -> "ExtendedTokenizer | None":
+    """The run's tokenizer where it extends the dense model's own, else None."""
+    from pipeline.method.new_tokens import ExtendedTokenizer
+
+    folder = context.run.model.tokenizer
+    new_tokens = None if folder is None else context.planned.encoders.new_tokens
+    if folder is None or new_tokens is None:
+        return None
+    return ExtendedTokenizer(Path(folder), context.planned.tokenizer_key, new_tokens)
+
+
 def _parity_samples(context: RunContext) -> "np.ndarray":
-    """The first tokens of each set's held-out text, [B, L]."""
+    """The first tokens of each set's held-out text, by the tokenizer of the model that the run starts from, [B, L]."""
     import numpy as np
 
-    shards = [context.store.held_out(name) for name in (*context.run.data.old, *context.run.data.new)]
+    names, is_dense = (*context.run.data.old, *context.run.data.new), context.base is None
+    shards = [context.store.held_out(name, by_own_tokenizer=is_dense) for name in names]
     length = min(PARITY_SAMPLE, *(shard.num_tokens for shard in shards))
     return np.stack([shard.tokens[:length] for shard in shards])

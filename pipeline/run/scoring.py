@@ -70,7 +70,9 @@ def score(context: RunContext, tag: str | None, ranks: "Ranks | None") -> Evalua
             return None
     upcycled = read_manifest(context.upcycled, UpcycledManifest)
     sizes = (upcycled.dense_parameters, upcycled.mlp_parameters, upcycled.hidden_size)
-    result = scoring.result(models, parameter_counts(*sizes, context.plan))
+    rows_train = upcycled.new_rows is None or upcycled.new_rows.train
+    counts = parameter_counts(*sizes, context.plan, new_rows=upcycled.new_row_parameters, rows_train=rows_train)
+    result = scoring.result(models, counts)
     result.save(context.folder / EVALUATION_FILE if tag is None else context.folder.evaluation_of(tag))
     return result
 

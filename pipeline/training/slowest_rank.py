@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.distributed.own_time import OWN_TIME
 from pipeline.distributed.process_group import Ranks
 from pipeline.model.backbone import moe_layers
+from pipeline.model.new_rows import new_rows
 from pipeline.records.metrics import SlowestRank
 
 WORTH_NAMING = 10.0  # percent
@@ -26,7 +27,8 @@ def watch_backward(engine: Any) -> None:
     """
     if engine.zero_optimization_partition_gradients():
         return
-    for parameter in moe_layers(engine.module)[0].parameters():
+    lowest = [*new_rows(engine.module), *moe_layers(engine.module)[0].parameters()]
+    for parameter in lowest:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda _: OWN_TIME.mark())
 

@@ -15,6 +15,7 @@ from pipeline.distributed.device import device_name
 from pipeline.distributed.process_group import BACKENDS, Ranks, forget_earlier_stages, peak_memory_bytes
 from pipeline.distributed.stop_request import StopRequest
 from pipeline.model.backbone import moe_layers
+from pipeline.model.new_rows import new_rows
 from pipeline.records.metrics import StepRow
 from pipeline.training.inputs import StageInputs
 from pipeline.training.metrics import MetricsLog
@@ -176,6 +177,8 @@ def _say_start(state: TrainingState) -> None:
 def trained_parameters(state: TrainingState) -> int:
     """How many parameters train, each counted once, however many ranks hold it. All ranks must call this."""
     trained = torch.zeros((), dtype=torch.int64, device=state.ranks.device)
+    if state.ranks.is_first:
+        trained += sum(rows.numel() for rows in new_rows(state.engine.module) if rows.requires_grad)
     for layer in moe_layers(state.engine.module):
         parts = [layer.router] * state.ranks.is_first + [layer.local_experts] * (layer.dims.edp_rank == 0)
         trained += sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)

@@ -12,6 +12,8 @@ from pipeline.method.stage import Stage
 from pipeline.model.backbone import decoder_layers, install_moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
+from pipeline.model.new_rows import install_new_rows, new_rows, vocabulary_of
+from pipeline.records.checkpoint import NewRows
 
 # 10^12 dense bf16 operations per second, by what a device's name contains: makers' data sheets, without sparsity.
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "B200": 2250.0, "L40S": 362.0, "MI300X": 1307.0,
@@ -25,7 +27,8 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
     the MLPs in a layer with a router, and 2 L H for attention's two products in each layer, where L is the sequence
     length, half of which a token sees on average, and H is all heads' width. Backward, in layers above the first
     router: as many again for the gradient of the inputs, and twice as many for attention's. And two per weight that
-    trains: in stage 1 of the new experts, to which uniform routing sends a token K (N - 1) / N times.
+    trains: in stage 1 of the new experts, to which uniform routing sends a token K (N - 1) / N times, and of the
+    head's rows of new tokens.
 
     Args:
         model: with its MoE layers, as a stage trains it.
@@ -35,7 +38,7 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
     heads = config.num_attention_heads
     attention = 2.0 * sequence_length * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     forward = backward = 0.0
-    is_above = False
+    is_above = any(rows.requires_grad for rows in new_rows(model))  # the gradient goes down to the embedding
     for layer in decoder_layers(model):
         moe = next((module for module in layer.modules() if isinstance(module, MoELayer)), None)
         weights, trained = _linear(layer), 0.0
@@ -46,17 +49,19 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
         forward += 2 * weights + attention
         backward += 2 * trained + (2 * weights + 2 * attention if is_above else 0.0)
         is_above = is_above or moe is not None
-    head = 2.0 * config.vocab_size * config.hidden_size
-    return forward + backward + 2 * head
+    head = 2.0 * vocabulary_of(model) * config.hidden_size
+    of_new_rows = 2.0 * sum(len(rows) * rows.requires_grad for rows in new_rows(model)[-1:]) * config.hidden_size
+    return forward + backward + 2 * head + of_new_rows
 
 
-def flops_of_stage(config: Any, plan: ExpertPlan, stage: Stage) -> float:
+def flops_of_stage(config: Any, plan: ExpertPlan, stage: Stage, rows: NewRows | None = None) -> float:
     """Operations of a stage per token, see :func:`flops_per_token`, counted on a model without memory.
 
     Args:
         config: the dense model's Hugging Face config.
         plan: of its experts.
         stage: what trains, at which sequence length.
+        rows: for new tokens; None where there are none.
 
     Raises:
         UserError: the plan is for another number of layers.
@@ -64,6 +69,7 @@ def flops_of_stage(config: Any, plan: ExpertPlan, stage: Stage) -> float:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         install_moe_layers(model, plan, classifiers=stage.has_classifiers)
+        install_new_rows(model, rows)
     stage.train_only(model)
     return flops_per_token(model, stage.settings.sequence_length)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from common.files import content_key
 from pipeline.config.run import ValidateConfig
 from pipeline.evaluation.scoring import score_set
+from pipeline.model.new_rows import new_rows
 from pipeline.records.evaluation import SetScore, ValidationBase
 from pipeline.records.metrics import ValidationRow
 from pipeline.records.run_folder import VALIDATION_BASE_FILE
@@ -20,8 +21,8 @@ def validation_is_due(settings: ValidateConfig, step: int, num_steps: int, batch
     return step == num_steps or (step % every == 0 and num_steps - step >= every / 2)
 
 
-def score_heads(state: TrainingState, names: Iterable[str]) -> dict[str, SetScore]:
-    """Score the heads of some held-out sets."""
+def score_heads(state: TrainingState, names: Iterable[str], *, by_own_tokenizer: bool = False) -> dict[str, SetScore]:
+    """Score the heads of some held-out sets; see :func:`pipeline.evaluation.scoring.score_set`."""
     run, model = state.inputs.run, state.engine.module
     model.eval()
     scores = {
@@ -32,6 +33,7 @@ def score_heads(state: TrainingState, names: Iterable[str]) -> dict[str, SetScor
             state.ranks,
             window=run.evaluate.window,
             max_tokens=run.validate_.max_tokens_per_set,
+            by_own_tokenizer=by_own_tokenizer,
         )
         for name in names
     }
@@ -70,7 +72,8 @@ def measure_base(state: TrainingState) -> None:
     if known is not None and known.key == key:
         state.base_scores = known.sets
     elif state.stage.starts_from is None and state.step == 0:
-        state.base_scores = score_heads(state, names)
+        is_dense = bool(new_rows(state.engine.module, that_train=True))  # else it has learned all of its rows before
+        state.base_scores = score_heads(state, names, by_own_tokenizer=is_dense)
         if state.ranks.is_first:
             ValidationBase(key=key, sets=state.base_scores).save(path)
     else:

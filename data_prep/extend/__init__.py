@@ -1,0 +1,1 @@
+"""A tokenizer that knows the new languages: the model's own with merges learned on their text."""
