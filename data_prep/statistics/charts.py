@@ -21,6 +21,9 @@ REASONS = {
 }
 
 
+OF_OWN = "Grey is the model's own tokenizer, before it was extended, on a sample of each slice."
+
+
 class Picture(NamedTuple):
     """A chart, its title, and what it shows and what is good."""
 
@@ -31,20 +34,29 @@ class Picture(NamedTuple):
 
 def pictures(statistics: StoreStatistics) -> list[Picture]:
     """All of them; the last only where anything was dropped."""
+    parts = {name: part_of(entry) for name, entry in statistics.sets.items()}
+    is_extended = any(part.fertility_before is not None for part in parts.values())
+    of_own = f" {OF_OWN}" if is_extended else ""
     found = [
         Picture(
-            _bars({name: part_of(entry).fertility for name, entry in statistics.sets.items()}, "tokens per word"),
+            _bars(
+                {name: part.fertility for name, part in parts.items()},
+                {name: part.fertility_before for name, part in parts.items()},
+                "tokens per word",
+            ),
             "Fertility",
             "Tokens the tokenizer needs for a word (for a character where words have no spaces): a language it was "
-            f"made for has 1.2 to 2.5; above {MOST_FERTILITY:g} it hardly knows the language.",
+            f"made for has 1.2 to 2.5; above {MOST_FERTILITY:g} it hardly knows the language.{of_own}",
         ),
         Picture(
             _bars(
-                {name: part_of(entry).characters_per_token for name, entry in statistics.sets.items()},
+                {name: part.characters_per_token for name, part in parts.items()},
+                {name: part.characters_per_token_before for name, part in parts.items()},
                 "characters per token",
             ),
             "Characters per token",
-            "How much text a token holds: more means more text in a sequence and less work for the same text.",
+            "How much text a token holds: more means more text in a sequence and less work for the same "
+            f"text.{of_own}",
         ),
         Picture(
             _lengths(statistics),
@@ -68,9 +80,19 @@ def part_of(entry: SetStatistics) -> PartStatistics:
     return entry.train or entry.held_out
 
 
-def _bars(values: dict[str, float | None], x: str) -> go.Figure:
-    chart = figure(x=x, y="", height=90 + 30 * len(values))
+def _bars(values: dict[str, float | None], before: dict[str, float | None], x: str) -> go.Figure:
+    """A bar per set; above it a grey one of what it was before the tokenizer was extended, where it was."""
+    is_extended = any(value is not None for value in before.values())
+    chart = figure(x=x, y="", height=90 + (45 if is_extended else 30) * len(values))
     colors = set_colors(list(values))
+    if is_extended:
+        chart.add_bar(
+            x=list(before.values()),
+            y=[label(name) for name in before],
+            orientation="h",
+            marker_color=GREY,
+            hovertemplate="%{y}: %{x:.2f} by the model's own tokenizer<extra></extra>",
+        )
     chart.add_bar(
         x=list(values.values()),
         y=[label(name) for name in values],

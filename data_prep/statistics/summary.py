@@ -50,6 +50,7 @@ def _caps_of(one: SetPlan) -> Budget:
 
 def _line(name: str, entry: SetStatistics) -> str:
     part = entry.train or entry.held_out
+    before = "" if part.fertility_before is None else f" (before: {part.fertility_before:.2f})"
     parts = [entry.held_out] if entry.train is None else [entry.train, entry.held_out]
     documents = sum(p.documents for p in parts)
     characters, tokens = sum(p.characters for p in parts), sum(p.tokens for p in parts)
@@ -57,6 +58,6 @@ def _line(name: str, entry: SetStatistics) -> str:
     return (
         f"{entry.group.upper():5} {name:12} {documents:>11,} documents {characters:>15,} characters "
         f"{tokens:>14,} tokens {part.characters_per_token or 0:5.2f} characters/token "
-        f"{part.fertility or 0:5.2f} tokens/word | "
+        f"{part.fertility or 0:5.2f} tokens/word{before} | "
         f"held out {entry.held_out.documents:,}, dropped: {dropped}"
     )

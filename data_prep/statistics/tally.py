@@ -141,6 +141,7 @@ def fertility_warning(name: str, language: str, part: PartStatistics) -> str | N
         f"set {name}: the tokenizer hardly knows {language}: {part.fertility:.1f} tokens per {unit} (a language "
         f"it knows has {usual}), {part.characters_per_token:.2f} characters per token: "
         "sequences hold little text, and training and generation cost more; consider a tokenizer that knows it"
+        f"{'' if part.fertility_before is not None else ': python -m data_prep extend-tokenizer makes one'}"
     )
 
 
