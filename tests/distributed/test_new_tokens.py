@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+from common.errors import UserError
 from pipeline.checkpoint.store import complete_tags
 from pipeline.checkpoint.tensors import load_tensors, main_file
 from pipeline.distributed.parallel_dims import ParallelDims
@@ -15,14 +16,17 @@ from pipeline.distributed.process_group import Ranks
 from pipeline.evaluation.checkpoints import Scored, load_model
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import load_dense
+from pipeline.records.evaluation import Evaluation
+from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
 from pipeline.training.sample_order import Batch, stage_order
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import stage_inputs, train_steps, with_parallel
 from tests.distributed.test_elastic import Trained, check_pair, name
+from tests.distributed.test_expansion import Model, run
 from tests.distributed.test_parity import merged
-from tests.helpers.extended import ADDED, FIRST, prepared_extended_run
-from tests.helpers.tiny import parse_run
+from tests.helpers.extended import ADDED, FIRST, extended_tree, prepared_extended_run
+from tests.helpers.tiny import parse_run, save_corpus
 
 Tree = dict[str, Any]
 ROWS, HEAD_ROWS = "model.embed_tokens.new_rows", "lm_head.new_rows"
@@ -199,3 +203,34 @@ def test_logits_of_old_ids_are_the_dense_models(tree: Tree) -> None:
     parity = context.folder.manifest("upcycle").figures["parity"]
     assert parity["holds"]
     assert parity["tokens"] > 100
+
+
+def test_a_further_expansion_keeps_the_tokenizer_and_what_its_rows_have_learned(pools: Pools, tmp_path: Path) -> None:
+    spread = {"parallel": {"ranks": 2, "ep_size": 2, "micro_batch_size": 2}}
+    tree = extended_tree(tmp_path, name="g1", similarity={"tokens": 300}, **spread)
+    first = run(pools, tree, 2)
+    corpus = save_corpus(tmp_path / "text", ["tr"])
+    data = tree["data"]
+    further = {
+        **{key: value for key, value in tree.items() if key != "model"},
+        "name": "g2",
+        "base": str(tmp_path / "runs" / "g1"),
+        "data": {**data, "old": {**data["old"], **data["new"]}, "new": {"tr": {"path": str(corpus["tr"])}}},
+        "experts": tree["experts"] | {"counts": [2, 1, 2, 2]},
+    }
+    second = run(pools, further, 2)
+    before, after = Model.of(first), Model.of(second)
+    upcycled = loaded(tree)
+    assert before.rest.keys() == after.rest.keys() >= {ROWS, HEAD_ROWS}
+    for parameter, weight in after.rest.items():
+        assert torch.equal(weight, before.rest[parameter]), parameter
+    assert all((before.rest[rows] != upcycled[rows]).any() for rows in (ROWS, HEAD_ROWS))
+    # The second run starts from what the first came to, and reads text by the same tokens.
+    scores = [Evaluation.load(context.folder / EVALUATION_FILE) for context in (first, second)]
+    for language in ("en", "el", "hu"):
+        bits = [found.sets[language].bits_per_character for found in scores]
+        assert bits[1]["base"] == bits[0]["stage2"]
+    assert scores[1].parameters["stage1_trained"] < scores[0].parameters["stage1_trained"]
+    other = {**further, "name": "g3", "model": {"path": tree["model"]["path"]}}
+    with pytest.raises(UserError, match=r"model\.tokenizer: None is not .*tokenizer, which base.run .* has; .*leave"):
+        run(pools, other, 2)
