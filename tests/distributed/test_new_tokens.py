@@ -13,7 +13,10 @@ from pipeline.checkpoint.store import complete_tags
 from pipeline.checkpoint.tensors import load_tensors, main_file
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
+from pipeline.estimate.device import Device
+from pipeline.estimate.report import Estimate
 from pipeline.evaluation.checkpoints import Scored, load_model
+from pipeline.method.stages import find_stage
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import load_dense
 from pipeline.records.evaluation import Evaluation
@@ -21,6 +24,7 @@ from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
 from pipeline.training.sample_order import Batch, stage_order
 from tests.distributed.conftest import Pools
+from tests.distributed.observed import held_bytes
 from tests.distributed.stages import stage_inputs, train_steps, with_parallel
 from tests.distributed.test_elastic import Trained, check_pair, name
 from tests.distributed.test_expansion import Model, run
@@ -234,3 +238,17 @@ def test_a_further_expansion_keeps_the_tokenizer_and_what_its_rows_have_learned(
     other = {**further, "name": "g3", "model": {"path": tree["model"]["path"]}}
     with pytest.raises(UserError, match=r"model\.tokenizer: None is not .*tokenizer, which base.run .* has; .*leave"):
         run(pools, other, 2)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_estimate_counts_what_ranks_hold_of_new_rows(
+    pools: Pools, tree: Tree, tmp_path: Path, number: int, ranks: int
+) -> None:
+    spread = on(tree, ranks, 1, 2) | {"deepspeed": "ds_configs/bf16_zero1.json"}
+    held = pools[ranks].run(held_bytes, spread, number, tmp_path)
+    estimate = Estimate(parse_run(spread, "x"), ranks, Device(), ep_size=1)
+    memory = estimate.memory(find_stage(estimate.run, number))
+    for kind in ("weights", "master weights", "moments", *(["gradients"] if number == 1 else [])):
+        found = max(rank[kind] for rank in held)
+        assert memory[kind] == pytest.approx(found, rel=0.02), kind
