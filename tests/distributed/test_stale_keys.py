@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from pydantic import BaseModel
 
+from data_prep.extend.extend import extend_tokenizer
 from pipeline.config.run import RunConfig
 from pipeline.run.changes import differences, explain
 from pipeline.run.context import RunContext
@@ -47,6 +48,7 @@ FLIPS = [
     Flip("seed", 18, {*TRAINING_TEXT, U}),
     Flip("model.path", "model2", {*TRAINING_TEXT, A, U}),
     Flip("model.revision", "main", set()),  # of a folder; a hub's model is another folder
+    Flip("model.tokenizer", "extended", {T, U, S1, S2, E}),  # similarity is measured by the model's own
     # Text.
     Flip("data.*.path", "more/en.jsonl", OLD, "data.old.en.path"),
     Flip("data.*.path", "more/hu.jsonl", NEW, "data.new.hu.path"),
@@ -217,6 +219,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, pools: Pools) -> Finished
         },
         similarity={"tokens": 300},
     )
+    extend_tokenizer(parse_run(tree, "x").preparation, 20, folder / "extended")
     assert run(pools, tree) == [T, S, A, U, S1, S2, E]
     context = RunContext(parse_run(tree, "x"), quiet=True)
     return Finished(tree, context, {step.name: step.inputs(context) for step in STEPS if step.keeps_manifest})
