@@ -11,7 +11,7 @@ from common.files import read_json
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.json"
 HELD_OUT = "held_out"  # the shard of held-out documents, and its .jsonl
-OWN_HELD_OUT = "held_out_own"  # the same documents by the model's own tokenizer, where the run's extends it
+OWN_HELD_OUT = "held_out_own"  # the same two by the model's own tokenizer, where the run's extends it
 RUNS, RUN_SIZES = "held_out_runs.npy", "held_out_sizes.npy"  # word runs of the held-out texts: see HeldOutRuns
 
 

@@ -47,6 +47,7 @@ class _Written:
     train: Tally = field(default_factory=Tally)
     held_out: Tally = field(default_factory=Tally)
     rows: list[HeldOutDocument] = field(default_factory=list)
+    own_rows: list[HeldOutDocument] = field(default_factory=list)  # the same, by the model's own tokenizer
     sizes: list[tuple[int, int]] = field(default_factory=list)  # characters and bytes of each training document
 
 
@@ -82,14 +83,17 @@ def tokenize_slice(work: Work, number: int) -> Json:
         for one, ids in _encoded(work, part, drops, bad_rows):
             writers["held_out" if one.held_out else "train"].append(ids)
             if own is not None and one.held_out:
-                writers[OWN_HELD_OUT].append(own.encode([one.text], dtype_of_ids(work))[0])
+                [own_ids] = own.encode([one.text], dtype_of_ids(work))
+                writers[OWN_HELD_OUT].append(own_ids)
+                written.own_rows.append(_held_out_row(one, own_ids.size - own.spec.num_added))
             _count(written, one, ids, plan.tokenizer.num_added, own)
     for name, writer in writers.items():
         if name == OWN_HELD_OUT:
             continue
         figures[name] = getattr(written, name).as_json() | {"sha256": writer.sha256}
-    rows = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in written.rows)
-    write_text(work.path(TOKENIZE, number, ".held_out.jsonl"), "".join(rows))
+    for name, rows in (("held_out", written.rows), *([] if own is None else [(OWN_HELD_OUT, written.own_rows)])):
+        lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
+        write_text(work.path(TOKENIZE, number, f".{name}.jsonl"), "".join(lines))
     sizes = np.array(written.sizes, np.uint64).reshape(-1, 2).T
     save_array(work.path(TOKENIZE, number, ".sizes.npy"), sizes)
     figures |= {"dropped": drops.as_json(), "bad_rows": bad_rows.as_json()}

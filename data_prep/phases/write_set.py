@@ -229,10 +229,11 @@ def _join_held_out(work: Work, one: _Set) -> None:
                 shard = Shard(work.path(TOKENIZE, number, f".{name}"))
                 for index in range(shard.num_documents):
                     writer.append(shard.document(index))
+        described = (work.path(TOKENIZE, number, f".{name}.jsonl") for number in sorted(one.taken))
+        lines = one.folder / f"{name}.jsonl"
+        write_text(lines, "".join(path.read_text(encoding="utf-8") for path in described))
         one.files |= {f"{name}{suffix}": value for suffix, value in writer.sha256.items()}
-    described = (work.path(TOKENIZE, number, ".held_out.jsonl") for number in sorted(one.taken))
-    write_text(one.folder / f"{HELD_OUT}.jsonl", "".join(path.read_text(encoding="utf-8") for path in described))
-    one.files[f"{HELD_OUT}.jsonl"] = sha256_file(one.folder / f"{HELD_OUT}.jsonl")
+        one.files[lines.name] = sha256_file(lines)
 
 
 def _check_not_empty(plan: Plan, one: _Set) -> None:

@@ -102,8 +102,7 @@ class RunContext:
 
         base = self.base
         if base is None or self.run.base is None:
-            own = {} if self.run.model.tokenizer is None else {"tokenizer": self.store.own_tokenizer_key}
-            return Scored(BASE, (), {"dense": self.model_hash} | own, by_own_tokenizer=True)
+            return Scored(BASE, (), {"dense": self.model_hash}, by_own_tokenizer=True)
         label = self.run.base.checkpoint or base.stages[-1]
         folders = {stage: base.folder / stage for stage in base.stages}
         identities = {number: base.identity(number) for number in base.run.stage_numbers}

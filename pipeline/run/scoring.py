@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from common.files import content_key
+from data_prep.manifest import HELD_OUT, OWN_HELD_OUT
 from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.evaluation import BASE, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE
@@ -26,9 +27,10 @@ def evaluate_inputs(context: RunContext) -> Inputs:
 
 
 def held_out_keys(context: RunContext) -> dict[str, str]:
-    """By set, a hash of the text that is scored."""
+    """By set, a hash of the documents that are scored, by the model's own tokenizer: the run may extend it."""
+    part = HELD_OUT if context.store.own_tokenizer_key is None else OWN_HELD_OUT
     files = {name: one.manifest.files for name, one in context.store.sets.items()}
-    return {name: content_key([found["held_out.bin"], found["held_out.jsonl"]]) for name, found in files.items()}
+    return {name: content_key([found[f"{part}.bin"], found[f"{part}.jsonl"]]) for name, found in files.items()}
 
 
 def has_work(context: RunContext, tag: str | None = None) -> bool:

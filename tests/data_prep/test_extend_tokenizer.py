@@ -151,8 +151,9 @@ def test_it_learns_from_no_held_out_text(tree: dict[str, Any], tmp_path: Path, w
     tree["data"]["new"]["el"]["path"] = str(write_rows("el.jsonl", rows))
     assert run_command(tmp_path, tree, "--add", str(ADD), "--to", str(tmp_path / "out")) == 0
     extended = AutoTokenizer.from_pretrained(tmp_path / "out")
-    own = AutoTokenizer.from_pretrained(tmp_path / "model")
-    added = [extended.decode([number]) for number in extended.get_vocab().values() if number >= len(own.get_vocab())]
+    old = AutoTokenizer.from_pretrained(tmp_path / "model").get_vocab()
+    added = [extended.decode([number]) for token, number in extended.get_vocab().items() if token not in old]
+    assert len(added) == ADD
     assert any("σπ" in token for token in added)
     assert not any("φω" in token or "ωφ" in token for token in added)
 

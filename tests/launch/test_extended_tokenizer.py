@@ -22,6 +22,7 @@ from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.evaluation import Evaluation, ValidationBase
 from pipeline.records.run_folder import EVALUATION_FILE, STATISTICS_FILE, VALIDATION_BASE_FILE, RunFolder
 from pipeline.run.context import RunContext
+from pipeline.run.scoring import held_out_keys
 from tests.helpers.tiny import HIDDEN, VOCAB_SIZE, parse_run, run_tree, write_run
 from tests.launch.test_commands import command
 
@@ -60,6 +61,9 @@ def test_the_dense_model_is_scored_by_its_own_tokenizer_as_in_any_other_run(
     plain = run.preparation.model_copy(update={"model": run.model.model_copy(update={"tokenizer": None})})
     store = prepare(plain, "local")
     assert store is not None
+    before = RunContext(run.model_copy(update={"model": plain.model}))
+    before.__dict__["store"] = store
+    assert held_out_keys(before) == held_out_keys(RunContext(run))  # so that `compare` has intervals between them
     model, ranks = load_dense(Path(run.model.path), torch.float32), alone("cpu")
     result = Evaluation.load(run.folder / EVALUATION_FILE)
     validated = ValidationBase.load(run.folder / VALIDATION_BASE_FILE)
