@@ -87,6 +87,8 @@ def write_upcycled(sizes: Sizes, dtype: torch.dtype, folder: Path, device: str =
         model = AutoModelForCausalLM.from_config(sizes.llama(), dtype=dtype)
     model.save_pretrained(folder / "dense")
     del model
+    if device == "cuda":
+        torch.cuda.empty_cache()
     samples = np.random.default_rng(0).integers(sizes.vocab, size=(1, min(8, sizes.sequence)))
     upcycle(folder / "dense", expert_plan(sizes), samples, folder / "upcycled", seed=0, model_hash="random")
 

@@ -225,9 +225,13 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         if self.base is not None and self.experts.init != "copy":
-            raise ValueError("experts.init: a further expansion copies expert 0; leave it out")
+            raise ValueError("experts.init: a further expansion copies experts; leave it out")
         if self.base is not None and self.experts.noise:
-            raise ValueError("experts.noise: a further expansion copies expert 0 exactly; leave it out")
+            raise ValueError("experts.noise: a further expansion copies experts exactly; leave it out")
+        if self.base is None and self.experts.copy_of != "mlp":
+            raise ValueError("experts.copy_of: a dense model has no other expert; leave it out, or name a base run")
+        if self.experts.rounding == "expert_parallel" and self.parallel.ep_size == "auto":
+            raise ValueError("experts.rounding: expert_parallel needs a number for parallel.ep_size; give one")
         reasons = {
             "stage2 replays": self.stage2 is not None,
             "stage1.old_share reads": self.stage1.old_share > 0,

@@ -23,7 +23,7 @@ from pipeline.estimate.memory import (
     most_experts,
     network_per_token,
 )
-from pipeline.method.allocation import allocate, clamp_similarity, expert_plan
+from pipeline.method.allocation import allocate, clamp_similarity, ep_size_to_share, expert_plan
 from pipeline.method.given_similarity import given_similarity
 from pipeline.method.stage import Stage
 from pipeline.method.stages import stages_of
@@ -271,7 +271,7 @@ def find_plan(run: RunConfig, num_layers: int, num_new: int | None = None) -> tu
         spread = {"num_new": experts.num_new or num_new, "delta": None, "rounding": "largest_remainder"}
         experts = experts.model_copy(update={"allocation": "uniform", **spread})
         note = "spread evenly, as similarities are not measured yet"
-    counts = allocate(experts, num_layers, similarity).counts
+    counts = allocate(experts, num_layers, similarity, ep_size_to_share(run)).counts
     layers = experts.classifier_layers
     if similarity is None and isinstance(layers, int):  # which they are takes similarities; for sizes, any will do
         layers = [layer for layer, count in enumerate(counts) if count > 1][:layers]

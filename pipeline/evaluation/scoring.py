@@ -9,7 +9,7 @@ from torch import nn
 
 from data_prep.store import TokenStore
 from pipeline.distributed.process_group import Ranks
-from pipeline.method.losses import routing_statistics, token_losses
+from pipeline.method.losses import routing_statistics, token_losses, weight_on_first
 from pipeline.model.backbone import moe_layers
 from pipeline.model.moe import collect_routings
 from pipeline.records.evaluation import SetScore
@@ -72,7 +72,14 @@ def make_batches(windows: list[Window], tokens_per_batch: int) -> list[list[Wind
 
 @torch.inference_mode()
 def score_set(
-    model: nn.Module, store: TokenStore, name: str, ranks: Ranks, *, window: int, max_tokens: int | None = None
+    model: nn.Module,
+    store: TokenStore,
+    name: str,
+    ranks: Ranks,
+    *,
+    window: int,
+    max_tokens: int | None = None,
+    group: int | None = None,
 ) -> SetScore:
     """Score a set's held-out documents; every rank gets the whole result.
 
@@ -86,13 +93,14 @@ def score_set(
         ranks: all of them take part.
         window: tokens per window.
         max_tokens: stop after the document that reaches this number; None scores all.
+        group: the round that added the set's language; None if the model does not know it.
     """
     windows = document_windows(store, name, window, max_tokens)
     batches = make_batches(windows, TOKENS_PER_BATCH[ranks.device.type])
     num_documents = max(w.document for w in windows) + 1
     num_layers = len(moe_layers(model))
     bits = torch.zeros(num_documents, dtype=torch.float64, device=ranks.device)
-    routed = torch.zeros(num_layers, len(STATISTICS), dtype=torch.float64, device=ranks.device)
+    routed = torch.zeros(num_layers, len(STATISTICS) + 1, dtype=torch.float64, device=ranks.device)
     for start in range(0, len(batches), ranks.world_size):
         ranks.at(f"scoring {name}, batch {start // ranks.world_size + 1}")
         mine = batches[start + ranks.rank] if start + ranks.rank < len(batches) else []
@@ -101,14 +109,19 @@ def score_set(
         mask = _mask(mine).flatten().to(ranks.device)
         for index, routing in enumerate(routings):
             sums = routing_statistics(routing, mask)
-            routed[index] += torch.stack([sums[key] for key in STATISTICS]).double()
+            old = routing.old_experts
+            own = weight_on_first(routing, old[group] if group is not None and group < len(old) else None, mask)
+            routed[index] += torch.stack([*(sums[key] for key in STATISTICS), own]).double()
     packed = ranks.sum(torch.cat([bits, routed.flatten()])).cpu()
-    bits, routed = packed[:num_documents], packed[num_documents:].view(num_layers, len(STATISTICS))
-    shares = (routed[:, 1:] / routed[:, :1].clamp(min=1)).T.tolist() if num_layers else [[], [], []]
+    bits, routed = packed[:num_documents], packed[num_documents:].view(num_layers, len(STATISTICS) + 1)
+    shares = (routed[:, 1:] / routed[:, :1].clamp(min=1)).T.tolist() if num_layers else [[], [], [], []]
+    own = shares.pop()
+    own_experts = sum(own) / num_layers if own and group is not None else None
     documents = store.held_out_documents(name)[:num_documents]
     names = ("expert_0_share", "probability_0", "classified_old")
     by_name = dict(zip(names, shares, strict=True))
-    return SetScore(bits=bits.tolist(), characters=[document.characters for document in documents], **by_name)
+    return SetScore(bits=bits.tolist(), characters=[document.characters for document in documents],
+                    own_experts=own_experts, **by_name)  # fmt: skip
 
 
 def _mask(batch: list[Window]) -> torch.Tensor:

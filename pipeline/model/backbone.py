@@ -170,6 +170,7 @@ def install_moe_layers(
             has_classifier=classifiers and index in plan.classifier_layers,
             old_experts=plan.old_experts(index),
             has_selection_bias=selection_biases,
+            classifies_sequences=plan.classifier == "sequence",
         )
         setattr(layers[index], name, installed[index])
     return installed

@@ -30,6 +30,7 @@ class UpcycledManifest(Manifest):
         dense_parameters: of the dense model.
         mlp_parameters: of one layer's MLP.
         hidden_size: D.
+        copied: of a further expansion whose new experts are copies of the most used one, its number in each layer.
     """
 
     model: str
@@ -40,6 +41,7 @@ class UpcycledManifest(Manifest):
     dense_parameters: int
     mlp_parameters: int
     hidden_size: int
+    copied: list[int] | None = None
 
     @property
     def holds_experts(self) -> bool:

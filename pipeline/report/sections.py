@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from common.html.style import set_colors
 from data_prep.statistics import charts as text_charts
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.records.evaluation import StageRouting
+from pipeline.records.evaluation import BASE, Evaluation, StageRouting
 from pipeline.records.metrics import StepRow
 from pipeline.report import charts, curves, summary
 from pipeline.report.data import RunData, Stage, stage_label
@@ -92,6 +92,7 @@ def _experts(data: RunData) -> Section:
                 "a diamond marks a layer where a classifier sends old-language tokens straight to expert 0.",
             )
         )
+        section.notes.extend(_ancestry(data.plan))
     if data.similarity is None:
         section.missing.append(
             "Similarity by layer: similarity.json is not in the folder; only allocation: layerwise measures it."
@@ -106,6 +107,22 @@ def _experts(data: RunData) -> Section:
             )
         )
     return section
+
+
+def _ancestry(plan: ExpertPlan) -> list[str]:
+    """Which experts each expansion added, where there was more than one."""
+    if plan.num_groups < 3:
+        return []
+    sources = {"expert 0": "the original MLP", "most used expert": "the most used expert of their layer"}
+    dense, *added = plan.rounds
+    lines = [f"Round 0, the dense model: {', '.join(dense.languages)}."]
+    for number, one in enumerate(added, 1):
+        where = sum(num > 0 for num in one.num_new)
+        lines.append(
+            f"Round {number}: {', '.join(one.languages)}; {sum(one.num_new)} new experts in {where} layers, copies of "
+            f"{sources[one.source]}."
+        )
+    return lines
 
 
 _LOSS_CAPTIONS = {
@@ -232,9 +249,25 @@ def _routing(data: RunData) -> Section:
     for field_name, title, value, caption in maps:
         if routing:
             section.charts.append(Chart(_maps(data, routing, field_name, value), title, caption))
+    if data.evaluation is not None and data.plan is not None:
+        section.notes.extend(_own_experts(data.evaluation, data.plan))
     _add_classified(section, data)
     _add_load(section, data)
     return section
+
+
+def _own_experts(evaluation: Evaluation, plan: ExpertPlan) -> list[str]:
+    """Whether earlier rounds' languages still use the experts of their time."""
+    lines = []
+    for name, by_label in evaluation.own_experts.items():
+        shares = ", ".join(f"{share:.1%} {_when(label)}" for label, share in by_label.items())
+        number = plan.round_of(evaluation.sets[name].language)
+        lines.append(f"{name}, of round {number}: {shares} of its routing weight is on the experts of its time.")
+    return lines
+
+
+def _when(label: str) -> str:
+    return "before" if label == BASE else f"after {stage_label(label)}"
 
 
 def _maps(data: RunData, routing: dict[str, StageRouting], field_name: str, value: str) -> dict[str, go.Figure]:

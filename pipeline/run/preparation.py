@@ -9,8 +9,9 @@ from common.launch_environment import is_first_rank
 from data_prep.config import SetConfig
 from data_prep.prepare import prepare
 from data_prep.sample import sample_documents
+from pipeline.config.experts import ExpertsConfig
 from pipeline.config.run import RunConfig
-from pipeline.method.allocation import allocate, clamp_similarity, expert_plan
+from pipeline.method.allocation import allocate, clamp_similarity, ep_size_to_share, expert_plan
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.run_folder import PLAN_FILE, SIMILARITY_FILE, STATISTICS_FILE
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 UPCYCLED_FORMAT = 2  # raised when what an upcycled folder holds changes
+USAGE_SAMPLE = 4096  # tokens of each new set that say which experts are used most
 PARITY_SAMPLE = 128  # tokens of each set for the upcycling receipt
 
 
@@ -146,11 +148,17 @@ def allocate_inputs(context: RunContext) -> Inputs:
     return {
         "model": context.start,
         "similarity": _similarity_hash(context),
-        "experts": context.run.experts.model_dump(
-            mode="json", exclude={"init", "drop_ratio", "noise", "write_copies", "router", "similarity"}
-        ),
+        "experts": _allocation_settings(context.run.experts),
         "not_positive": context.run.similarity.not_positive,
     }
+
+
+def _allocation_settings(experts: ExpertsConfig) -> Inputs:
+    """What of the experts section a plan depends on; without options at their defaults that runs of before lacked."""
+    others = {"init", "drop_ratio", "noise", "write_copies", "router", "similarity"}
+    added_later = {"copy_of": "mlp", "classifier": "token"}
+    as_before = {name for name, default in added_later.items() if getattr(experts, name) == default}
+    return experts.model_dump(mode="json", exclude=others | as_before)
 
 
 def _similarity_hash(context: RunContext) -> str | None:
@@ -206,7 +214,7 @@ def plan_experts(run: RunConfig, num_layers: int, found: Similarity | None) -> t
         similarity, changed = clamp_similarity(measured)
         if changed:
             print(f"allocate: warning: similarity of layers {changed} raised to a small positive value", flush=True)
-    allocation = allocate(run.experts, num_layers, similarity)
+    allocation = allocate(run.experts, num_layers, similarity, ep_size_to_share(run))
     return expert_plan(run, allocation.counts, measured), allocation.note
 
 
@@ -281,17 +289,29 @@ def _write_upcycled(context: RunContext, target: Path) -> None:
 
     from pipeline.distributed.process_group import alone
     from pipeline.evaluation.checkpoints import load_scored
-    from pipeline.method.expand import expand
+    from pipeline.method.expand import expand, most_used_experts
     from pipeline.model.backbone import ONE_RANK
 
     upcycled = context.base.upcycled
     manifest = read_manifest(upcycled, UpcycledManifest)
     dtype = getattr(torch, manifest.dtype)
     model = load_scored(context.start_model, context.dense, dtype, alone("cpu"), ONE_RANK)
+    copied = None
+    if run.experts.copy_of == "most_used":
+        copied = most_used_experts(model, context.base.plan, _new_documents(context))
+        print(f"upcycle: new experts are copies of the most used one, by layer: {' '.join(map(str, copied))}")
     expand(
         model, context.base.plan, context.plan, (upcycled, manifest), samples, target,
-        seed=run.seed, key=context.start, router=run.experts.router, write_copies=run.experts.write_copies,
+        seed=run.seed, key=context.start, router=run.experts.router, copied=copied,
+        write_copies=run.experts.write_copies,
     )  # fmt: skip
+
+
+def _new_documents(context: RunContext) -> "list[np.ndarray]":
+    """A sample of the new languages' training text, as much of each set."""
+    sets = context.run.data.new
+    documents = [sample_documents(context.planned, name, USAGE_SAMPLE) for name in sets]
+    return [document.ids for found in documents for document in found]
 
 
 def _parity_samples(context: RunContext) -> "np.ndarray":

@@ -11,15 +11,21 @@ import pytest
 import torch
 
 from common.errors import UserError
-from common.files import read_json
+from data_prep.sample import sample_documents
+from pipeline.checkpoint.store import read_manifest
 from pipeline.checkpoint.tensors import expert_file
 from pipeline.checkpoint.weights import local_expert_names
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.evaluation.checkpoints import checkpoint_to_score, load_model
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import ONE_RANK, load_dense, moe_layers
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.moe import collect_routings
 from pipeline.model.moe.experts import fused_weights
-from pipeline.records.run_folder import EVALUATION_FILE, RunFolder
+from pipeline.model.moe.router import classify
+from pipeline.records.checkpoint import UpcycledManifest
+from pipeline.records.evaluation import Evaluation
+from pipeline.records.run_folder import EVALUATION_FILE, REPORT_FILE, RunFolder
 from pipeline.run.checks import sample_warnings
 from pipeline.run.context import RunContext
 from pipeline.run.runner import do_step
@@ -120,10 +126,28 @@ def test_three_expansions_leave_all_that_was_trained_before_as_it_was(
                 assert not any(torch.equal(weights[name], mlp[name]) for name in mlp), "a new expert trains"
         classifiers = [layer.router.classifier for layer in moe_layers(model.module)]
         assert [len(one.weight) for one in classifiers if one is not None] == [number + 2] * 2
-        scores.append(read_json(context.folder / EVALUATION_FILE)["sets"]["en"]["bits_per_character"])
+        evaluation = Evaluation.load(context.folder / EVALUATION_FILE)
+        scores.append(evaluation.sets["en"].bits_per_character)
+        check_own_experts(evaluation, number, context)
         before = model
     # Each run is compared with the model that it starts from.
     assert [one["base"] for one in scores[1:]] == [one["stage2"] for one in scores[:-1]]
+
+
+def check_own_experts(evaluation: Evaluation, number: int, context: RunContext) -> None:
+    """How much of earlier languages' routing weight is on the experts of their time is known, and in the report."""
+    earlier = ["en", *LANGUAGES[:number]] if number else []
+    assert sorted(evaluation.own_experts) == sorted(earlier)
+    for language, by_label in evaluation.own_experts.items():
+        labels = ["stage1", "stage2"] if number == 0 else ["base", "stage1", "stage2"]
+        assert list(by_label) == labels
+        assert all(0 < share <= 1 + 1e-6 for share in by_label.values())
+        if language == LANGUAGES[number - 1]:
+            assert by_label["base"] == pytest.approx(1.0), "before, there were no other experts"
+            assert by_label["stage1"] < 1.0
+    page = (context.folder / REPORT_FILE).read_text(encoding="utf-8")
+    assert page.count("of its routing weight is on the experts of its time") == len(earlier)
+    assert page.count("copies of the original MLP") == (number + 1 if number else 0)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +199,8 @@ def test_tokens_of_each_language_keep_the_experts_of_its_time(pools: Pools, seco
     ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "top_k": 1}}, "experts.top_k: 1, but"),
     ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "init": "random"}}, "experts.init: a further"),
     ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "noise": 0.1}}, "experts.noise: a further"),
+    ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "classifier": "sequence"}},
+     "experts.classifier: sequence, but the base run's classify each token; give that"),
 ])  # fmt: skip
 def test_a_mistake_in_a_further_expansion_is_one_line(second_round: Tree, change: Tree, line: str) -> None:
     text = json.dumps(change).replace("{base}", second_round["base"])
@@ -196,6 +222,74 @@ def test_another_checkpoint_of_the_base_or_reset_routers_make_stale_what_depends
     assert [name for name in before if before[name] != earlier[name]] == ["similarity", "allocate", "upcycle"]
     reset = inputs(second_round | {"experts": {**second_round["experts"], "router": "reset"}})
     assert [name for name in before if before[name] != reset[name]] == ["upcycle"]
+    most_used = inputs(second_round | {"experts": {**second_round["experts"], "copy_of": "most_used"}})
+    assert [name for name in before if before[name] != most_used[name]] == ["allocate"]
+
+
+def test_new_experts_can_be_copies_of_the_one_that_the_new_languages_use_most(
+    second_round: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = second_round | {"name": "most", "experts": {**second_round["experts"], "copy_of": "most_used"}}
+    context = RunContext(parse_run(tree, "x"))
+    RunFolder.create(context.run)
+    do_steps(context, "tokenize", "similarity", "allocate", "upcycle")
+    assert context.base is not None
+    before, plan = Model.of(RunContext(context.base.run)), context.base.plan
+    copied = read_manifest(context.upcycled, UpcycledManifest).copied
+    assert copied is not None and any(copied) and copied[2] == 0, "layer 2 was dense"
+    assert f"copies of the most used one, by layer: {' '.join(map(str, copied))}" in capsys.readouterr().out
+    assert context.plan.rounds[-1].source == "most used expert"
+    documents = [document.ids for document in sample_documents(context.planned, "hu", 4096)]
+    assert copied == counted_by_hand(before, plan, documents)
+    dense = load_dense(context.dense, torch.float32)
+    after = load_upcycled(context.upcycled, context.plan, torch.float32, classifiers=True)
+    for (index, number), prefix in local_expert_names(after).items():
+        layer = context.plan.moe_layers[index]
+        found = dict(after.get_submodule(prefix).state_dict())
+        source = number + 1 if number < context.plan.num_frozen(layer) else copied[layer]
+        mlp = fused_weights(dense.model.layers[layer].mlp.state_dict())
+        assert same(found, before.experts[layer, source] if source else mlp), (layer, number)
+
+
+def counted_by_hand(model: Model, plan: ExpertPlan, documents: list[Any]) -> list[int]:
+    """The expert that most of a document's tokens choose, by layer."""
+    counts = [torch.zeros(count) for count in plan.counts]
+    for ids in documents:
+        with collect_routings(model.module) as routings, torch.no_grad():
+            model.module(input_ids=torch.tensor(ids.astype("int64")).unsqueeze(0), use_cache=False)
+        for layer, routing in zip(plan.moe_layers, routings, strict=True):
+            for chosen, active in zip(routing.ids_TK.tolist(), routing.active_TK.tolist(), strict=True):
+                for expert, is_computed in zip(chosen, active, strict=True):
+                    counts[layer][expert] += is_computed
+    return [int(count.argmax()) for count in counts]
+
+
+def test_decoding_with_a_cache_and_padding_on_the_left_equals_the_full_sequence(second_round: Tree) -> None:
+    context = RunContext(parse_run(second_round, "x"))
+    model = load_upcycled(context.upcycled, context.plan, torch.float32, classifiers=True)
+    torch.manual_seed(5)
+    for layer in moe_layers(model):
+        layer.router.wg.weight.data.normal_()
+        if layer.router.classifier is not None:
+            layer.router.classifier.weight.data.normal_()
+    sequences = [torch.arange(start, start + length) * 13 % 290 for start, length in ((0, 12), (5, 9), (40, 4))]
+    width = max(map(len, sequences))
+    ids = torch.stack([torch.nn.functional.pad(one, (width - len(one), 0)) for one in sequences])
+    mask = torch.stack([torch.arange(width) >= width - len(one) for one in sequences]).long()
+    with torch.no_grad(), collect_routings(model) as routings:
+        alone = [model(input_ids=one.unsqueeze(0), use_cache=False).logits[0] for one in sequences]
+        cache, found = None, []
+        for end in range(1, width + 1):
+            positions = (mask[:, :end].cumsum(-1) - 1).clamp(min=0)[:, -1:]
+            output = model(input_ids=ids[:, end - 1 : end], attention_mask=mask[:, :end], position_ids=positions,
+                           past_key_values=cache, use_cache=True)  # fmt: skip
+            cache = output.past_key_values
+            found.append(output.logits)
+    classes = {int(c) for routing in routings if routing.class_logits_TC is not None
+               for c in classify(routing.class_logits_TC)}  # fmt: skip
+    assert classes == {0, 1, 2}, "tokens of every group are among them"
+    for row, (one, expected) in enumerate(zip(sequences, alone, strict=True)):
+        torch.testing.assert_close(torch.cat(found, 1)[row, width - len(one) :], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_group_without_replay_is_named(second_round: Tree) -> None:

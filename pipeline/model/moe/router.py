@@ -51,6 +51,10 @@ class Router(nn.Module):
     the last group, the new languages, takes them from all. It starts at zero, where all classes tie, which counts as
     the last: every token is routed as if there were no classifier.
 
+    LayerMoE's reference implementation classifies whole sequences instead, by the sum of their hidden states. That is
+    here for comparison: an output then depends on later tokens and on padding, the sum grows with the length, samples
+    of several documents get one class, and decoding with a cache, which sees one token at a time, classifies that.
+
     A selection bias, where there is one, is added to the scores to choose the top K, and to nothing else: the weights
     are those of the scores (Loss-Free Balancing, arXiv 2408.15664, eq. 3). It is a buffer in fp32 that starts at zero.
 
@@ -61,6 +65,7 @@ class Router(nn.Module):
         has_classifier: whether the layer has a routing classifier.
         old_experts: for each old group, how many experts, the first ones, existed after its round.
         has_selection_bias: whether it has a selection bias.
+        classifies_sequences: whether all tokens of a sequence get one class.
     """
 
     def __init__(
@@ -71,8 +76,10 @@ class Router(nn.Module):
         has_classifier: bool,
         old_experts: tuple[int, ...] = (1,),
         has_selection_bias: bool = False,
+        classifies_sequences: bool = False,
     ) -> None:
         super().__init__()
+        self.classifies_sequences = classifies_sequences
         assert num_experts >= top_k
         self.top_k = top_k
         # DeepSpeed's native checkpoints call a router's weight "gate.wg.weight".
@@ -124,14 +131,28 @@ class Router(nn.Module):
         ids_TK = biased_TE.topk(self.top_k, dim=-1).indices
         return scores_TE.gather(-1, ids_TK), ids_TK
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        """Route tokens: softmax over all experts, then the top K, then their weights made to sum to 1."""
+    def _class_logits(self, x_TD: Tensor, num_sequences: int) -> Tensor | None:
+        """Of each token, fp32, [T, C]; None without a classifier."""
+        if self.classifier is None:
+            return None
+        weight_CD = self.classifier.weight.float()
+        if not self.classifies_sequences:
+            return F.linear(x_TD, weight_CD)
+        sums_BD = x_TD.view(num_sequences, -1, x_TD.shape[-1]).sum(1)
+        return F.linear(sums_BD, weight_CD).repeat_interleave(len(x_TD) // num_sequences, dim=0)
+
+    def forward(self, x_TD: Tensor, num_sequences: int = 1) -> Routing:
+        """Route tokens: softmax over all experts, then the top K, then their weights made to sum to 1.
+
+        Args:
+            x_TD: the tokens of one sequence after another, all of the same length.
+            num_sequences: how many.
+        """
         x_TD = x_TD.float()
         logits_TE = F.linear(x_TD, self.wg.weight.float())
         scores_TE = logits_TE.softmax(-1)
-        allowed_TE, forbidden_TE, class_logits_TC = scores_TE, None, None
-        if self.classifier is not None:
-            class_logits_TC = F.linear(x_TD, self.classifier.weight.float())
+        allowed_TE, forbidden_TE, class_logits_TC = scores_TE, None, self._class_logits(x_TD, num_sequences)
+        if class_logits_TC is not None:
             numbers_E = torch.arange(scores_TE.shape[1], device=x_TD.device)
             forbidden_TE = numbers_E >= self.allowed_C[classify(class_logits_TC)].unsqueeze(-1)
             allowed_TE = logits_TE.masked_fill(forbidden_TE, -torch.inf).softmax(-1)
