@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from pipeline.checkpoint.tensors import expert_file
 from pipeline.checkpoint.weights import local_expert_names
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.evaluation.checkpoints import checkpoint_to_score, load_model
+from pipeline.method.expand import expand, most_used_experts
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import ONE_RANK, load_dense, moe_layers
 from pipeline.model.expert_plan import ExpertPlan
@@ -26,6 +28,7 @@ from pipeline.model.moe.router import classify
 from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE, REPORT_FILE, RunFolder
+from pipeline.report.page import write_page
 from pipeline.run.checks import sample_warnings
 from pipeline.run.context import RunContext
 from pipeline.run.runner import do_step
@@ -78,17 +81,17 @@ def run(pools: Pools, tree: Tree, ranks: int) -> RunContext:
 
 @dataclass(frozen=True)
 class Model:
-    """A run's last model: its experts by (layer, number); what is neither router nor expert, by the dense names."""
+    """A model after a stage: its experts by (layer, number); what is neither router nor expert, by the dense names."""
 
     module: Any
     experts: dict[tuple[int, int], dict[str, torch.Tensor]]
     rest: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, context: RunContext) -> "Model":
+    def of(cls, context: RunContext, label: str = "stage2") -> "Model":
         folders = {stage: context.folder / stage for stage in context.stages}
         identities = {number: context.identity(number) for number in context.run.stage_numbers}
-        scored = checkpoint_to_score(folders, "stage2", identities, context.upcycled, context.plan)
+        scored = checkpoint_to_score(folders, label, identities, context.upcycled, context.plan)
         model = load_model(scored, context.upcycled, context.plan, torch.float32, ONE_RANK, torch.device("cpu"))
         experts = {
             (context.plan.moe_layers[index], number + 1): dict(model.get_submodule(prefix).state_dict())
@@ -145,6 +148,7 @@ def check_own_experts(evaluation: Evaluation, number: int, context: RunContext) 
         if language == LANGUAGES[number - 1]:
             assert by_label["base"] == pytest.approx(1.0), "before, there were no other experts"
             assert by_label["stage1"] < 1.0
+    write_page(context.folder, [step.name for step in steps_of(context.run)])
     page = (context.folder / REPORT_FILE).read_text(encoding="utf-8")
     assert page.count("of its routing weight is on the experts of its time") == len(earlier)
     assert page.count("copies of the original MLP") == (number + 1 if number else 0)
@@ -229,20 +233,54 @@ def test_another_checkpoint_of_the_base_or_reset_routers_make_stale_what_depends
 def test_new_experts_can_be_copies_of_the_one_that_the_new_languages_use_most(
     second_round: Tree, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree = second_round | {"name": "most", "experts": {**second_round["experts"], "copy_of": "most_used"}}
+    base = {"run": second_round["base"], "checkpoint": "stage1"}  # where no classifier keeps tokens on expert 0
+    experts = {**second_round["experts"], "copy_of": "most_used"}
+    tree = second_round | {"name": "most", "base": base, "experts": experts}
     context = RunContext(parse_run(tree, "x"))
     RunFolder.create(context.run)
     do_steps(context, "tokenize", "similarity", "allocate", "upcycle")
     assert context.base is not None
-    before, plan = Model.of(RunContext(context.base.run)), context.base.plan
+    before, plan = Model.of(RunContext(context.base.run), "stage1"), context.base.plan
     copied = read_manifest(context.upcycled, UpcycledManifest).copied
-    assert copied is not None and any(copied) and copied[2] == 0, "layer 2 was dense"
+    assert copied is not None and copied[2] == 0, "layer 2 was dense"
     assert f"copies of the most used one, by layer: {' '.join(map(str, copied))}" in capsys.readouterr().out
     assert context.plan.rounds[-1].source == "most used expert"
     documents = [document.ids for document in sample_documents(context.planned, "hu", 4096)]
-    assert copied == counted_by_hand(before, plan, documents)
+    assert copied == counted_by_hand(before.module, plan, documents)
+    check_copies(before, context, context.upcycled, copied)
+
+
+def test_the_most_used_experts_are_those_that_most_tokens_choose_and_copies_of_them_are_exact(
+    second_round: Tree, tmp_path: Path
+) -> None:
+    context = RunContext(parse_run(second_round, "x"))
+    assert context.base is not None
+    before, plan = Model.of(RunContext(context.base.run)), context.base.plan
+    torch.manual_seed(3)
+    documents = [np.arange(start, start + 60) * 7 % 290 for start in range(5)]
+    with torch.no_grad():
+        inputs = mlp_inputs(before.module, torch.from_numpy(np.stack(documents)))
+    layers = dict(zip(plan.moe_layers, moe_layers(before.module), strict=True))
+    for number in (0, 3):  # expert 0 scores least for most tokens, and no classifier sends them there
+        layers[number].router.wg.weight.data.normal_()
+        layers[number].router.wg.weight.data[0] = -10 * inputs[number].mean(0)
+        layers[number].router.classifier.weight.data.zero_()
+    copied = most_used_experts(before.module, plan, documents)
+    assert copied == counted_by_hand(before.module, plan, documents)
+    assert len(set(copied)) > 1 and copied[2] == 0
+    manifest = read_manifest(context.base.upcycled, UpcycledManifest)
+    samples = np.stack(documents)[:, :30]
+    base = context.base.upcycled, manifest
+    target = tmp_path / "copies"
+    written = expand(before.module, plan, context.plan, base, samples, target, seed=1, key="x", copied=copied)
+    assert written.copied == copied
+    check_copies(before, context, target, copied)
+
+
+def check_copies(before: Model, context: RunContext, upcycled: Path, copied: list[int]) -> None:
+    """Experts that were there are as they were, and new ones are copies of those named."""
     dense = load_dense(context.dense, torch.float32)
-    after = load_upcycled(context.upcycled, context.plan, torch.float32, classifiers=True)
+    after = load_upcycled(upcycled, context.plan, torch.float32, classifiers=True)
     for (index, number), prefix in local_expert_names(after).items():
         layer = context.plan.moe_layers[index]
         found = dict(after.get_submodule(prefix).state_dict())
@@ -251,12 +289,12 @@ def test_new_experts_can_be_copies_of_the_one_that_the_new_languages_use_most(
         assert same(found, before.experts[layer, source] if source else mlp), (layer, number)
 
 
-def counted_by_hand(model: Model, plan: ExpertPlan, documents: list[Any]) -> list[int]:
+def counted_by_hand(model: Any, plan: ExpertPlan, documents: list[Any]) -> list[int]:
     """The expert that most of a document's tokens choose, by layer."""
     counts = [torch.zeros(count) for count in plan.counts]
     for ids in documents:
-        with collect_routings(model.module) as routings, torch.no_grad():
-            model.module(input_ids=torch.tensor(ids.astype("int64")).unsqueeze(0), use_cache=False)
+        with collect_routings(model) as routings, torch.no_grad():
+            model(input_ids=torch.tensor(ids.astype("int64")).unsqueeze(0), use_cache=False)
         for layer, routing in zip(plan.moe_layers, routings, strict=True):
             for chosen, active in zip(routing.ids_TK.tolist(), routing.active_TK.tolist(), strict=True):
                 for expert, is_computed in zip(chosen, active, strict=True):

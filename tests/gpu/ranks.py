@@ -132,5 +132,5 @@ def experts_both_ways(ranks: Ranks, hidden: int, intermediate: int, counts: list
     for module, rows in ((local, x_AD.requires_grad_()), (exact, x_AD.detach().float().requires_grad_())):
         output = module(rows, counts)
         gradients = torch.autograd.grad(output, (rows, *module.parameters()), upstream_AD.to(rows.dtype))
-        found.append([tensor.float().cpu() for tensor in (output, *gradients)])
+        found.append([tensor.detach().float().cpu() for tensor in (output, *gradients)])
     return list(zip(*found, strict=True))

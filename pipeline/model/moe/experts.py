@@ -141,8 +141,8 @@ class LocalExperts(nn.Module):
         # From pinned memory, as a copy from elsewhere makes the program wait for the device.
         ends_N = torch.tensor(list(accumulate(counts)), dtype=torch.int32, pin_memory=x_AD.device.type == "cuda")
         ends_N = ends_N.to(x_AD.device, non_blocking=True)
-        gate_AF, up_AF = grouped_linear(x_AD, ends_N, gate_up).chunk(2, dim=-1)
-        return grouped_linear(self.experts[0].act_fn(gate_AF) * up_AF, ends_N, down)
+        gate_AF, up_AF = grouped_linear(x_AD, counts, ends_N, gate_up).chunk(2, dim=-1)
+        return grouped_linear(self.experts[0].act_fn(gate_AF) * up_AF, counts, ends_N, down)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LocalExperts":
         """Move or convert the weights; on a GPU they then lie together, so that one kernel can take them all."""

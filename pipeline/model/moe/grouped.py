@@ -36,17 +36,18 @@ def is_evenly_spaced(weights: Sequence[Tensor]) -> bool:
     )
 
 
-def grouped_linear(x_AD: Tensor, ends_N: Tensor, weights: Sequence[Tensor]) -> Tensor:
+def grouped_linear(x_AD: Tensor, counts: Sequence[int], ends_N: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Rows sorted by expert, each times its expert's weight: [A, D] to [A, F].
 
     Every weight gets a gradient of its own, of zeros where its expert has no rows.
 
     Args:
         x_AD: the rows.
-        ends_N: where each expert's rows end, int32.
+        counts: how many each expert has.
+        ends_N: where each expert's rows end, int32, on the rows' device.
         weights: one per expert, [F, D]; see :func:`is_evenly_spaced`.
     """
-    return _GroupedLinear.apply(x_AD, ends_N, *weights)
+    return _GroupedLinear.apply(x_AD, counts, ends_N, *weights)
 
 
 def _step(weights: Sequence[Tensor]) -> int:
@@ -62,7 +63,8 @@ def _stacked(weights: Sequence[Tensor]) -> Tensor:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_AD: Tensor, ends_N: Tensor, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x_AD: Tensor, counts: Sequence[int], ends_N: Tensor, *weights: Tensor) -> Tensor:
+        ctx.counts = counts
         ctx.save_for_backward(x_AD, ends_N, *weights)
         return F.grouped_mm(x_AD, _stacked(weights).transpose(1, 2), offs=ends_N)
 
@@ -72,6 +74,10 @@ class _GroupedLinear(torch.autograd.Function):
         gradient_AF = gradients[0].contiguous()
         of_x = F.grouped_mm(gradient_AF, _stacked(weights), offs=ends_N) if ctx.needs_input_grad[0] else None
         of_weights: Sequence[Tensor | None] = [None] * len(weights)
-        if any(ctx.needs_input_grad[2:]):
-            of_weights = F.grouped_mm(gradient_AF.t(), x_AD, offs=ends_N).unbind(0)
-        return of_x, None, *of_weights
+        if any(ctx.needs_input_grad[3:]):
+            parts = F.grouped_mm(gradient_AF.t(), x_AD, offs=ends_N).unbind(0)
+            for part, count in zip(parts, ctx.counts, strict=True):
+                if not count:
+                    part.zero_()  # some GPUs' kernels leave what was in memory (pytorch/pytorch#172439)
+            of_weights = parts
+        return of_x, None, None, *of_weights

@@ -60,7 +60,7 @@ def test_output_and_gradients_are_those_of_one_product_after_another(gap: int) -
     def one_by_one(rows: Tensor) -> Tensor:
         return torch.cat([F.linear(part, w) for part, w in zip(rows.split(COUNTS), weights, strict=True)])
 
-    found = with_gradients(lambda rows: grouped_linear(rows, ends, weights), x, weights, upstream)
+    found = with_gradients(lambda rows: grouped_linear(rows, COUNTS, ends, weights), x, weights, upstream)
     expected = with_gradients(one_by_one, x, weights, upstream)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
