@@ -16,6 +16,7 @@ from pipeline.distributed.failures import has_joined, told_by_ranks
 from pipeline.records.run_folder import ERRORS_FOLDER, RunFolder
 from pipeline.run.checks import check_model
 from pipeline.run.context import RunContext
+from pipeline.run.exporting import export_run
 from pipeline.run.fetch import fetch_run, with_fetched
 from pipeline.run.new_run import write_new_run
 from pipeline.run.run_lock import RunLock
@@ -96,6 +97,12 @@ def _allocate(context: RunContext, options: argparse.Namespace) -> int:
     from pipeline.run.budgets import budgets_table
 
     print(budgets_table(context, options.budgets, options.ranks, options.ep_size, options.device), flush=True)
+    return 0
+
+
+def _export(context: RunContext, options: argparse.Namespace) -> int:
+    """A checkpoint as a Hugging Face folder."""
+    export_run(context, options.checkpoint, options.dtype, options.to)
     return 0
 
 
@@ -194,6 +201,7 @@ DO: dict[str, Callable[[RunContext, argparse.Namespace], int]] = {
     "allocate": _allocate,
     "train": _train,
     "evaluate": _evaluate,
+    "export": _export,
     "submit": _submit,
     "status": _status,
     "fetch": _fetch,

@@ -262,18 +262,18 @@ def measure_difference(
     experts that have none are copied from their layer's MLP when its turn comes.
     """
     ids_BL = torch.from_numpy(samples.astype(np.int64))
-    expected = _logits_in_fp32(model, ids_BL)
+    expected = logits_in_fp32(model, ids_BL)
     upcycled = empty_model(folder / HF_FOLDER, dtype)
     install_moe_layers(upcycled, plan, classifiers=classifiers)
     upcycled.tie_weights()
     missing = read_weights(upcycled, folder / TAG, mapped=True)
-    found = _logits_in_fp32(upcycled, ids_BL, missing)
+    found = logits_in_fp32(upcycled, ids_BL, missing)
     largest = float(expected.abs().max())
     difference = float((found - expected).abs().max())
     return Parity(difference, largest, TOLERANCE * max(largest, 1.0), ids_BL.numel())
 
 
-def _logits_in_fp32(model: PreTrainedModel, ids_BL: Tensor, copies: Collection[str] = ()) -> Tensor:
+def logits_in_fp32(model: PreTrainedModel, ids_BL: Tensor, copies: Collection[str] = ()) -> Tensor:
     """Logits [B, L, V] as ``model.float()`` would compute them; each part is converted when its turn comes.
 
     Experts whose parameters ``copies`` names get the weights of their layer's MLP then.

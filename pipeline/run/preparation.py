@@ -274,7 +274,7 @@ def _write_upcycled(context: RunContext, target: Path) -> None:
     """Upcycle the dense model, or expand the base run's."""
     from pipeline.checkpoint.store import read_manifest
 
-    run, samples = context.run, _parity_samples(context)
+    run, samples = context.run, parity_samples(context)
     if context.base is None:
         from pipeline.method.expert_init import ExpertInit
         from pipeline.method.upcycle import upcycle
@@ -314,7 +314,7 @@ def _new_documents(context: RunContext) -> "list[np.ndarray]":
     return [document.ids for found in documents for document in found]
 
 
-def _parity_samples(context: RunContext) -> "np.ndarray":
+def parity_samples(context: RunContext) -> "np.ndarray":
     """The first tokens of each set's held-out text, [B, L]."""
     import numpy as np
 

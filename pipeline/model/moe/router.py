@@ -42,6 +42,17 @@ def classify(class_logits_TC: Tensor) -> Tensor:
     return class_logits_TC.shape[-1] - 1 - class_logits_TC.flip(-1).argmax(-1)
 
 
+class LinearInFp32(nn.Linear):
+    """A bias-free linear map that is computed in fp32, whatever dtype its weight and input have."""
+
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__(size, out, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Shape [T, D] to [T, out], fp32."""
+        return F.linear(x_TD.float(), self.weight.float())
+
+
 class Router(nn.Module):
     """A bias-free linear map to one score per expert, computed in fp32 (MoE-LPR, arXiv 2408.11396, eq. 1-3).
 
@@ -83,9 +94,9 @@ class Router(nn.Module):
         assert num_experts >= top_k
         self.top_k = top_k
         # DeepSpeed's native checkpoints call a router's weight "gate.wg.weight".
-        self.wg = nn.Linear(hidden_size, num_experts, bias=False)
+        self.wg = LinearInFp32(hidden_size, num_experts)
         self.old_experts = old_experts
-        self.classifier = nn.Linear(hidden_size, len(old_experts) + 1, bias=False) if has_classifier else None
+        self.classifier = LinearInFp32(hidden_size, len(old_experts) + 1) if has_classifier else None
         self.allowed_C: Tensor  # for each class, how many experts its tokens can take
         self.register_buffer("allowed_C", torch.tensor([*old_experts, num_experts]), persistent=False)
         if self.classifier is not None:
@@ -135,11 +146,10 @@ class Router(nn.Module):
         """Of each token, fp32, [T, C]; None without a classifier."""
         if self.classifier is None:
             return None
-        weight_CD = self.classifier.weight.float()
         if not self.classifies_sequences:
-            return F.linear(x_TD, weight_CD)
+            return self.classifier(x_TD)
         sums_BD = x_TD.view(num_sequences, -1, x_TD.shape[-1]).sum(1)
-        return F.linear(sums_BD, weight_CD).repeat_interleave(len(x_TD) // num_sequences, dim=0)
+        return self.classifier(sums_BD).repeat_interleave(len(x_TD) // num_sequences, dim=0)
 
     def forward(self, x_TD: Tensor, num_sequences: int = 1) -> Routing:
         """Route tokens: softmax over all experts, then the top K, then their weights made to sum to 1.
@@ -149,7 +159,7 @@ class Router(nn.Module):
             num_sequences: how many.
         """
         x_TD = x_TD.float()
-        logits_TE = F.linear(x_TD, self.wg.weight.float())
+        logits_TE = self.wg(x_TD)
         scores_TE = logits_TE.softmax(-1)
         allowed_TE, forbidden_TE, class_logits_TC = scores_TE, None, self._class_logits(x_TD, num_sequences)
         if class_logits_TC is not None:
