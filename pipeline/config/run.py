@@ -107,7 +107,7 @@ class ValidateConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """At the end: whole held-out documents, in windows of ``window`` tokens."""
+    """At the end: whole held-out documents, in windows of ``window`` tokens; a document's last one is full too."""
 
     window: Positive = 1024
 

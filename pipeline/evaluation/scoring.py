@@ -21,22 +21,25 @@ STATISTICS = ("tokens", "on_expert_0", "probability_0", "classified_old")  # of 
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive tokens of one document; each is scored given those before it in the window.
+    """Consecutive tokens of one document; the last ones are scored, each given those before it in the window.
 
     Attributes:
         document: its number in the set.
-        ids: the tokens, of which the first is only input.
+        ids: the tokens, of which the last is only scored.
+        scored: how many of the last ones are scored.
     """
 
     document: int
     ids: np.ndarray
+    scored: int
 
 
 def document_windows(store: TokenStore, name: str, window: int, max_tokens: int | None = None) -> list[Window]:
-    """Whole documents in consecutive windows of at most ``window`` inputs.
+    """Whole documents in windows of at most ``window`` inputs; each token is scored in one of them.
 
-    The first input is the document's BOS, or the document separator if the tokenizer has no BOS. So the document's
-    first token is scored too. The separator at its end is not.
+    They follow one another, but a long document's last one begins so much earlier that it is full, as in lm-eval: its
+    tokens see as many before them as others do. The first input is the document's BOS, or the document separator if
+    the tokenizer has no BOS. So the document's first token is scored too. The separator at its end is not.
 
     Args:
         store: the tokens.
@@ -52,7 +55,8 @@ def document_windows(store: TokenStore, name: str, window: int, max_tokens: int 
         if not store.begins_with_bos:
             ids = np.concatenate([[store.separator_id], ids])
         for start in range(0, len(ids) - 1, window):
-            windows.append(Window(document, ids[start : start + window + 1]))
+            end = min(start + window + 1, len(ids))
+            windows.append(Window(document, ids[max(0, end - window - 1) : end], end - 1 - start))
         tokens += len(ids) - 1
         if max_tokens is not None and tokens >= max_tokens:
             break
@@ -106,7 +110,7 @@ def score_set(
         mine = batches[start + ranks.rank] if start + ranks.rank < len(batches) else []
         with collect_routings(model) as routings:
             _score_batch(model, mine, store.separator_id, ranks.device, bits)
-        mask = _mask(mine).flatten().to(ranks.device)
+        mask = _scored(mine).flatten().to(ranks.device)
         for index, routing in enumerate(routings):
             sums = routing_statistics(routing, mask)
             old = routing.old_experts
@@ -133,6 +137,14 @@ def _mask(batch: list[Window]) -> torch.Tensor:
     return torch.arange(longest).unsqueeze(0) < torch.tensor([[len(w.ids) - 1] for w in batch])
 
 
+def _scored(batch: list[Window]) -> torch.Tensor:
+    """True for inputs whose next token is scored, [B, L]."""
+    mask_BL = _mask(batch)
+    for row, window in zip(mask_BL, batch, strict=False):
+        row[: len(window.ids) - 1 - window.scored] = False
+    return mask_BL
+
+
 def _score_batch(model: nn.Module, batch: list[Window], filler: int, device: torch.device, bits: torch.Tensor) -> None:
     """Run one forward pass and add each window's bits to those of its document."""
     mask_BL = _mask(batch)
@@ -141,6 +153,7 @@ def _score_batch(model: nn.Module, batch: list[Window], filler: int, device: tor
         row[: len(window.ids)] = torch.from_numpy(window.ids)
     logits_BLV = model(input_ids=rows[:, :-1].to(device), use_cache=False).logits
     for window, logits_LV, labels_L in zip(batch, logits_BLV, rows[:, 1:].to(device), strict=False):
-        length = len(window.ids) - 1
-        nats = token_losses(logits_LV[:length], labels_L[:length]).double().sum()
+        end = len(window.ids) - 1
+        start = end - window.scored
+        nats = token_losses(logits_LV[start:end], labels_L[start:end]).double().sum()
         bits[window.document] += nats / math.log(2)
