@@ -12,19 +12,10 @@ from transformers import AutoModelForCausalLM
 from common.errors import UserError
 from pipeline.run.context import RunContext
 from pipeline.run.exporting import export_run
-from tests.distributed.conftest import Pools
-from tests.distributed.test_expansion import Model, run
-from tests.helpers.tiny import parse_run, run_tree
+from tests.distributed.test_expansion import Model
+from tests.helpers.tiny import parse_run
 
 IDS = torch.arange(30).view(2, 15) * 7 % 290
-
-
-@pytest.fixture(scope="module")
-def trained(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The settings of a run that is done."""
-    tree = run_tree(tmp_path_factory.mktemp("export"), parallel={"micro_batch_size": 1})
-    run(pools, tree, 1)
-    return tree
 
 
 def context_of(tree: dict[str, Any], **options: Any) -> RunContext:
