@@ -7,10 +7,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from common.files import new_folder
+from common.files import new_folder, write_text
 from pipeline.export.folder import write_folder
 from pipeline.method.upcycle import logits_in_fp32
 from pipeline.model.expert_plan import ExpertPlan
+
+CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,13 @@ class Exported:
 
 @torch.inference_mode()
 def export(
-    model: PreTrainedModel, plan: ExpertPlan, hf: Path, target: Path, dtype: torch.dtype, samples: np.ndarray
+    model: PreTrainedModel,
+    plan: ExpertPlan,
+    hf: Path,
+    target: Path,
+    dtype: torch.dtype,
+    samples: np.ndarray,
+    card: str | None = None,
 ) -> Exported:
     """Write the folder; the model's weights are gone afterwards.
 
@@ -45,6 +53,7 @@ def export(
         target: the folder to make; it appears only when all of it is written.
         dtype: of the weights.
         samples: token ids of real text [B, L] to compare logits on.
+        card: the text of its README.md; None for none.
 
     Raises:
         UserError: its MLPs have biases.
@@ -53,6 +62,8 @@ def export(
     expected = logits_in_fp32(model, ids_BL)
     with new_folder(target) as folder:
         write_folder(model, plan, hf, folder, dtype)
+        if card is not None:
+            write_text(folder / CARD_FILE, card)
         del model
         exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
         exported.set_experts_implementation("eager")  # one expert after another, as in training

@@ -1,11 +1,18 @@
 """The verb ``export``: a checkpoint of a run as a Hugging Face folder."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from pipeline.records.evaluation import BASE
+from pipeline.records.evaluation import BASE, Evaluation
+from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
 from pipeline.run.preparation import parity_samples
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.export.card import CardFacts
 
 FOLDER = "export"
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
@@ -27,6 +34,7 @@ def export_run(context: RunContext, checkpoint: str | None, dtype: str | None, t
 
     from pipeline.distributed.process_group import alone
     from pipeline.evaluation.checkpoints import checkpoint_to_score, load_scored
+    from pipeline.export.card import model_card
     from pipeline.export.export import export
     from pipeline.method.upcycle import HF_FOLDER
     from pipeline.model.backbone import ONE_RANK
@@ -44,7 +52,8 @@ def export_run(context: RunContext, checkpoint: str | None, dtype: str | None, t
     scored = checkpoint_to_score(folders, label, identities, context.upcycled, context.plan)
     model = load_scored(scored, context.dense, context.dtype, alone("cpu"), ONE_RANK)
     of = getattr(torch, DTYPES[dtype]) if dtype else context.dtype
-    found = export(model, context.plan, context.upcycled / HF_FOLDER, target, of, parity_samples(context))
+    card = str(model_card(_facts(context, label, of)))
+    found = export(model, context.plan, context.upcycled / HF_FOLDER, target, of, parity_samples(context), card)
     print(
         f"export: {label} as {target}, {found.parameters / 1e6:.1f} M parameters, {found.bytes / 1e9:.2f} GB; its "
         f"logits differ by at most {found.difference:.2g} (logits up to {found.largest:.0f}) on {found.tokens} tokens "
@@ -52,3 +61,19 @@ def export_run(context: RunContext, checkpoint: str | None, dtype: str | None, t
         flush=True,
     )
     print(f'load it: AutoModelForCausalLM.from_pretrained("{target}", trust_remote_code=True)', flush=True)
+
+
+def _facts(context: RunContext, label: str, dtype: "torch.dtype") -> "CardFacts":
+    """What the card says of this checkpoint."""
+    from pipeline.export.card import CardFacts
+
+    path = context.folder / EVALUATION_FILE if label in context.stages else context.folder.evaluation_of(label)
+    is_folder = Path(context.run.model.path).is_dir()
+    return CardFacts(
+        run=context.run,
+        plan=context.plan,
+        label=label,
+        evaluation=Evaluation.load_if_there(path),
+        base_model=None if is_folder else context.run.model.path,
+        dtype=str(dtype).removeprefix("torch."),
+    )

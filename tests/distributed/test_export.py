@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from common.errors import UserError
+from pipeline.export.card import CardFacts, model_card
+from pipeline.records.evaluation import Change, Evaluation
+from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
 from pipeline.run.exporting import export_run
 from tests.distributed.test_expansion import Model
@@ -52,6 +56,36 @@ def test_without_options_the_last_stage_goes_to_the_run_s_folder_in_its_own_dtyp
     assert (
         AutoModelForCausalLM.from_pretrained(context.folder / "export", trust_remote_code=True).dtype == torch.float32
     )
+
+
+def test_the_card_says_what_came_of_it_and_what_the_hub_asks_for(trained: dict[str, Any], tmp_path: Path) -> None:
+    context = context_of(trained)
+    export_run(context, None, None, tmp_path / "exported")
+    card = ModelCard.load(tmp_path / "exported" / "README.md")
+    evaluation = Evaluation.load(context.folder / EVALUATION_FILE)
+    assert card.data.language == ["en", "el", "hu"]
+    assert card.data.base_model is None, "the model is a folder"
+    values = {one.dataset_type: one.metric_value for one in card.data.eval_results or []}
+    assert values == {name: round(one.bits_per_character["stage2"], 4) for name, one in evaluation.sets.items()}
+    for name, result in evaluation.sets.items():
+        before, after = result.bits_per_character["base"], result.bits_per_character["stage2"]
+        assert f"| {name} | {name} |" in card.text and f"| {before:.3f} | {after:.3f} |" in card.text
+    worse = evaluation.forgotten("stage2")
+    assert ("No known language got worse" in card.text) == (not worse)
+    assert str(tmp_path.parent) not in card.text and str(Path(trained["cache_dir"]).parent) not in card.text
+
+
+def test_the_card_names_what_was_forgotten(trained: dict[str, Any]) -> None:
+    context = context_of(trained)
+    evaluation = Evaluation.load(context.folder / EVALUATION_FILE)
+    worse = Change(percent=3.0, interval=1.0)
+    english = evaluation.sets["en"].model_copy(update={"change": {"stage2": worse}})
+    changed = evaluation.model_copy(update={"sets": {**evaluation.sets, "en": english}})
+    facts = CardFacts(context.run, context.plan, "stage2", changed, "owner/model", "bfloat16")
+    text = str(model_card(facts))
+    assert "Worse than before, beyond the interval: en (+3.0 % +-1.0)." in text
+    assert "[owner/model](https://huggingface.co/owner/model), which knows en" in text
+    assert "base_model: owner/model" in text
 
 
 def test_a_mistake_is_one_line_and_writes_nothing(trained: dict[str, Any], tmp_path: Path) -> None:
