@@ -62,6 +62,8 @@ class Estimate:
         ep_size: int | None = None,
         num_new: int | None = None,
     ) -> None:
+        if run.method.is_dense:
+            raise UserError(f"estimate: method {run.method.name} is not estimated yet; method moe is")
         self.run, self.world_size, self.device = run, world_size, device
         self.per_node = per_node or run.cluster.job("stage1").gpus_per_node or GPUS_PER_NODE
         self.config = model_config(model_folder(run.model))

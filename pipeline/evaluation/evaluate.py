@@ -85,7 +85,7 @@ class Evaluator:
             window=self.run.evaluate.window,
             checkpoints=list(scores),
             sets={name: self._set_result(name, scores) for name in self.texts},
-            routing={label: self._routing(found) for label, found in scores.items() if label != BASE},
+            routing={label: self._routing(found) for label, found in scores.items() if self._is_routed(label)},
             parameters=parameters,
         )
 
@@ -103,6 +103,9 @@ class Evaluator:
             bits_by_document={label: [round(bits, 3) for bits in score.bits] for label, score in by_label.items()},
             pages=[document.page for document in self.store.held_out_documents(name)],
         )
+
+    def _is_routed(self, label: str) -> bool:
+        return label != BASE and bool(self.plan.moe_layers)
 
     def _routing(self, scores: dict[str, SetScore]) -> StageRouting:
         sets = {name: Shares(**score.model_dump(include=set(Shares.model_fields))) for name, score in scores.items()}

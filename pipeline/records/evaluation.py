@@ -121,8 +121,8 @@ class Evaluation(Record):
         window: tokens per scoring window.
         checkpoints: what was scored, the dense model ("base") first.
         sets: by name.
-        routing: by checkpoint, the dense model left out.
-        parameters: numbers of parameters: dense, total, active, stage1_trained, stage2_trained.
+        routing: by checkpoint, the dense model left out; empty where there are no routers.
+        parameters: numbers of parameters: dense, total, active, stage1_trained and, of a mixture, stage2_trained.
     """
 
     window: int

@@ -29,6 +29,8 @@ def budgets_table(
         UserError: these are no budgets, the run's allocation takes none or can't meet one, or similarities lack.
     """
     run, numbers = context.run, _numbers(budgets)
+    if run.method.is_dense:
+        raise UserError(f"--budgets: method {run.method.name} has no experts; use --set method=moe")
     if run.experts.allocation not in ("layerwise", "uniform"):
         raise UserError(
             f"--budgets: experts.allocation: {run.experts.allocation} takes no budget; use layerwise or uniform"

@@ -5,7 +5,7 @@ from typing import Any
 
 _SETS = ("sets.", "benchmarks.")  # of a step's inputs: the texts that it reads, by name
 _TEXT = ("data", "model", "seed", "stage1.tokens")  # a share of stage 1 is replayed
-_UPCYCLED = (*_TEXT, "similarity", "experts", "deepspeed")
+_UPCYCLED = (*_TEXT, "similarity", "experts", "deepspeed", "method")
 # By the first word of an input: the keys of the run that it follows from. {step} stands for the step, {name} for
 # the rest of the input's name.
 _KEYS: dict[str, tuple[str, ...]] = {
