@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.checkpoint.inspect import inspect_text
+from pipeline.checkpoint.resize import resize
 from pipeline.checkpoint.store import complete_tags
 from pipeline.checkpoint.tensors import load_tensors, main_file
 from pipeline.distributed.parallel_dims import ParallelDims
@@ -171,6 +173,19 @@ def test_resumed_on_other_ranks_the_optimizer_is_exact(
     same_optimizer(tmp_path / "moved" / "step000003", tmp_path / "saved" / "step000003")
     for row, other in zip(resumed, expected, strict=True):
         assert row["loss"]["next_token"] == pytest.approx(other["loss"]["next_token"], rel=1e-5)
+
+
+@each_method
+def test_a_checkpoint_is_inspected_and_resized(pools: Pools, tree: Tree, tmp_path: Path, method: str) -> None:
+    alone, both = ParallelDims(1, 1), ParallelDims(2, 1)
+    changed = {**tree, "method": METHODS[method]}
+    pools[2].run(train_steps, spread(changed, both), 1, tmp_path, 3, 3)
+    text = inspect_text(tmp_path / "step000003")
+    assert f"{'method':22}{method}" in text and "experts" not in text
+    resized = resize(tmp_path / "step000003", alone)
+    same_optimizer(resized, tmp_path / "step000003")
+    rows = pools[1].run(move_and_train, spread(changed, alone), 1, tmp_path, tmp_path / "on", 4)[0]
+    assert [row["step"] for row in rows] == [4]
 
 
 @each_method
