@@ -13,7 +13,7 @@ from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.method.allocation import dense_plan
 from pipeline.method.stages import find_stage
-from pipeline.model.backbone import model_config
+from pipeline.model.backbone import folder_here, model_config
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.evaluation import BASE, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE, PLAN_FILE, UPCYCLED, RunFolder
@@ -85,8 +85,8 @@ class ReadRun:
 
     def _config(self) -> Any:
         """The dense model's config: the copy beside the upcycled weights, or the model's own; no hub is asked."""
-        folders = (self.folder / UPCYCLED / "hf", Path(self.run.model.path))
-        found = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+        folders = (self.folder / UPCYCLED / "hf", folder_here(self.run.model))
+        found = next((folder for folder in folders if folder and (folder / "config.json").is_file()), None)
         is_planned = self.run.method.is_dense or (self.folder / PLAN_FILE).is_file()
         return model_config(found) if found and is_planned else None
 

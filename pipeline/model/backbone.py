@@ -47,6 +47,18 @@ def model_folder(model: ModelConfig) -> Path:
         ) from error
 
 
+def folder_here(model: ModelConfig) -> Path | None:
+    """The model's folder, or that of a hub's model in the local cache; None where it is not there. No hub is asked."""
+    if Path(model.path).is_dir():
+        return Path(model.path)
+    if model.path.startswith((".", "/")) or model.path.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def model_config(folder: Path) -> Any:
     """The model's Hugging Face config.
 
