@@ -83,6 +83,8 @@ class RunContext:
         run = load_run(folder / RUN_FILE)
         if run.folder.resolve() != folder.resolve():
             raise UserError(f"base.run: {folder} was moved: its {RUN_FILE} says {run.folder}; move it back")
+        if run.method.is_dense:
+            raise UserError(f"base.run: {folder} is a baseline, {run.method.name}; name a run that has experts")
         if run.stage1.balance == "bias":
             raise UserError(f"base.run: {folder} balances by biases, which can't be expanded yet")
         return RunContext(run)

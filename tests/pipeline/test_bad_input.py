@@ -122,6 +122,13 @@ def a_base(_folder: Path, tree: Tree) -> None:
     tree["base"] = str(Path(tree["output_dir"]) / "tiny")
 
 
+def a_baseline_to_expand(folder: Path, tree: Tree) -> None:
+    """A baseline's run."""
+    baseline = {**tree, "output_dir": str(folder / "runs"), "name": "full", "method": "full"}
+    tree["base"] = str(RunFolder.create(parse_run(baseline, "x")).path)
+    tree["name"] = "expanded"
+
+
 PUBLISHED = Path(__file__).parents[1] / "golden" / "llama3.2-3b-g1-similarity.json"
 ROW = json.dumps({"text": "a page", "page": "p"}).encode() + b"\n"
 COUNTS = {"allocation": "explicit", "counts": [3, 2, 1, 4]}
@@ -184,6 +191,7 @@ TABLE: list[tuple[str, Callable[[Path, Tree], None], list[str], list[str]]] = [
     ("an option of another method", setting("method", {"name": "full", "rank": 8}), ["tokenize"], ["method", "rank: is an option of method lora", "the method is full"]),
     ("a method with groups of experts", both(setting("method", "full"), setting("parallel", {"ranks": 2, "ep_size": 2})), ["train"], ["parallel.ep_size: 2", "method full has no experts", "set it to 1"]),
     ("a method that expands a run", both(setting("method", "lora"), a_base), ["tokenize"], ["method: lora trains a dense model", "base"]),
+    ("a baseline to expand", a_baseline_to_expand, ["similarity"], ["base.run", "is a baseline, full", "has experts"]),
     ("more blocks than layers", setting("method", {"name": "llama_pro", "blocks": 9}), ["train"], ["method.blocks: 9", "4 layers"]),
     ("LoRA without peft", setting("method", "lora"), ["tokenize"], ["method: lora", "pip install peft"]),
     ("stage 2 of a baseline", setting("method", "full"), ["train", "--stage", "2"], ["stage2: method full has stage 1 alone"]),
