@@ -25,6 +25,7 @@ from tests.distributed.observed import first_logits
 from tests.distributed.stages import move_and_train, stage_inputs, train_steps, with_parallel
 from tests.distributed.test_elastic import same_optimizer, spread
 from tests.distributed.test_parity import CLOSE, merged
+from tests.distributed.test_resume import checkpointing
 
 Tree = dict[str, Any]
 CPU = torch.device("cpu")
@@ -103,6 +104,29 @@ def order_of(tree: Tree, folder: Path) -> SampleOrder:
     return stage_order(inputs.store, inputs.run.data, inputs.stage, inputs.plan, inputs.run.seed)
 
 
+@pytest.mark.parametrize("old_share", [0.0, 0.25])
+def test_a_baseline_reads_the_samples_that_the_mixtures_stage_1_reads(
+    tree: Tree, tmp_path: Path, old_share: float
+) -> None:
+    replayed = {**tree, "stage1": tree["stage1"] | {"old_share": old_share}}
+    ours, expected = (order_of(run, tmp_path) for run in (with_method(replayed, "full"), replayed))
+    assert ours.num_samples == expected.num_samples == 6 * 8
+    for step in range(6):
+        mine, theirs = (order.batch(step * 8, 8) for order in (ours, expected))
+        assert (mine.ids == theirs.ids).all() and (mine.sources == theirs.sources).all()
+        assert ours.old_tokens(step * 8, 8) == old_share * 8 * 32
+
+
+@each_method
+def test_activation_checkpointing_changes_no_result(pools: Pools, tree: Tree, tmp_path: Path, method: str) -> None:
+    plain = with_method(tree, method, micro_batch_size=4)
+    expected = pools[1].run(train_steps, plain, 1, tmp_path / "plain", 2)[0]
+    ours = pools[1].run(train_steps, checkpointing(plain, 1), 1, tmp_path / "checkpointed", 2)[0]
+    assert ours["rows"][-1]["loss"] == pytest.approx(expected["rows"][-1]["loss"], rel=1e-5)
+    for name, tensor in expected["weights"].items():
+        torch.testing.assert_close(ours["weights"][name], tensor, rtol=1e-5, atol=1e-6)
+
+
 def test_full_fine_tuning_is_what_a_plain_loop_does(pools: Pools, tree: Tree, tmp_path: Path) -> None:
     changed = with_method(tree, "full", ranks=2, micro_batch_size=2)
     result = pools[2].run(train_steps, changed, 1, tmp_path, 4)
@@ -161,20 +185,22 @@ def test_6_steps_equal_3_steps_then_resume_then_3_steps(
         assert all(torch.equal(a, b) for a, b in zip(ours["optimizer"], expected["optimizer"], strict=True))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 4)], ids=["2 to 1", "1 to 4"])
 @each_method
 def test_resumed_on_other_ranks_the_optimizer_is_exact(
-    pools: Pools, tree: Tree, tmp_path: Path, method: str, ranks: tuple[int, int]
+    pools: Pools, tree: Tree, tmp_path: Path, method: str, ranks: tuple[int, int], precision: str
 ) -> None:
     source, target = (ParallelDims(count, 1) for count in ranks)
-    changed = {**tree, "method": METHODS[method]}
+    changed = {**tree, "method": METHODS[method], "deepspeed": f"ds_configs/{precision}_zero1.json"}
     expected = pools[ranks[0]].run(train_steps, spread(changed, source), 1, tmp_path / "saved", 4, 3)[0]["rows"][3:]
     resumed = pools[ranks[1]].run(
         move_and_train, spread(changed, target), 1, tmp_path / "saved", tmp_path / "moved", 4
     )[0]
     same_optimizer(tmp_path / "moved" / "step000003", tmp_path / "saved" / "step000003")
     for row, other in zip(resumed, expected, strict=True):
-        assert row["loss"]["next_token"] == pytest.approx(other["loss"]["next_token"], rel=1e-5)
+        rel = 1e-5 if precision == "fp32" else 2e-2
+        assert row["loss"]["next_token"] == pytest.approx(other["loss"]["next_token"], rel=rel)
 
 
 @each_method
