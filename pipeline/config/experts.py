@@ -40,7 +40,7 @@ class ExpertsConfig(Section):
 
     ``num_new`` is the budget of new experts over all layers. ``delta`` is LayerMoE's own parameter instead.
     ``counts``, with ``allocation: explicit``, lists the experts of each layer, the original included. ``mola`` gives
-    the four quarters of the layers 2, 4, 6 and 8 (arXiv 2402.08562).
+    the four quarters of the layers 2, 4, 6 and 8 (arXiv 2402.08562). ``none`` is for a baseline, see ``method``.
 
     New experts are copies of the original MLP; with ``noise`` Gaussian noise is added, of so many times each matrix's
     standard deviation (ours; the baseline in Drop-Upcycling's code adds 0.02 to half of the dimensions). With ``init:
@@ -65,7 +65,7 @@ class ExpertsConfig(Section):
     published one, of a model with as many layers.
     """
 
-    allocation: Literal["layerwise", "uniform", "mola", "explicit"] = "layerwise"
+    allocation: Literal["layerwise", "uniform", "mola", "explicit", "none"] = "layerwise"
     num_new: int | None = None
     delta: float | None = None
     counts: list[int] | None = None
@@ -84,8 +84,8 @@ class ExpertsConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "ExpertsConfig":
         given = [key for key in ("num_new", "delta", "counts") if getattr(self, key) is not None]
-        budgets = {"layerwise": ("num_new", "delta"), "uniform": ("num_new",), "explicit": ("counts",), "mola": ()}
-        allowed = budgets[self.allocation]
+        budgets = {"layerwise": ("num_new", "delta"), "uniform": ("num_new",), "explicit": ("counts",)}
+        allowed = budgets.get(self.allocation, ())
         if given and not allowed:
             raise ValueError(f"allocation: {self.allocation} takes no {given[0]}; leave it out")
         if allowed and (len(given) != 1 or given[0] not in allowed):

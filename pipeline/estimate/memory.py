@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.distributed.parallel_dims import ParallelDims
-from pipeline.estimate.activations import LayerActivations
-from pipeline.estimate.imbalance import busiest_rank
+from pipeline.estimate.activations import BaselineActivations, LayerActivations
 from pipeline.estimate.zero import FP32, MOMENTS, Gradients, offloaded, zero_gradients
 from pipeline.method.stage import Stage
 from pipeline.model.backbone import decoder_layers, find_mlp
@@ -26,16 +25,18 @@ class ModelSizes:
     """Parameters of the dense model and its parts.
 
     Attributes:
-        total: of the dense model; a tied weight counts once.
+        total: of the dense model, with what a baseline adds to it; a tied weight counts once.
         mlp: of one layer's MLP.
         hidden: D.
         vocabulary: V.
+        trained: of ``total``, those that train, where a baseline does.
     """
 
     total: int
     mlp: int
     hidden: int
     vocabulary: int
+    trained: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Trained:
     """Parameters of the fullest rank that train in a stage.
 
     Attributes:
-        routers: of routers and, where the stage has them, classifiers; on every rank alike.
+        routers: of routers and, where the stage has them, classifiers; on every rank alike. Of a baseline, all.
         experts: of this rank's new experts, by how many ranks hold the same; empty where they are frozen.
     """
 
@@ -104,6 +105,8 @@ def most_experts(plan: ExpertPlan, dims: ParallelDims, *, trained: bool = False)
 
 def trained_parameters(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, stage: Stage) -> Trained:
     """What trains on the fullest rank."""
+    if not plan.moe_layers:
+        return Trained(sizes.trained, {})
     routers = sum(sizes.hidden * plan.counts[layer] for layer in plan.moe_layers)
     if stage.has_classifiers:
         routers += plan.num_groups * sizes.hidden * len(plan.classifier_layers)
@@ -116,7 +119,7 @@ def memory_by_kind(
     plan: ExpertPlan,
     dims: ParallelDims,
     batch: Batch,
-    layers: LayerActivations,
+    layers: LayerActivations | BaselineActivations,
     *,
     dtype: torch.dtype,
     ds_config: dict[str, Any],
@@ -152,7 +155,8 @@ def memory_by_kind(
     held = trained.optimized(dims, stage)
     elsewhere = offloaded(dtype, held) if stage.uses_zero and offloads(ds_config) else {}
     experts = sum(most_experts(plan, dims).values()) * sizes.mlp
-    weights = (sizes.total + experts) * width + trained.routers * (width if stage.uses_zero else FP32)
+    routers = trained.routers if plan.moe_layers else 0  # what a baseline trains is among the total
+    weights = (sizes.total + experts) * width + routers * (width if stage.uses_zero else FP32)
     gradients = Gradients(float(FP32 * trained.total))
     if stage.uses_zero:
         accumulates = batch.accumulation > 1
@@ -178,18 +182,14 @@ def memory_by_kind(
 
 
 def _activations(
-    plan: ExpertPlan, dims: ParallelDims, batch: Batch, layers: LayerActivations, hidden_bytes: int
+    plan: ExpertPlan,
+    dims: ParallelDims,
+    batch: Batch,
+    layers: LayerActivations | BaselineActivations,
+    hidden_bytes: int,
 ) -> float:
-    """Bytes kept for the backward by the busiest rank of each layer, if routing is uniform.
-
-    Layers below the first router keep nothing: no gradient gets there. Of an MoE layer the MLPs' part grows with the
-    rows that the rank computes; it is what the layer keeps beyond a dense one's, which computes one row per token.
-    """
-    row = max(0.0, layers.moe - layers.dense) / max(1, plan.top_k - 1)
-    kept = [
-        layers.moe + (rows - 1) * plan.top_k * row if count > 1 else layers.dense
-        for count, rows in zip(plan.counts, busiest_rank(plan, dims), strict=True)
-    ][plan.moe_layers[0] :]
+    """Bytes kept for the backward by the busiest rank of each layer, if routing is uniform."""
+    kept = layers.by_layer(plan, dims)
     if batch.checkpoint_activations:  # each layer keeps its input, and one layer at a time is computed again
         # Rows that came from other ranks are kept too, and results that came back, as they are not sent again.
         layers_apart = [num for num in plan.num_new if num and dims.of_layer(num).ep_size > 1]

@@ -87,7 +87,7 @@ class Evaluator:
             window=self.run.evaluate.window,
             checkpoints=list(scores),
             sets={name: self._set_result(name, scores) for name in self.texts},
-            routing={label: self._routing(found) for label, found in scores.items() if label != BASE},
+            routing={label: self._routing(found) for label, found in scores.items() if self._is_routed(label)},
             own_experts=self._own_experts(scores),
             parameters=parameters,
         )
@@ -120,6 +120,9 @@ class Evaluator:
 
     def _round_of(self, name: str) -> int | None:
         return self.plan.round_of(self.run.data.sets[name].language)
+
+    def _is_routed(self, label: str) -> bool:
+        return label != BASE and bool(self.plan.moe_layers)
 
     def _routing(self, scores: dict[str, SetScore]) -> StageRouting:
         sets = {name: Shares(**score.model_dump(include=set(Shares.model_fields))) for name, score in scores.items()}

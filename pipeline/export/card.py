@@ -56,7 +56,8 @@ def model_card(facts: CardFacts) -> ModelCard:
 
 
 def _metadata(facts: CardFacts) -> ModelCardData:
-    languages = list(dict.fromkeys(language for one in facts.plan.rounds for language in one.languages))
+    of_sets = [entry.language for sets in (facts.run.data.old, facts.run.data.new) for entry in sets.values()]
+    languages = list(dict.fromkeys([*(language for one in facts.plan.rounds for language in one.languages), *of_sets]))
     return ModelCardData(
         language=languages,
         library_name="transformers",
@@ -96,6 +97,8 @@ def _scored(facts: CardFacts) -> list[tuple[str, SetResult]]:
 
 
 def _what_it_is(facts: CardFacts) -> str:
+    if facts.run.method.is_dense:
+        return _of_a_baseline(facts)
     dense, *rounds = facts.plan.rounds
     base = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})" if facts.base_model else "A dense model"
     lines = [f"{base}, which knows {_and(dense.languages)}, as a mixture of experts that has learned "
@@ -117,6 +120,16 @@ def _what_it_is(facts: CardFacts) -> str:
         total, active, dense_total = (f"{counts[key] / 1e6:.1f} M" for key in ("total", "active", "dense"))
         lines.append(f"Parameters: {total}, of which a token uses {active} (the dense model has {dense_total}).")
     return " ".join(lines)
+
+
+def _of_a_baseline(facts: CardFacts) -> str:
+    data, method = facts.run.data, facts.run.method
+    old, new = ([entry.language for entry in sets.values()] for sets in (data.old, data.new))
+    options = ", ".join(f"{name} {value}" for name, value in method.options.items())
+    return (
+        f"{facts.base_model or 'A dense model'}, which knows {_and(dict.fromkeys(old or ['others']))}, trained "
+        f"on {_and(dict.fromkeys(new))} by {method.name}{f' ({options})' if options else ''}: a baseline."
+    )
 
 
 def _and(names: Any) -> str:
@@ -149,6 +162,8 @@ def _change(change: Change) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
+    if facts.run.method.is_dense:
+        return f'`AutoModelForCausalLM.from_pretrained("FOLDER", dtype="{facts.dtype}")`'
     return (
         "The folder carries its own code (`modeling_upcycled.py`, `router.py`), for transformers from 5.17 on:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -162,7 +177,8 @@ def _training(facts: CardFacts) -> str:
     lines = [f"- {PAPERS}, checkpoint {facts.label}, seed {run.seed}"]
     for number in run.stage_numbers:
         stage = run.stage(number)
-        what = "new experts and routers" if number == 1 else "routers, with a replay of all languages"
+        experts = f"method {run.method.name}" if run.method.is_dense else "new experts and routers"
+        what = experts if number == 1 else "routers, with a replay of all languages"
         lines.append(
             f"- stage {number}: {what}; {stage.tokens:,} tokens in batches of {stage.global_batch_size} x "
             f"{stage.sequence_length}, learning rate {stage.lr:g}"

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.files import new_folder, write_text
 from pipeline.export.folder import write_folder
+from pipeline.method.lora import without_adapters
 from pipeline.method.upcycle import logits_in_fp32
 from pipeline.model.expert_plan import ExpertPlan
 
@@ -47,9 +48,9 @@ def export(
     """Write the folder; the model's weights are gone afterwards.
 
     Args:
-        model: the mixture, whole on one rank, on the CPU.
+        model: the mixture, whole on one rank, or a dense model, on the CPU; adapters are merged into its weights.
         plan: of its experts.
-        hf: the upcycled checkpoint's folder of config and tokenizer.
+        hf: a folder with the dense model's tokenizer.
         target: the folder to make; it appears only when all of it is written.
         dtype: of the weights.
         samples: token ids of real text [B, L] to compare logits on.
@@ -61,12 +62,13 @@ def export(
     ids_BL = torch.from_numpy(samples.astype(np.int64))
     expected = logits_in_fp32(model, ids_BL)
     with new_folder(target) as folder:
-        write_folder(model, plan, hf, folder, dtype)
+        write_folder(without_adapters(model), plan, hf, folder, dtype)
         if card is not None:
             write_text(folder / CARD_FILE, card)
         del model
         exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
-        exported.set_experts_implementation("eager")  # one expert after another, as in training
+        if plan.moe_layers:
+            exported.set_experts_implementation("eager")  # one expert after another, as in training
         parameters = sum(parameter.numel() for parameter in exported.parameters())
         found = logits_in_fp32(exported, ids_BL)
     size = sum(file.stat().st_size for file in target.iterdir())

@@ -14,30 +14,33 @@ from common.files import fsync_path, write_json
 from common.progress import progress
 from pipeline.export.remote_code import auto_map, class_names, write_code
 from pipeline.export.tensors import planned_tensors
+from pipeline.method.upcycle import HF_FILES
 from pipeline.model.backbone import moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 
 SHARD_SIZE = "5GB"
-NOT_COPIED = ("config.json",)
 
 
 def write_folder(model: PreTrainedModel, plan: ExpertPlan, hf: Path, folder: Path, dtype: torch.dtype) -> None:
     """Write everything; the model's weights are gone afterwards.
 
     Args:
-        model: the mixture, whole on one rank.
+        model: the mixture, whole on one rank, or a dense model, which needs no code of its own.
         plan: of its experts.
-        hf: the upcycled checkpoint's folder of config and tokenizer.
+        hf: a folder with the dense model's tokenizer.
         folder: that is there, and empty.
         dtype: of the weights.
     """
-    names = class_names(model)
-    config = {**model.config.to_dict(), **mixture_config(model, plan), **auto_map(names)}
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    if plan.moe_layers:
+        names = class_names(model)
+        write_code(folder, names)
+        config |= {**mixture_config(model, plan), **auto_map(names)}
     config["dtype"] = str(dtype).removeprefix("torch.")
-    write_code(folder, names)
-    for file in sorted(hf.iterdir()):
-        if file.is_file() and file.name not in NOT_COPIED:
-            shutil.copyfile(file, folder / file.name)
+    for pattern in HF_FILES:
+        for file in hf.glob(pattern):
+            if file.is_file() and file.name != "config.json":
+                shutil.copyfile(file, folder / file.name)
     write_weights(model, folder, dtype)
     write_json(folder / "config.json", json.loads(json.dumps(config, default=str)))
 

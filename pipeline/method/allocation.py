@@ -219,6 +219,17 @@ def classifier_layers(experts: ExpertsConfig, counts: list[int], similarity: lis
     return most_similar_layers(similarity, counts, wanted)
 
 
+def dense_plan(run: RunConfig, num_layers: int) -> ExpertPlan:
+    """The plan of a run whose model stays dense.
+
+    Args:
+        run: its settings.
+        num_layers: of the dense model.
+    """
+    old = sorted({entry.language for entry in run.data.old.values()})
+    return ExpertPlan.dense(num_layers, old=old, new=sorted({entry.language for entry in run.data.new.values()}))
+
+
 def expert_plan(run: RunConfig, counts: list[int], similarity: list[float] | None) -> ExpertPlan:
     """The plan of a run: of a dense model's first expansion, or of a further one.
 

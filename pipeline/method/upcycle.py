@@ -47,7 +47,7 @@ TAG = "upcycled"
 HF_FOLDER = "hf"  # config and tokenizer, so that training does not need the dense model
 EXACT_COPIES = ExpertInit()
 TOLERANCE = 1e-4  # of the largest logit; fp32 rounding stays two orders of magnitude below
-_HF_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.model", "vocab.json",
+HF_FILES = ("config.json", "generation_config.json", "tokenizer*", "special_tokens_map.json", "*.model", "vocab.json",
              "merges.txt", "chat_template*", "added_tokens.json")  # fmt: skip
 
 
@@ -112,7 +112,7 @@ def upcycle(
         init_of_files = None if init.copies and not write_copies else init
         shape = _write_weights(dense, plan, folder / TAG, dtype=dtype, seed=seed, experts=init_of_files)
         (folder / HF_FOLDER).mkdir()
-        for pattern in _HF_FILES:
+        for pattern in HF_FILES:
             for file in dense.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, folder / HF_FOLDER / file.name)

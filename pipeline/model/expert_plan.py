@@ -93,12 +93,23 @@ class ExpertPlan(BaseModel):
                 )
         if any(len(r.num_new) != len(self.counts) for r in self.rounds):
             raise UserError(f"expert plan: a round does not list {len(self.counts)} layers; allocate again")
-        if sum(self.num_new) < 1:
-            raise UserError("expert plan: no layer has a new expert; raise experts.num_new")
         check_layers(self.classifier_layers, len(self.counts))
         for layer in self.classifier_layers:
             if self.counts[layer] < 2:
                 raise UserError(f"experts.classifier_layers: layer {layer} is dense, it has no router; leave it out")
+
+    @classmethod
+    def dense(cls, num_layers: int, *, old: list[str], new: list[str]) -> "ExpertPlan":
+        """The plan of a model that stays dense: each layer has its original MLP alone.
+
+        Args:
+            num_layers: of the model.
+            old: languages that it knows.
+            new: languages that it is taught.
+        """
+        known = Round(languages=tuple(old), num_new=(1,) * num_layers, source="mlp")
+        taught = Round(languages=tuple(new), num_new=(0,) * num_layers, source="expert 0")
+        return cls(counts=(1,) * num_layers, top_k=1, rounds=(known, taught))
 
     @classmethod
     def first_expansion(
@@ -122,7 +133,12 @@ class ExpertPlan(BaseModel):
             classifier_layers: layers with a routing classifier.
             similarity: S_l of each layer, if it was measured.
             classifier: what classifiers classify.
+
+        Raises:
+            UserError: no layer gets an expert.
         """
+        if sum(counts) <= len(counts):
+            raise UserError("expert plan: no layer has a new expert; raise experts.num_new")
         rounds = (
             Round(languages=tuple(old), num_new=(1,) * len(counts), source="mlp"),
             Round(languages=tuple(new), num_new=tuple(max(0, count - 1) for count in counts), source="expert 0"),

@@ -89,6 +89,7 @@ class CheckpointManifest(Manifest):
         ep_size: ranks per expert-parallel group.
         max_imbalance: see :class:`pipeline.distributed.parallel_dims.ParallelDims`, as for the two before.
         expert_plan: the expert plan.
+        method: the name of the run's.
         selection_biases: whether its routers have a selection bias.
         resized_from: the tag that it was made from by ``resize``.
     """
@@ -104,5 +105,6 @@ class CheckpointManifest(Manifest):
     ep_size: int
     max_imbalance: float
     expert_plan: dict[str, Any]
+    method: str = "moe"
     selection_biases: bool = False
     resized_from: str | None = None

@@ -124,10 +124,10 @@ class Evaluation(Record):
         window: tokens per scoring window.
         checkpoints: what was scored, the dense model ("base") first.
         sets: by name.
-        routing: by checkpoint, the dense model left out.
+        routing: by checkpoint, the dense model left out; empty where there are no routers.
         own_experts: by set of an earlier round's language, by checkpoint: how much of its routing weight is on the
             experts of its time; empty for a dense model's first expansion.
-        parameters: numbers of parameters: dense, total, active, stage1_trained, stage2_trained.
+        parameters: numbers of parameters: dense, total, active, stage1_trained and, of a mixture, stage2_trained.
     """
 
     window: int

@@ -44,7 +44,9 @@ class Section:
 
 
 def picture_sections(data: RunData) -> list[Section]:
-    """All sections that hold pictures, the one beside the results table first."""
+    """All sections that hold pictures, the one beside the results table first; a baseline has no experts to show."""
+    if data.baseline:
+        return [_results(data), *_text(data), _training(data, data.stages["stage1"]), _validation(data)]
     return [
         _results(data),
         _experts(data),
@@ -157,7 +159,8 @@ def _training(data: RunData, stage: Stage) -> Section:
             "The loss on the training text, which should fall and level off; drag to zoom, double-click to go back.",
         )
     )
-    section.charts.extend(_routing_curves(data, stage))
+    if not data.baseline:
+        section.charts.extend(_routing_curves(data, stage))
     small: list[tuple[str, Callable[[StepRow], float | None], str, bool, str]] = [
         ("Learning rate", lambda row: row.lr, ".2e", False, "The size of a step: warm-up, then decay."),
         (

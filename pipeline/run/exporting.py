@@ -49,18 +49,20 @@ def export_run(context: RunContext, checkpoint: str | None, dtype: str | None, t
         context.folder.manifest(label)  # which is written when the stage is done
     folders = {stage: context.folder / stage for stage in context.stages}
     identities = {number: context.identity(number) for number in context.run.stage_numbers}
-    scored = checkpoint_to_score(folders, label, identities, context.upcycled, context.plan)
+    scored = checkpoint_to_score(folders, label, identities, context.untrained)
     model = load_scored(scored, context.dense, context.dtype, alone("cpu"), ONE_RANK)
     of = getattr(torch, DTYPES[dtype]) if dtype else context.dtype
     card = str(model_card(_facts(context, label, of)))
-    found = export(model, context.plan, context.upcycled / HF_FOLDER, target, of, parity_samples(context), card)
+    hf = context.dense if context.run.method.is_dense else context.upcycled / HF_FOLDER
+    found = export(model, context.plan, hf, target, of, parity_samples(context), card)
     print(
         f"export: {label} as {target}, {found.parameters / 1e6:.1f} M parameters, {found.bytes / 1e9:.2f} GB; its "
         f"logits differ by at most {found.difference:.2g} (logits up to {found.largest:.0f}) on {found.tokens} tokens "
         "from the trained model's, fp32",
         flush=True,
     )
-    print(f'load it: AutoModelForCausalLM.from_pretrained("{target}", trust_remote_code=True)', flush=True)
+    trusts = "" if context.run.method.is_dense else ", trust_remote_code=True"
+    print(f'load it: AutoModelForCausalLM.from_pretrained("{target}"{trusts})', flush=True)
 
 
 def _facts(context: RunContext, label: str, dtype: "torch.dtype") -> "CardFacts":

@@ -139,8 +139,17 @@ def similarity_is_there(context: RunContext) -> bool:
 
 
 def is_measured(run: RunConfig) -> bool:
-    """Whether a run measures similarities: it has old sets to compare with, and names no file of them."""
-    return bool(run.data.old) and run.experts.similarity is None
+    """Whether a run measures similarities: it has experts and old sets to compare with, and names no file of them."""
+    return not why_not_measured(run)
+
+
+def why_not_measured(run: RunConfig) -> str:
+    """Why a run measures no similarities; empty if it does."""
+    if run.method.is_dense:
+        return f"method {run.method.name} has no experts"
+    if not run.data.old or run.experts.similarity is not None:
+        return "no old set to compare with, or experts.similarity is given"
+    return ""
 
 
 def allocate_inputs(context: RunContext) -> Inputs:

@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING
 
 from common.files import content_key
-from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.evaluation import BASE, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
@@ -60,17 +59,12 @@ def score(context: RunContext, tag: str | None, ranks: "Ranks | None") -> Evalua
     Raises:
         UserError: there is no such checkpoint, or it is of another model, plan or tokenizer.
     """
-    from pipeline.checkpoint.store import read_manifest
-    from pipeline.model.backbone import parameter_counts
-
     models, scoring = models_to_score(context, tag), evaluator(context)
     if ranks is not None:
         scoring.score(models, _missing(context, scoring, models), ranks, context.dims)
         if not ranks.is_first:
             return None
-    upcycled = read_manifest(context.upcycled, UpcycledManifest)
-    sizes = (upcycled.dense_parameters, upcycled.mlp_parameters, upcycled.hidden_size)
-    result = scoring.result(models, parameter_counts(*sizes, context.plan))
+    result = scoring.result(models, context.untrained.parameter_counts())
     result.save(context.folder / EVALUATION_FILE if tag is None else context.folder.evaluation_of(tag))
     return result
 
@@ -105,5 +99,5 @@ def models_to_score(context: RunContext, tag: str | None) -> "list[Scored]":
     folders = {stage: context.folder / stage for stage in context.stages}
     identities = {number: context.identity(number) for number in context.run.stage_numbers}
     labels = [label for label in ([tag] if tag else context.stages) if label != BASE]
-    found = (checkpoint_to_score(folders, one, identities, context.upcycled, context.plan) for one in labels)
+    found = (checkpoint_to_score(folders, one, identities, context.untrained) for one in labels)
     return [context.start_model, *found]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pipeline.distributed.own_time import OWN_TIME
 from pipeline.distributed.process_group import Ranks
-from pipeline.model.backbone import moe_layers
+from pipeline.model.backbone import decoder_layers
 from pipeline.records.metrics import SlowestRank
 
 WORTH_NAMING = 10.0  # percent
@@ -26,9 +26,9 @@ def watch_backward(engine: Any) -> None:
     """
     if engine.zero_optimization_partition_gradients():
         return
-    for parameter in moe_layers(engine.module)[0].parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda _: OWN_TIME.mark())
+    trained = ([p for p in layer.parameters() if p.requires_grad] for layer in decoder_layers(engine.module))
+    for parameter in next(parameters for parameters in trained if parameters):
+        parameter.register_post_accumulate_grad_hook(lambda _: OWN_TIME.mark())
 
 
 def own_seconds(ranks: Ranks) -> Tensor:

@@ -91,8 +91,8 @@ class Model:
     def of(cls, context: RunContext, label: str = "stage2") -> "Model":
         folders = {stage: context.folder / stage for stage in context.stages}
         identities = {number: context.identity(number) for number in context.run.stage_numbers}
-        scored = checkpoint_to_score(folders, label, identities, context.upcycled, context.plan)
-        model = load_model(scored, context.upcycled, context.plan, torch.float32, ONE_RANK, torch.device("cpu"))
+        scored = checkpoint_to_score(folders, label, identities, context.untrained)
+        model = load_model(scored, context.untrained, torch.float32, ONE_RANK, torch.device("cpu"))
         experts = {
             (context.plan.moe_layers[index], number + 1): dict(model.get_submodule(prefix).state_dict())
             for (index, number), prefix in local_expert_names(model).items()

@@ -31,7 +31,7 @@ def score_moe(ranks: Ranks, tree: dict[str, Any], ep_size: int) -> dict[str, Any
     steps = RunContext(run)
     dims = ParallelDims(ranks.world_size, ep_size, ranks.rank)
     untrained = Scored("untrained", (), {})
-    model = load_model(untrained, steps.upcycled, steps.plan, torch.float32, dims, ranks.device)
+    model = load_model(untrained, steps.untrained, torch.float32, dims, ranks.device)
     return {name: score_set(model, steps.store, name, ranks, window=WINDOW) for name in run.data.sets}
 
 
