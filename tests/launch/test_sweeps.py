@@ -52,8 +52,8 @@ def test_every_ready_sweep_is_tested_here() -> None:
 
 
 def test_there_are_three_seeds_of_each_entry_and_nothing_else_differs(sweep: Sweep) -> None:
-    assert [entry_of(run) for run in sweep.runs] == [name for name in ENTRIES for _ in range(3)]
-    assert [run.seed for run in sweep.runs] == [17, 18, 19] * len(ENTRIES)
+    assert [entry_of(run) for run in sweep.runs] == [*ENTRIES] * 3
+    assert [run.seed for run in sweep.runs] == [seed for seed in (17, 18, 19) for _ in ENTRIES]
     base = sweep.base.model_dump(mode="json", by_alias=True)
     for run in sweep.runs:
         changes = differences(base, run.model_dump(mode="json", by_alias=True))
