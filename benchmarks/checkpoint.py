@@ -85,7 +85,7 @@ class Benchmark:
         stage = find_stage(run, 1)
         target, done_with = self.folder / "stage1", StepInputs(inputs={}, run={})
         dims = divide(run, ranks)
-        inputs = StageInputs(run, stage, steps.plan, steps.store, steps.upcycled, target, identity, done_with, dims)
+        inputs = StageInputs(run, stage, steps.plan, steps.store, steps.untrained, target, identity, done_with, dims)
         self.state = TrainingState.start(inputs, ranks)
         train_step(self.state)
         self.raw = self.folder / "raw"

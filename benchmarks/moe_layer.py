@@ -170,7 +170,8 @@ def measure(sizes: Sizes, dtype_name: str, device: torch.device, rounds: int) ->
     """Every contender once a round."""
     torch.manual_seed(0)
     dtype = DTYPES[dtype_name]
-    everyone = contenders(sizes, dtype, device)
+    with device:  # where weights are made, as making them on a CPU takes long
+        everyone = contenders(sizes, dtype, device)
     x_TD, upstream_TD = (torch.randn(sizes.tokens, sizes.hidden, device=device).to(dtype) for _ in range(2))
     turns = [
         Turn(

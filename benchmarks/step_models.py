@@ -91,7 +91,8 @@ class Bench:
     def __init__(self, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> None:
         torch.manual_seed(0)
         self.sizes, self.dtype, self.device = sizes, dtype, device
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_config(sizes.llama(), dtype=dtype)
+        with device:  # where weights are made, as making them on a CPU takes long
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(sizes.llama(), dtype=dtype)
         nn.Module.to(self.model, device)
         self.model.requires_grad_(False).train()
         self.layers = decoder_layers(self.model)
@@ -104,7 +105,8 @@ class Bench:
 
     def new_mlp(self) -> nn.Module:
         """A trained MLP of the model's shape."""
-        mlp = LlamaMLP(self.sizes.llama()).to(self.device, self.dtype)
+        with self.device:
+            mlp = LlamaMLP(self.sizes.llama()).to(self.dtype)
         return randomised(mlp)
 
     def install(self, blocks: nn.ModuleList) -> None:
@@ -200,7 +202,8 @@ def mixtral(bench: Bench, implementation: str, of: str) -> Contender:
         num_experts_per_tok=TOP_K,
     )
     config._experts_implementation = implementation
-    blocks = [randomised(MixtralSparseMoeBlock(config)).to(bench.device, bench.dtype) for _ in bench.mlps]
+    with bench.device:
+        blocks = [randomised(MixtralSparseMoeBlock(config)).to(bench.dtype) for _ in bench.mlps]
     return Contender(f"transformers Mixtral, {implementation}", "all", of, nn.ModuleList(blocks))
 
 

@@ -16,6 +16,7 @@ from pipeline.config.run import RunConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.stages import find_stage
+from pipeline.method.untrained import UntrainedMixture
 from pipeline.method.upcycle import upcycle
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import CheckpointIdentity
@@ -87,6 +88,8 @@ def write_upcycled(sizes: Sizes, dtype: torch.dtype, folder: Path, device: str =
         model = AutoModelForCausalLM.from_config(sizes.llama(), dtype=dtype)
     model.save_pretrained(folder / "dense")
     del model
+    if device == "cuda":
+        torch.cuda.empty_cache()
     samples = np.random.default_rng(0).integers(sizes.vocab, size=(1, min(8, sizes.sequence)))
     upcycle(folder / "dense", expert_plan(sizes), samples, folder / "upcycled", seed=0, model_hash="random")
 
@@ -108,7 +111,7 @@ def start_stage1(sizes: Sizes, run: RunConfig, folder: Path, ep_size: int, ranks
         stage=stage,
         plan=expert_plan(sizes),
         store=cast(TokenStore, None),  # nothing reads it, as the order of samples is given
-        upcycled=folder / "upcycled",
+        untrained=UntrainedMixture(folder / "upcycled", expert_plan(sizes)),
         folder=folder / f"stage1-{ep_size}",
         identity=CheckpointIdentity(model="random", plan="", tokenizer=""),
         done_with=StepInputs(inputs={}, run={}),

@@ -104,7 +104,7 @@ def one_rank(arguments: argparse.Namespace, sizes: Sizes) -> dict[str, Any]:
     with TemporaryDirectory() as name:
         folders = {dtype: Path(name) / dtype for dtype in arguments.dtypes}
         for dtype, folder in folders.items():
-            write_upcycled(sizes, DTYPES[dtype], folder)
+            write_upcycled(sizes, DTYPES[dtype], folder, arguments.device)
         # In processes that join by themselves, so before this one joins.
         held = {dtype: memory(sizes, dtype, folder) for dtype, folder in folders.items()}
         ranks = join()

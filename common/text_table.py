@@ -18,3 +18,9 @@ def aligned(rows: list[list[str]], numbers_from: int | None = None) -> str:
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of cells as a table in Markdown; the first row is the heading."""
+    heading, *others = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join([heading, "|" + "---|" * len(rows[0]), *others])

@@ -22,6 +22,7 @@ ROOMS = (
     "checkpoint",
     "method",
     "evaluation",
+    "export",
     "training",
     "report",
     "comparison",

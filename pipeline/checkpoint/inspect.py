@@ -63,7 +63,11 @@ def inspect_text(folder: Path) -> str:
     rows.append(("skipped steps", manifest.skipped_steps["count"]))
     if manifest.identity.stage1 is not None:
         rows.append(("experts from", f"stage1/{manifest.identity.stage1.tag}"))
-    rows += [("model", manifest.identity.model), *_plan(ExpertPlan.model_validate(manifest.expert_plan))]
+    rows.append(("model", manifest.identity.model))
+    if manifest.method == "moe":
+        rows += _plan(ExpertPlan.model_validate(manifest.expert_plan))
+    else:
+        rows.append(("method", manifest.method))
     return _text(rows + _sizes(manifest.files))
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster import JOBS
+from pipeline.run.exporting import DTYPES
 from pipeline.run.steps import STEP_NAMES, STEPS
 
 RUN_VERBS = {
@@ -18,6 +19,9 @@ RUN_VERBS = {
     "status": "which step is done, running, waiting or failed.\nReads the run's folder and SLURM; writes nothing.",
     "estimate": "parameters, memory per rank, network, checkpoints and hours, before anything runs.\n"
     "Reads RUN.yaml and the model's config; writes nothing.",
+    "export": "a trained checkpoint as a Hugging Face folder that transformers, peft and vLLM load.\n"
+    "Reads the run's folder; writes --to, or output_dir/NAME/export/.",
+    "generate": "how the base model and the stages continue a prompt.\nReads the run's folder; prints.",
     "check": "whether the ranks of a cluster reach each other, how fast, and whether their software is the same.\n"
     "Reads RUN.yaml's cluster.environment if it is given; writes nothing.",
 }
@@ -125,6 +129,23 @@ def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", action="store_true", help="then write the report")
 
 
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="TAG", help="stage1, stage2/best …; the last stage's last without it")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; that of training without it")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="by default output_dir/NAME/export")
+
+
+def _generate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
+    parser.add_argument(
+        "--stage", metavar="L,L", help="of base,1,2 or stage1/best …; without it base and the last stage"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at a temperature")
+    parser.add_argument("--show-experts", action="store_true", help="show which experts each token took")
+
+
 def _submit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="show the sbatch lines and their scripts, submit nothing"
@@ -163,6 +184,8 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "allocate": _allocate_options,
     "train": _train_options,
     "evaluate": _evaluate_options,
+    "export": _export_options,
+    "generate": _generate_options,
     "submit": _submit_options,
     "estimate": _estimate_options,
     "check": _check_options,

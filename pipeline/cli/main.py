@@ -16,7 +16,9 @@ from pipeline.distributed.failures import has_joined, told_by_ranks
 from pipeline.records.run_folder import ERRORS_FOLDER, RunFolder
 from pipeline.run.checks import check_model
 from pipeline.run.context import RunContext
+from pipeline.run.exporting import export_run
 from pipeline.run.fetch import fetch_run, with_fetched
+from pipeline.run.generating import generate
 from pipeline.run.new_run import write_new_run
 from pipeline.run.run_lock import RunLock
 from pipeline.run.steps import STEP_NAMES, STEPS, step_named, steps_of
@@ -25,7 +27,14 @@ from pipeline.sweep.config import Sweep, read_sweep
 # What a verb needs torch for is imported where the verb is done: torch reads variables that the run sets before.
 JOB_SETTINGS = "job-settings"  # of launch/run.sh: which SLURM job the command line after it stands for
 READS_MODEL = ("run", "submit", *(step.verb for step in STEPS if step.keeps_manifest))
-WITHOUT_LOCK = ("status", "check", "estimate", "fetch", "submit")  # they may be asked while the run is active
+WITHOUT_LOCK = (
+    "status",
+    "check",
+    "estimate",
+    "fetch",
+    "submit",
+    "generate",
+)  # they may be asked while the run is active
 
 
 def _run_all(context: RunContext, options: argparse.Namespace) -> int:
@@ -96,6 +105,29 @@ def _allocate(context: RunContext, options: argparse.Namespace) -> int:
     from pipeline.run.budgets import budgets_table
 
     print(budgets_table(context, options.budgets, options.ranks, options.ep_size, options.device), flush=True)
+    return 0
+
+
+def _export(context: RunContext, options: argparse.Namespace) -> int:
+    """A checkpoint as a Hugging Face folder."""
+    export_run(context, options.checkpoint, options.dtype, options.to)
+    return 0
+
+
+def _generate(context: RunContext, options: argparse.Namespace) -> int:
+    """Continuations of prompts.
+
+    Raises:
+        UserError: an option makes no sense, or there is no such checkpoint.
+    """
+    from pipeline.evaluation.generate import Sampling
+
+    if options.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens}: give at least 1")
+    if options.temperature < 0:
+        raise UserError(f"--temperature {options.temperature:g}: give 0 or more")
+    sampling = Sampling(options.max_new_tokens, options.temperature, options.seed)
+    generate(context, options.prompt, options.stage, sampling, shows_experts=options.show_experts)
     return 0
 
 
@@ -194,6 +226,8 @@ DO: dict[str, Callable[[RunContext, argparse.Namespace], int]] = {
     "allocate": _allocate,
     "train": _train,
     "evaluate": _evaluate,
+    "export": _export,
+    "generate": _generate,
     "submit": _submit,
     "status": _status,
     "fetch": _fetch,

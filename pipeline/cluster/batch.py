@@ -20,7 +20,7 @@ def job_of_options(run: RunConfig, options: argparse.Namespace) -> Job:
     """
     name = options.verb
     if name == "train":
-        name = "train --evaluate" if options.evaluate else f"stage{options.stage or (2 if run.stage2 else 1)}"
+        name = "train --evaluate" if options.evaluate else f"stage{options.stage or run.stage_numbers[-1]}"
     job = next((job for job in jobs_of(run) if [step.name for step in job.steps] == [name]), None)
     if job is None:
         raise UserError(f"{name}: no batch job does this alone; use python -m pipeline submit {options.run}")

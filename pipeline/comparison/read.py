@@ -12,10 +12,11 @@ from common.files import content_key
 from pipeline.checkpoint.store import read_manifest
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
+from pipeline.method.allocation import dense_plan
 from pipeline.method.stages import find_stage
-from pipeline.model.backbone import model_config
+from pipeline.model.backbone import folder_here, model_config
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.records.checkpoint import NewRows, UpcycledManifest
+from pipeline.records.checkpoint import HF_FOLDER, NewRows, UpcycledManifest
 from pipeline.records.evaluation import BASE, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE, PLAN_FILE, UPCYCLED, RunFolder
 from pipeline.records.step_manifest import StepManifest
@@ -80,7 +81,7 @@ class ReadRun:
         config, tokens = self._config(), self.tokens
         if config is None or len(tokens) < len(self.run.stage_numbers):
             return None
-        plan = ExpertPlan.load(self.folder / PLAN_FILE)
+        plan = self._plan(config)
         stages = [find_stage(self.run, number) for number in self.run.stage_numbers]
         return sum(flops_of_stage(config, plan, stage, self._new_rows()) * tokens[stage.name] for stage in stages)
 
@@ -92,9 +93,15 @@ class ReadRun:
 
     def _config(self) -> Any:
         """The dense model's config: the copy beside the upcycled weights, or the model's own; no hub is asked."""
-        folders = (self.folder / UPCYCLED / "hf", Path(self.run.model.path))
-        found = next((folder for folder in folders if (folder / "config.json").is_file()), None)
-        return model_config(found) if found and (self.folder / PLAN_FILE).is_file() else None
+        folders = (self.folder / UPCYCLED / HF_FOLDER, folder_here(self.run.model))
+        found = next((folder for folder in folders if folder and (folder / "config.json").is_file()), None)
+        is_planned = self.run.method.is_dense or (self.folder / PLAN_FILE).is_file()
+        return model_config(found) if found and is_planned else None
+
+    def _plan(self, config: Any) -> ExpertPlan:
+        if self.run.method.is_dense:
+            return dense_plan(self.run, config.get_text_config().num_hidden_layers)
+        return ExpertPlan.load(self.folder / PLAN_FILE)
 
 
 def read_runs(names: Sequence[str]) -> list[ReadRun]:

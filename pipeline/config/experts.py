@@ -40,7 +40,7 @@ class ExpertsConfig(Section):
 
     ``num_new`` is the budget of new experts over all layers. ``delta`` is LayerMoE's own parameter instead.
     ``counts``, with ``allocation: explicit``, lists the experts of each layer, the original included. ``mola`` gives
-    the four quarters of the layers 2, 4, 6 and 8 (arXiv 2402.08562).
+    the four quarters of the layers 2, 4, 6 and 8 (arXiv 2402.08562). ``none`` is for a baseline, see ``method``.
 
     New experts are copies of the original MLP; with ``noise`` Gaussian noise is added, of so many times each matrix's
     standard deviation (ours; the baseline in Drop-Upcycling's code adds 0.02 to half of the dimensions). With ``init:
@@ -49,34 +49,43 @@ class ExpertsConfig(Section):
     With ``write_copies`` the upcycled checkpoint has a file for each new expert even if it is an exact copy, so that
     DeepSpeed itself can load it.
 
-    ``classifier_layers`` is a number, of the most similar layers, or a list of layers; 0 is none.
+    ``classifier_layers`` is a number, of the most similar layers, or a list of layers; 0 is none. ``classifier:
+    sequence`` classifies whole sequences as LayerMoE's reference implementation does, for comparison: see
+    :class:`pipeline.model.moe.router.Router` for what it can't do.
 
     In a further expansion (``base``) an allocation adds to each layer one expert less than it gives. ``router: keep``
-    keeps the routers' trained rows, ``reset`` draws all anew, as LayerMoE's reference implementation does.
+    keeps the routers' trained rows, ``reset`` draws all anew, as LayerMoE's reference implementation does. New experts
+    are copies of the original MLP, or with ``copy_of: most_used`` of the expert of their layer that the new languages'
+    tokens choose most often (ours).
+
+    ``rounding`` of a budget: ``ceil`` is the paper's; ``largest_remainder`` meets it exactly; ``expert_parallel``
+    moves the paper's counts to the nearest ones whose new experts ``parallel.ep_size`` ranks share evenly (ours).
 
     ``similarity`` is a file to take similarities from instead of measuring them: another run's similarity.json, or a
     published one, of a model with as many layers.
     """
 
-    allocation: Literal["layerwise", "uniform", "mola", "explicit"] = "layerwise"
+    allocation: Literal["layerwise", "uniform", "mola", "explicit", "none"] = "layerwise"
     num_new: int | None = None
     delta: float | None = None
     counts: list[int] | None = None
-    rounding: Literal["ceil", "largest_remainder"] = "ceil"
+    rounding: Literal["ceil", "largest_remainder", "expert_parallel"] = "ceil"
     top_k: Positive = 2
     init: Literal["copy", "random", "drop"] = "copy"
     drop_ratio: float = Field(default=0.5, gt=0, le=1)
     noise: float = Field(default=0.0, ge=0)
     router: Literal["keep", "reset"] = "keep"
+    copy_of: Literal["mlp", "most_used"] = "mlp"
     write_copies: bool = False
     classifier_layers: int | list[int] = 0
+    classifier: Literal["token", "sequence"] = "token"
     similarity: Path | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ExpertsConfig":
         given = [key for key in ("num_new", "delta", "counts") if getattr(self, key) is not None]
-        budgets = {"layerwise": ("num_new", "delta"), "uniform": ("num_new",), "explicit": ("counts",), "mola": ()}
-        allowed = budgets[self.allocation]
+        budgets = {"layerwise": ("num_new", "delta"), "uniform": ("num_new",), "explicit": ("counts",)}
+        allowed = budgets.get(self.allocation, ())
         if given and not allowed:
             raise ValueError(f"allocation: {self.allocation} takes no {given[0]}; leave it out")
         if allowed and (len(given) != 1 or given[0] not in allowed):

@@ -12,7 +12,9 @@ from data_prep.config import DataConfig, PreparationConfig, Stage1Tokens, check_
 from data_prep.config import ModelConfig as ModelConfig  # others import it from here
 from pipeline.config.cluster import ClusterConfig
 from pipeline.config.experts import BaseConfig, ExpertsConfig, SimilarityConfig
+from pipeline.config.method import MethodConfig
 
+NO_EXPERTS = ExpertsConfig(allocation="none")
 PROGRAM = Path(__file__).resolve().parents[2]
 
 
@@ -61,8 +63,8 @@ class StageConfig(Section):
 class Stage1Config(StageConfig):
     """Stage 1: new experts and routers train on the new languages (MoE-LPR section 3.2).
 
-    With ``old_share`` that part of the samples is of old languages, and with ``lpr_weight`` they have the LPR loss:
-    with no stage 2, that is MoE-LPR's ablation of one stage.
+    With ``old_share`` that part of the samples is of old languages, as ``data.replay`` has chosen them, and with
+    ``lpr_weight`` they have the LPR loss: with no stage 2, that is MoE-LPR's ablation of one stage.
 
     ``balance`` is how experts get equal loads: by MoE-LPR's ``loss``, to which the other ``balance_`` keys belong, or
     without it by a ``bias`` of each expert that is added to its score only to choose the top K, and after each step
@@ -107,7 +109,7 @@ class ValidateConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """At the end: whole held-out documents, in windows of ``window`` tokens."""
+    """At the end: whole held-out documents, in windows of ``window`` tokens; a document's last one is full too."""
 
     window: Positive = 1024
 
@@ -195,9 +197,10 @@ class RunConfig(Section):
     seed: int = Field(default=17, ge=0)
     base: BaseConfig | None = None
     model: ModelConfig
+    method: MethodConfig = MethodConfig()
     data: DataConfig
     similarity: SimilarityConfig = SimilarityConfig()
-    experts: ExpertsConfig
+    experts: ExpertsConfig = NO_EXPERTS
     stage1: Stage1Config
     stage2: Stage2Config | None = None
     validate_: ValidateConfig = Field(default=ValidateConfig(), alias="validate")
@@ -225,15 +228,21 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":
         check_one_tokenizer(self.model, self.data)
+        self._check_method()
         if self.base is not None and self.experts.init != "copy":
-            raise ValueError("experts.init: a further expansion copies expert 0; leave it out")
+            raise ValueError("experts.init: a further expansion copies experts; leave it out")
         if self.base is not None and self.experts.noise:
-            raise ValueError("experts.noise: a further expansion copies expert 0 exactly; leave it out")
+            raise ValueError("experts.noise: a further expansion copies experts exactly; leave it out")
+        if self.base is None and self.experts.copy_of != "mlp":
+            raise ValueError("experts.copy_of: a dense model has no other expert; leave it out, or name a base run")
+        if self.experts.rounding == "expert_parallel" and self.parallel.ep_size == "auto":
+            raise ValueError("experts.rounding: expert_parallel needs a number for parallel.ep_size; give one")
         reasons = {
-            "stage2 replays": self.stage2 is not None,
+            "stage2 replays": 2 in self.stage_numbers,
             "stage1.old_share reads": self.stage1.old_share > 0,
             "allocation: layerwise compares with": self.experts.allocation == "layerwise"
-            and self.experts.similarity is None,
+            and self.experts.similarity is None
+            and not self.method.is_dense,
         }
         reason = next((reason for reason, holds in reasons.items() if holds), None)
         if not self.data.old and reason:
@@ -242,12 +251,35 @@ class RunConfig(Section):
             )
         return self
 
+    def _check_method(self) -> None:
+        method = self.method
+        if not method.is_dense:
+            if "experts" not in self.model_fields_set:
+                raise ValueError("experts: missing; add it, as experts: {num_new: 60}")
+            if self.experts.allocation == "none":
+                raise ValueError("experts.allocation: none, but method moe has experts; use layerwise or uniform")
+            return
+        if self.base is not None:
+            raise ValueError(f"method: {method.name} trains a dense model, but base is an expanded one; give model:")
+        if self.model.tokenizer is not None:
+            raise ValueError(
+                f"model.tokenizer: given, but method {method.name} trains the dense model by its own tokenizer; "
+                "leave it out, or set it to null"
+            )
+        if self.parallel.ep_size not in (1, "auto"):
+            raise ValueError(
+                f"parallel.ep_size: {self.parallel.ep_size}, but method {method.name} has no experts to spread over "
+                "ranks; set it to 1"
+            )
+
     def stage(self, number: int) -> Stage1Config | Stage2Config:
         """A stage's settings.
 
         Raises:
             UserError: the run has no such stage.
         """
+        if number not in self.stage_numbers and self.method.is_dense:
+            raise UserError(f"stage{number}: method {self.method.name} has stage 1 alone; train --stage 1")
         settings = {1: self.stage1, 2: self.stage2}[number]
         if settings is None:
             raise UserError(f"stage{number}: the run has no such section; add it, or train --stage 1")
@@ -256,7 +288,7 @@ class RunConfig(Section):
     @property
     def stage_numbers(self) -> list[int]:
         """The stages that the run has, in order."""
-        return [1, 2] if self.stage2 is not None else [1]
+        return [1, 2] if self.stage2 is not None and not self.method.is_dense else [1]
 
     @property
     def preparation(self) -> PreparationConfig:

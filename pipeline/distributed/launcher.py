@@ -39,7 +39,7 @@ def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -
     """
     check_room(num_ranks)
     command = [
-        str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(num_ranks),
+        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks),  # the command's own module
         "--master_port", str(free_port()), "--log_level", "critical", str(ROOT / "launch" / entry), *arguments,
     ]  # fmt: skip
     threads = max(1, (os.cpu_count() or 1) // num_ranks)

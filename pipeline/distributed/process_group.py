@@ -68,7 +68,7 @@ class Ranks:
     def wait(self) -> None:
         """Wait until all ranks have called this."""
         if self.world_size > 1:
-            torch.distributed.barrier()
+            _barrier(self.device)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum a tensor over all ranks, in place; returns it."""
@@ -165,11 +165,16 @@ def leave() -> None:
     global _joined
     if _joined is None:
         return
-    torch.distributed.barrier()
+    _barrier(_joined.device)
     torch.distributed.destroy_process_group()
     if _joined.watchdog is not None:
         _joined.watchdog.stop()
     _joined = None
+
+
+def _barrier(device: torch.device) -> None:
+    """Wait for all ranks; NCCL would guess from the rank which GPU is this one's."""
+    torch.distributed.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
 
 def forget_earlier_stages(device: torch.device) -> None:

@@ -12,13 +12,15 @@ from pipeline.estimate.report import Estimate
 def divide(run: RunConfig, ranks: Ranks) -> ParallelDims:
     """The run's ``parallel.ep_size``; for ``auto`` the smallest with which all stages fit the first rank's device.
 
-    Where none fits, it is the one that needs least, and a line says so. All ranks must call this; the expert plan must
-    be there.
+    A model without experts has groups of one rank. Where none fits, it is the one that needs least, and a line says
+    so. All ranks must call this; the expert plan must be there.
 
     Raises:
         UserError: the run's ``ep_size`` does not divide the number of ranks.
     """
     parallel = run.parallel
+    if run.method.is_dense:
+        return ParallelDims(ranks.world_size, 1, ranks.rank, parallel.max_imbalance)
     ep_size = _choose(run, ranks) if parallel.ep_size == "auto" else parallel.ep_size
     return ParallelDims(ranks.world_size, ep_size, ranks.rank, parallel.max_imbalance)
 

@@ -8,8 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.distributed.parallel_dims import ParallelDims
-from pipeline.estimate.activations import LayerActivations
-from pipeline.estimate.imbalance import busiest_rank
+from pipeline.estimate.activations import BaselineActivations, LayerActivations
 from pipeline.estimate.zero import FP32, MOMENTS, Gradients, offloaded, zero_gradients
 from pipeline.method.stage import Stage
 from pipeline.model.backbone import decoder_layers, find_mlp
@@ -28,10 +27,11 @@ class ModelSizes:
     """Parameters of the dense model and its parts.
 
     Attributes:
-        total: of the dense model; a tied weight counts once.
+        total: of the dense model, with what a baseline adds to it; a tied weight counts once.
         mlp: of one layer's MLP.
         hidden: D.
         vocabulary: V, new tokens included.
+        trained: of ``total``, those that train, where a baseline does.
         new_rows: of new tokens' rows, which are not in ``total``.
         rows_train: whether these train in stage 1.
     """
@@ -40,6 +40,7 @@ class ModelSizes:
     mlp: int
     hidden: int
     vocabulary: int
+    trained: int = 0
     new_rows: int = 0
     rows_train: bool = True
 
@@ -75,7 +76,8 @@ class Trained:
     """Parameters of the fullest rank that train in a stage.
 
     Attributes:
-        routers: of routers and, where the stage has them, classifiers and new tokens' rows; on every rank alike.
+        routers: of routers and, where the stage has them, classifiers and new tokens' rows; on every rank alike. Of a
+            baseline, all.
         experts: of this rank's new experts, by how many ranks hold the same; empty where they are frozen.
     """
 
@@ -114,6 +116,8 @@ def most_experts(plan: ExpertPlan, dims: ParallelDims, *, trained: bool = False)
 
 def trained_parameters(sizes: ModelSizes, plan: ExpertPlan, dims: ParallelDims, stage: Stage) -> Trained:
     """What trains on the fullest rank."""
+    if not plan.moe_layers:
+        return Trained(sizes.trained, {})
     routers = sum(sizes.hidden * plan.counts[layer] for layer in plan.moe_layers)
     if stage.has_classifiers:
         routers += plan.num_groups * sizes.hidden * len(plan.classifier_layers)
@@ -127,7 +131,7 @@ def memory_by_kind(
     plan: ExpertPlan,
     dims: ParallelDims,
     batch: Batch,
-    layers: LayerActivations,
+    layers: LayerActivations | BaselineActivations,
     *,
     dtype: torch.dtype,
     ds_config: dict[str, Any],
@@ -163,8 +167,9 @@ def memory_by_kind(
     held = trained.optimized(dims, stage)
     elsewhere = offloaded(dtype, held) if stage.uses_zero and offloads(ds_config) else {}
     experts = sum(most_experts(plan, dims).values()) * sizes.mlp
+    routers = trained.routers if plan.moe_layers else 0  # what a baseline trains is among the total
     frozen_rows = sizes.new_rows - sizes.trained_rows(stage)
-    weights = (sizes.total + frozen_rows + experts) * width + trained.routers * (width if stage.uses_zero else FP32)
+    weights = (sizes.total + frozen_rows + experts) * width + routers * (width if stage.uses_zero else FP32)
     gradients = Gradients(float(FP32 * trained.total))
     if stage.uses_zero:
         accumulates = batch.accumulation > 1
@@ -181,8 +186,9 @@ def memory_by_kind(
         stays = kinds[kind] if kind == "gradients" else 0.0
         kinds[kind] = stays if on_gpu else stays + there
     logits = 2 * batch.tokens * sizes.vocabulary * width  # and their gradient
-    lowest = 0 if sizes.trained_rows(stage) else plan.moe_layers[0]
-    kinds["activations"] = _activations(plan, dims, batch, layers, sizes.hidden * width, lowest) + logits
+    to_embedding = sizes.trained_rows(stage) > 0
+    kept = _activations(plan, dims, batch, layers, sizes.hidden * width, to_embedding=to_embedding)
+    kinds["activations"] = kept + logits
     kinds["allocator"] = ALLOCATOR * (sum(kinds.values()) - process)
     kinds["peak"] = sum(kinds.values()) - min(kinds["activations"], gradients.fresh)
     if on_gpu and elsewhere:
@@ -191,19 +197,16 @@ def memory_by_kind(
 
 
 def _activations(
-    plan: ExpertPlan, dims: ParallelDims, batch: Batch, layers: LayerActivations, hidden_bytes: int, lowest: int
+    plan: ExpertPlan,
+    dims: ParallelDims,
+    batch: Batch,
+    layers: LayerActivations | BaselineActivations,
+    hidden_bytes: int,
+    *,
+    to_embedding: bool,
 ) -> float:
-    """Bytes kept for the backward by the busiest rank of each layer, if routing is uniform.
-
-    Layers below the ``lowest`` keep nothing: no gradient gets there. It is the first with a router, or where new
-    tokens' rows train the first of all. Of an MoE layer the MLPs' part grows with the rows that the rank computes; it
-    is what the layer keeps beyond a dense one's, which computes one row per token.
-    """
-    row = max(0.0, layers.moe - layers.dense) / max(1, plan.top_k - 1)
-    kept = [
-        layers.moe + (rows - 1) * plan.top_k * row if count > 1 else layers.dense
-        for count, rows in zip(plan.counts, busiest_rank(plan, dims), strict=True)
-    ][lowest:]
+    """Bytes kept for the backward by the busiest rank of each layer, if routing is uniform."""
+    kept = layers.by_layer(plan, dims, to_embedding=to_embedding)
     if batch.checkpoint_activations:  # each layer keeps its input, and one layer at a time is computed again
         # Rows that came from other ranks are kept too, and results that came back, as they are not sent again.
         layers_apart = [num for num in plan.num_new if num and dims.of_layer(num).ep_size > 1]

@@ -24,7 +24,7 @@ def out_of_memory(run: RunConfig, number: int, world_size: int, device: torch.de
     expected, batch = estimate.memory(stage)["peak"] / 1e9, estimate.batch(stage, estimate.dims)
     fixes = [f"parallel.micro_batch_size below {batch.sequences}"] if batch.sequences > 1 else []
     fixes += [] if batch.checkpoint_activations else [f"stage{number}.activation_checkpointing: true"]
-    fixes += [f"stage{number}.sequence_length", "a larger parallel.ep_size"]
+    fixes += [f"stage{number}.sequence_length"] + ([] if run.method.is_dense else ["a larger parallel.ep_size"])
     return (
         f"stage {number}: out of memory on {device_name(device)} with {has:.1f} GB: {held:.1f} GB were allocated, "
         f"{expected:.1f} GB estimated; what lowers it: {', '.join(fixes)}"

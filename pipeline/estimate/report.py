@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from common.errors import UserError
 from common.text_table import aligned
 from data_prep.encoders import find_extension
 from pipeline.config.run import RunConfig
 from pipeline.distributed.parallel_dims import ParallelDims
-from pipeline.estimate.activations import measure_layers
+from pipeline.estimate.activations import BaselineActivations, LayerActivations, measure_baseline, measure_layers
 from pipeline.estimate.device import Device
 from pipeline.estimate.imbalance import mlp_time
 from pipeline.estimate.memory import (
@@ -24,15 +23,15 @@ from pipeline.estimate.memory import (
     most_experts,
     network_per_token,
 )
-from pipeline.method.allocation import allocate, clamp_similarity, expert_plan
-from pipeline.method.given_similarity import given_similarity
+from pipeline.estimate.plan import find_plan
 from pipeline.method.stage import Stage
 from pipeline.method.stages import stages_of
+from pipeline.method.untrained import dense_parameter_counts
 from pipeline.model.backbone import model_config, model_folder, parameter_counts
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import NewRows
 from pipeline.records.metrics import StepRow
-from pipeline.records.run_folder import METRICS_FILE, PLAN_FILE, RunFolder
+from pipeline.records.run_folder import METRICS_FILE, RunFolder
 from pipeline.training.ds_config import batch_shape, read_ds_config, training_dtype
 
 USABLE = 0.92  # of a device's memory; the rest goes to the runtime and to gaps between blocks
@@ -70,14 +69,29 @@ class Estimate:
         self.ds_config = read_ds_config(run.ds_config_file)
         self.dtype = training_dtype(self.ds_config)
         self.sizes: ModelSizes = model_sizes(self.config, rows_of(run, self.config))
+        if run.method.is_dense:
+            counts = self.counts()
+            self.sizes = replace(self.sizes, total=counts["total"], trained=counts["stage1_trained"])
         self.plan, self.plan_note = find_plan(run, self.config.get_text_config().num_hidden_layers, num_new)
         self.stages = stages_of(run)
-        self.layers = {
-            stage.number: measure_layers(self.config, self.plan.top_k, self.dtype, stage) for stage in self.stages
-        }
+        self.layers = {stage.number: self._measure_layers(stage) for stage in self.stages}
         self.process = device.process
         self._given_ep_size = ep_size
         self.dims = self._dims(ep_size or self._ep_size())
+
+    def counts(self) -> dict[str, int]:
+        """Numbers of parameters by kind; see :func:`pipeline.model.backbone.parameter_counts`."""
+        if self.run.method.is_dense:
+            return dense_parameter_counts(self.config, self.run.method)
+        sizes = self.sizes
+        return parameter_counts(
+            sizes.total, sizes.mlp, sizes.hidden, self.plan, new_rows=sizes.new_rows, rows_train=sizes.rows_train
+        )
+
+    def _measure_layers(self, stage: Stage) -> LayerActivations | BaselineActivations:
+        if self.run.method.is_dense:
+            return measure_baseline(self.config, self.dtype, self.run.method)
+        return measure_layers(self.config, self.plan.top_k, self.dtype, stage)
 
     def batch(self, stage: Stage, dims: ParallelDims) -> Batch:
         """One rank's micro-batch."""
@@ -115,13 +129,15 @@ class Estimate:
 
     def _ep_size(self) -> int:
         wanted = self.run.parallel.ep_size
+        if self.run.method.is_dense:
+            return 1
         if wanted != "auto":
             return wanted
         return 1 if self.device.capacity is None else self.smallest_ep_size() or self.leanest_ep_size()
 
     def ep_sizes(self) -> list[int]:
-        """Those that can be chosen: a group stays within a node; ZeRO-2 takes 1 alone."""
-        if self.ds_config["zero_optimization"]["stage"] == 2:
+        """Those that can be chosen: a group stays within a node; ZeRO-2 and a model without experts take 1 alone."""
+        if self.run.method.is_dense or self.ds_config["zero_optimization"]["stage"] == 2:
             return [1]
         return [size for size in range(1, min(self.world_size, self.per_node) + 1) if self.world_size % size == 0]
 
@@ -139,13 +155,6 @@ class Estimate:
         """The one of :meth:`ep_sizes` that takes the least memory."""
         return min(self.ep_sizes(), key=self.peak)
 
-    def parameter_counts(self) -> dict[str, int]:
-        """Numbers of parameters by kind; see :func:`pipeline.model.backbone.parameter_counts`."""
-        sizes = self.sizes
-        return parameter_counts(
-            sizes.total, sizes.mlp, sizes.hidden, self.plan, new_rows=sizes.new_rows, rows_train=sizes.rows_train
-        )
-
     def _of_rows(self) -> str:
         return f" and {self.sizes.new_rows / 1e6:,.1f} M of new tokens' rows" if self.sizes.new_rows else ""
 
@@ -155,13 +164,8 @@ class Estimate:
         Args:
             tokens_per_second: for the hours; None takes the speed of the steps that the run has done.
         """
-        counts = self.parameter_counts()
         lines = [
-            f"model: {counts['dense'] / 1e6:,.1f} M parameters -> {counts['total'] / 1e6:,.1f} M with "
-            f"{sum(self.plan.num_new)} new experts{self._of_rows()}; "
-            f"{counts['active'] / 1e6:,.1f} M active per token; "
-            f"{counts['stage1_trained'] / 1e6:,.1f} M train in stage 1, {counts['stage2_trained'] / 1e6:,.2f} M in 2",
-            f"experts by layer ({self.plan_note}): {' '.join(map(str, self.plan.counts))}",
+            *self._model_lines(),
             f"ranks: {self.dims.world_size}, ep_size {self.dims.ep_size}, {str(self.dtype).removeprefix('torch.')}",
             "",
             self._memory_table(),
@@ -170,12 +174,26 @@ class Estimate:
         ]
         if "unknown" in lines[-1]:
             lines.append("for the hours give --tokens-per-second, or run a few steps: their speed is used")
-        if self.world_size > 1:
+        if self.world_size > 1 and not self.run.method.is_dense:
             lines += ["", self._ep_table()]
         lines += self._ep_warning()
         if self.device.capacity is not None:
             lines += ["", self.fit_line()]
         return "\n".join(lines)
+
+    def _model_lines(self) -> list[str]:
+        counts = self.counts()
+        before, total = (f"{counts[key] / 1e6:,.1f} M" for key in ("dense", "total"))
+        if self.run.method.is_dense:
+            trained = f"{counts['stage1_trained'] / 1e6:,.1f} M train"
+            return [f"model: {before} parameters -> {total} with method {self.run.method.name}; {trained}"]
+        return [
+            f"model: {before} parameters -> {total} with "
+            f"{sum(self.plan.num_new)} new experts{self._of_rows()}; "
+            f"{counts['active'] / 1e6:,.1f} M active per token; "
+            f"{counts['stage1_trained'] / 1e6:,.1f} M train in stage 1, {counts['stage2_trained'] / 1e6:,.2f} M in 2",
+            f"experts by layer ({self.plan_note}): {' '.join(map(str, self.plan.counts))}",
+        ]
 
     def _memory_table(self) -> str:
         found = [self.memory(stage) for stage in self.stages]
@@ -247,10 +265,13 @@ class Estimate:
         smallest = self.smallest_ep_size()
         device = f"{self.device.capacity / 1e9:.0f} GB per device, {USABLE:.0%} of it used"
         if smallest is None:
+            spread = "" if self.run.method.is_dense else ", or a larger parallel.max_imbalance"
             return (
                 f"does not fit {self.world_size} ranks of {device}: use more ranks, a smaller "
-                "parallel.micro_batch_size, activation_checkpointing, or a larger parallel.max_imbalance"
+                f"parallel.micro_batch_size, activation_checkpointing{spread}"
             )
+        if self.run.method.is_dense:
+            return f"fits {self.world_size} ranks ({device})"
         return f"smallest ep_size that fits {self.world_size} ranks ({device}): {smallest}"
 
 
@@ -264,44 +285,6 @@ def rows_of(run: RunConfig, config: Any) -> NewRows | None:
     if found is None:
         return None
     return NewRows(first=found.first, count=found.count, tokenizer="", train=run.base is None)
-
-
-def find_plan(run: RunConfig, num_layers: int, num_new: int | None = None) -> tuple[ExpertPlan, str]:
-    """The run's plan and where it is from; before similarities are measured, as many experts spread evenly.
-
-    Args:
-        run: the run's settings.
-        num_layers: of the model.
-        num_new: see :class:`Estimate`.
-
-    Raises:
-        UserError: the number of experts itself depends on similarities.
-    """
-    path = RunFolder(run.folder) / PLAN_FILE
-    if path.is_file():
-        plan = ExpertPlan.load(path)
-        if plan.num_layers == num_layers:
-            return plan, "the run's plan"
-    experts, note, similarity = run.experts, "as the run lists them", None
-    if experts.allocation == "layerwise" and experts.similarity is not None:
-        similarity, note = given_similarity(experts.similarity, num_layers).by_layer, "by experts.similarity"
-        if run.similarity.not_positive == "clamp":
-            similarity, _ = clamp_similarity(similarity)
-    elif experts.allocation == "layerwise":
-        if experts.num_new is None and num_new is None:
-            raise UserError(
-                "experts.delta: how many experts it gives depends on the similarities; add --num-new N for so many, "
-                "spread evenly, or python -m pipeline run RUN.yaml --until allocate first"
-            )
-        spread = {"num_new": experts.num_new or num_new, "delta": None, "rounding": "largest_remainder"}
-        experts = experts.model_copy(update={"allocation": "uniform", **spread})
-        note = "spread evenly, as similarities are not measured yet"
-    counts = allocate(experts, num_layers, similarity).counts
-    layers = experts.classifier_layers
-    if similarity is None and isinstance(layers, int):  # which they are takes similarities; for sizes, any will do
-        layers = [layer for layer, count in enumerate(counts) if count > 1][:layers]
-    chosen = run.model_copy(update={"experts": experts.model_copy(update={"classifier_layers": layers})})
-    return expert_plan(chosen, counts, similarity), note
 
 
 def estimate_of(

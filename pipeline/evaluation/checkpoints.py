@@ -14,7 +14,7 @@ from pipeline.checkpoint.verify import check_sound, weight_files
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.stages import STAGES
-from pipeline.method.upcycle import load_upcycled
+from pipeline.method.untrained import Untrained, UntrainedMixture
 from pipeline.model.backbone import load_dense, moe_layers, move
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import CheckpointIdentity, CheckpointManifest
@@ -26,11 +26,10 @@ class Scored:
 
     Attributes:
         label: its name in tables: "base", "stage1", "stage2/best" …
-        folders: the checkpoints to lay over the upcycled model, later ones last; none for the dense model.
+        folders: the checkpoints to lay over the untrained model, later ones last; none for the dense model.
         weights: what names its weights: hashes, as JSON holds them.
         has_classifiers: whether its routing classifiers have been trained.
-        upcycled: the folder that the checkpoints are laid over; None for the dense model.
-        plan: its experts; None for the dense model.
+        untrained: what the checkpoints are laid over; None for the dense model.
         by_own_tokenizer: whether text is given to it by the dense model's own tokenizer, where the run's extends it.
     """
 
@@ -38,9 +37,13 @@ class Scored:
     folders: tuple[Path, ...]
     weights: Any
     has_classifiers: bool = False
-    upcycled: Path | None = None
-    plan: ExpertPlan | None = None
+    untrained: Untrained | None = None
     by_own_tokenizer: bool = False
+
+    @property
+    def plan(self) -> ExpertPlan | None:
+        """Of a mixture's experts; None for a dense model."""
+        return self.untrained.plan if isinstance(self.untrained, UntrainedMixture) else None
 
 
 def find_checkpoint(stage_folders: dict[str, Path], tag: str) -> Path:
@@ -72,8 +75,7 @@ def checkpoint_to_score(
     stage_folders: dict[str, Path],
     label: str,
     identities: dict[int, CheckpointIdentity],
-    upcycled: Path,
-    plan: ExpertPlan,
+    untrained: Untrained,
 ) -> Scored:
     """A checkpoint with the one of stage 1 that holds its experts.
 
@@ -81,8 +83,7 @@ def checkpoint_to_score(
         stage_folders: by stage1 and stage2.
         label: what the user calls it.
         identities: by the stage's number, what its checkpoints must be of.
-        upcycled: the folder that it is laid over.
-        plan: its experts.
+        untrained: what it is laid over.
 
     Raises:
         UserError: it is missing, or of another model, plan, tokenizer or stage 1.
@@ -97,8 +98,8 @@ def checkpoint_to_score(
             raise UserError(f"{folder}: was trained on another {experts} than lies there now; train stage 2 again")
         folders.insert(0, experts)
     hashes = [sha256_file(path / MANIFEST) for path in folders]
-    weights = {"upcycled": upcycled.name, "checkpoints": hashes}
-    return Scored(label, tuple(folders), weights, STAGES[manifest.stage].has_classifiers, upcycled, plan)
+    weights = {**untrained.key, "checkpoints": hashes}
+    return Scored(label, tuple(folders), weights, STAGES[manifest.stage].has_classifiers, untrained)
 
 
 def check_weights(scored: Scored, ranks: Ranks) -> None:
@@ -120,19 +121,19 @@ def load_scored(scored: Scored, dense: Path, dtype: torch.dtype, ranks: Ranks, d
     """
     if not scored.folders:
         return load_dense(dense, dtype, ranks.device)
-    assert scored.upcycled is not None and scored.plan is not None
+    assert scored.untrained is not None
     check_weights(scored, ranks)
-    return load_model(scored, scored.upcycled, scored.plan, dtype, dims, ranks.device)
+    return load_model(scored, scored.untrained, dtype, dims, ranks.device)
 
 
 def load_model(
-    scored: Scored, upcycled: Path, plan: ExpertPlan, dtype: torch.dtype, dims: ParallelDims, device: torch.device
+    scored: Scored, untrained: Untrained, dtype: torch.dtype, dims: ParallelDims, device: torch.device
 ) -> PreTrainedModel:
-    """The upcycled model with a checkpoint's weights, each rank with its own experts, ready to score.
+    """The untrained model with a checkpoint's weights, each rank with its own experts, ready to score.
 
     What it reads must have been verified: see :func:`check_weights`.
     """
-    model = load_upcycled(upcycled, plan, dtype, dims, checkpoints=scored.folders, classifiers=scored.has_classifiers)
+    model = untrained.load(dtype, dims, checkpoints=scored.folders, classifiers=scored.has_classifiers)
     move(model, device)
     if dims.ep_size > 1:
         for layer in moe_layers(model):

@@ -64,9 +64,11 @@ class Evaluator:
                 continue
             model = load_scored(scored, self.dense, self.dtype, ranks, dims)
             for name in missing[scored.label]:
+                plan = scored.plan
+                group = plan.round_of(self.run.data.sets[name].language) if plan is not None else None
                 found = score_set(
                     model, self.store, name, ranks,
-                    window=self.run.evaluate.window, by_own_tokenizer=scored.by_own_tokenizer,
+                    window=self.run.evaluate.window, group=group, by_own_tokenizer=scored.by_own_tokenizer,
                 )  # fmt: skip
                 ranks.say(f"evaluate: {scored.label:12} {name:12} {found.bits_per_character:.4f} bits/char")
                 if ranks.is_first:
@@ -88,7 +90,8 @@ class Evaluator:
             window=self.run.evaluate.window,
             checkpoints=list(scores),
             sets={name: self._set_result(name, scores) for name in self.texts},
-            routing={label: self._routing(found) for label, found in scores.items() if label != BASE},
+            routing={label: self._routing(found) for label, found in scores.items() if self._is_routed(label)},
+            own_experts=self._own_experts(scores),
             parameters=parameters,
         )
 
@@ -106,6 +109,23 @@ class Evaluator:
             bits_by_document={label: [round(bits, 3) for bits in score.bits] for label, score in by_label.items()},
             pages=[document.page for document in self.store.held_out_documents(name)],
         )
+
+    def _own_experts(self, scores: Scores) -> dict[str, dict[str, float]]:
+        """By set of a language of an earlier round, by checkpoint."""
+        if self.plan.num_groups < 3:
+            return {}
+        last = self.plan.num_groups - 1
+        earlier = [name for name in self.texts if self._round_of(name) not in (None, last)]
+        return {
+            name: {label: own for label, found in scores.items() if (own := found[name].own_experts) is not None}
+            for name in earlier
+        }
+
+    def _round_of(self, name: str) -> int | None:
+        return self.plan.round_of(self.run.data.sets[name].language)
+
+    def _is_routed(self, label: str) -> bool:
+        return label != BASE and bool(self.plan.moe_layers)
 
     def _routing(self, scores: dict[str, SetScore]) -> StageRouting:
         sets = {name: Shares(**score.model_dump(include=set(Shares.model_fields))) for name, score in scores.items()}

@@ -29,13 +29,14 @@ class Allocation:
     note: str
 
 
-def allocate(experts: ExpertsConfig, num_layers: int, similarity: list[float] | None) -> Allocation:
+def allocate(experts: ExpertsConfig, num_layers: int, similarity: list[float] | None, ep_size: int = 1) -> Allocation:
     """Divide the budget over the layers as the run says.
 
     Args:
         experts: the run's section.
         num_layers: L.
         similarity: S_l of each layer (positive); only ``layerwise`` needs it.
+        ep_size: ranks per expert-parallel group; only ``rounding: expert_parallel`` needs it.
 
     Raises:
         UserError: a list has the wrong length, the budget can't be met, or a similarity is not positive.
@@ -65,6 +66,9 @@ def allocate(experts: ExpertsConfig, num_layers: int, similarity: list[float] | 
         return Allocation(counts, None, f"{total - num_layers} new experts, the budget exactly")
     delta = delta_for_total(shares, total)
     counts = ceil_counts(shares, delta)
+    if experts.rounding == "expert_parallel":
+        shared = evenly_shared_counts(counts, ep_size)
+        return Allocation(shared, None, _deviation(counts, shared, total, ep_size))
     short = total - sum(counts)
     note = f"delta {delta:.6g}: {sum(counts) - num_layers} new experts, " + (
         "the budget exactly" if short == 0 else f"{short} below the budget, as close as rounding up comes"
@@ -119,6 +123,39 @@ def delta_for_total(shares: list[float], total: int) -> float:
             f"experts.num_new: {total - len(shares)} is too few for rounding: ceil; use rounding: largest_remainder"
         )
     return best
+
+
+def ep_size_to_share(run: RunConfig) -> int:
+    """The ranks that are to share a layer's new experts evenly; 1 where it is not known yet."""
+    return 1 if run.parallel.ep_size == "auto" else run.parallel.ep_size
+
+
+def evenly_shared_counts(counts: list[int], ep_size: int) -> list[int]:
+    """The nearest counts, the larger of two, whose new experts the ranks of an expert-parallel group share evenly.
+
+    These are multiples of ``ep_size``, or divisors of it: then each expert is on as many ranks as any other.
+    """
+
+    def nearest(num_new: int) -> int:
+        candidates = [n for n in range(1, num_new + ep_size + 1) if n % ep_size == 0 or ep_size % n == 0]
+        return min(candidates, key=lambda n: (abs(n - num_new), -n)) if num_new else 0
+
+    return [1 + nearest(count - 1) for count in counts]
+
+
+def _deviation(paper: list[int], counts: list[int], total: int, ep_size: int) -> str:
+    """How far counts are from the paper's, for the user."""
+    moved = [
+        f"{layer}: {before - 1} -> {after - 1}"
+        for layer, (before, after) in enumerate(zip(paper, counts, strict=True))
+        if before != after
+    ]
+    where = f"; new experts by layer, other than the paper's rounding gives: {', '.join(moved)}" if moved else ""
+    difference = sum(counts) - total
+    return (
+        f"{sum(counts) - len(counts)} new experts that ep_size {ep_size} shares evenly, {difference:+d} against the "
+        f"budget{where}"
+    )
 
 
 def largest_remainder_counts(shares: list[float], total: int) -> list[int]:
@@ -182,6 +219,17 @@ def classifier_layers(experts: ExpertsConfig, counts: list[int], similarity: lis
     return most_similar_layers(similarity, counts, wanted)
 
 
+def dense_plan(run: RunConfig, num_layers: int) -> ExpertPlan:
+    """The plan of a run whose model stays dense.
+
+    Args:
+        run: its settings.
+        num_layers: of the dense model.
+    """
+    old = sorted({entry.language for entry in run.data.old.values()})
+    return ExpertPlan.dense(num_layers, old=old, new=sorted({entry.language for entry in run.data.new.values()}))
+
+
 def expert_plan(run: RunConfig, counts: list[int], similarity: list[float] | None) -> ExpertPlan:
     """The plan of a run: of a dense model's first expansion, or of a further one.
 
@@ -199,10 +247,16 @@ def expert_plan(run: RunConfig, counts: list[int], similarity: list[float] | Non
         old = sorted({entry.language for entry in run.data.old.values()})
         layers = classifier_layers(run.experts, counts, similarity)
         return ExpertPlan.first_expansion(
-            counts, old=old, new=new, top_k=run.experts.top_k, classifier_layers=layers, similarity=similarity
-        )
+            counts, old=old, new=new, top_k=run.experts.top_k, classifier_layers=layers, similarity=similarity,
+            classifier=run.experts.classifier,
+        )  # fmt: skip
     if run.experts.top_k != before.top_k:
         raise UserError(f"experts.top_k: {run.experts.top_k}, but the expanded model has {before.top_k}; give that")
+    if before.classifier_layers and run.experts.classifier != before.classifier:
+        raise UserError(
+            f"experts.classifier: {run.experts.classifier}, but the base run's classify each {before.classifier}; "
+            "give that"
+        )
     known = {language for one in before.rounds for language in one.languages}
     for language in new:
         if language in known:
@@ -212,4 +266,7 @@ def expert_plan(run: RunConfig, counts: list[int], similarity: list[float] | Non
     num_new = [count - 1 for count in counts]
     total = [count + num for count, num in zip(before.counts, num_new, strict=True)]
     layers = classifier_layers(run.experts, total, similarity)
-    return before.expand(num_new, languages=new, classifier_layers=layers, similarity=similarity)
+    return before.expand(
+        num_new, languages=new, classifier_layers=layers, similarity=similarity, classifier=run.experts.classifier,
+        source="most used expert" if run.experts.copy_of == "most_used" else "expert 0",
+    )  # fmt: skip

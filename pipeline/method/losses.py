@@ -205,6 +205,19 @@ def router_kl_loss(routings: Sequence[Routing], new_T: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
+@torch.no_grad()
+def weight_on_first(routing: Routing, num_experts: int | None, mask_T: Tensor) -> Tensor:
+    """The routing weight that tokens give to a layer's first experts, summed over the counted tokens.
+
+    Args:
+        routing: of the layer.
+        num_experts: how many are meant; None for all of them.
+        mask_T: true for tokens that count.
+    """
+    weights_TK = routing.weights_TK if num_experts is None else routing.weights_TK * (routing.ids_TK < num_experts)
+    return (weights_TK.sum(-1) * mask_T).sum()
+
+
 def routing_statistics(routing: Routing, mask_T: Tensor) -> dict[str, Any]:
     """Sums over the counted tokens of one layer, for metrics.
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from data_prep.config import DataConfig, SetConfig
 from pipeline.config.run import StageConfig
 from pipeline.method.losses import lpr_loss, next_token_loss, router_kl_loss, router_z_loss
-from pipeline.model.backbone import train_only
+from pipeline.model.backbone import install_moe_layers, train_only
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import Routing
 
@@ -158,6 +159,11 @@ class Stage(ABC):
         """The sets that it trains on, by name."""
         groups = {"old": data.old, "new": data.new}
         return {name: entry for group in self.shares() for name, entry in groups[group].items()}
+
+    def install(self, model: PreTrainedModel, plan: ExpertPlan) -> PreTrainedModel:
+        """A dense model with all that the stage's model has besides, whose weights are not set: for its shape."""
+        install_moe_layers(model, plan, classifiers=self.has_classifiers)
+        return model
 
     def train_only(self, model: nn.Module) -> None:
         """Freeze all of the model except what trains in this stage."""

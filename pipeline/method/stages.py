@@ -1,6 +1,7 @@
 """The stages that a run has."""
 
 from pipeline.config.run import RunConfig
+from pipeline.method.dense_stage import DenseStage
 from pipeline.method.stage import Stage
 from pipeline.method.stage1 import Stage1
 from pipeline.method.stage2 import Stage2
@@ -14,6 +15,9 @@ def find_stage(run: RunConfig, number: int) -> Stage:
     Raises:
         UserError: the run has no such stage.
     """
+    if run.method.is_dense:
+        run.stage(number)  # it has stage 1 alone
+        return DenseStage(run.stage1, method=run.method)
     return STAGES[number](run.stage(number))
 
 

@@ -1,9 +1,7 @@
 """Turns a dense Hugging Face model into a DeepSpeed-MoE checkpoint (MoE-LPR, arXiv 2408.11396, section 3.1)."""
 
 import shutil
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from pipeline.checkpoint.weights import (
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.expert_init import ExpertInit, expert_generator
 from pipeline.method.new_tokens import ExtendedTokenizer, add_new_rows
+from pipeline.method.parity import measure_parity
 from pipeline.model.backbone import (
     ONE_RANK,
     decoder_layers,
@@ -36,48 +35,17 @@ from pipeline.model.backbone import (
     install_moe_layers,
     load_dense,
     model_config,
-    moe_layers,
     named_moe_layers,
 )
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.model.moe import MoELayer
-from pipeline.model.moe.experts import Expert, fused_weights
 from pipeline.model.new_rows import install_new_rows
-from pipeline.records.checkpoint import CheckpointManifest, FileEntry, NewRows, UpcycledManifest
+from pipeline.records.checkpoint import HF_FOLDER, UPCYCLED_TAG, CheckpointManifest, FileEntry, UpcycledManifest
 
-TAG = "upcycled"
-HF_FOLDER = "hf"  # config and tokenizer, so that training does not need the dense model
 EXACT_COPIES = ExpertInit()
-TOLERANCE = 1e-4  # of the largest logit; fp32 rounding stays two orders of magnitude below
-_CONFIG_FILES = ("config.json", "generation_config.json")
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.model", "vocab.json", "merges.txt", "chat_template*",
-                    "added_tokens.json")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Parity:
-    """The receipt: how far the upcycled model's logits are from the dense model's, in fp32, on real text.
-
-    Attributes:
-        max_abs_logit_difference: the largest difference.
-        max_abs_logit: the dense model's largest logit.
-        tolerance: the largest difference that is allowed.
-        tokens: how many were compared.
-    """
-
-    max_abs_logit_difference: float
-    max_abs_logit: float
-    tolerance: float
-    tokens: int
-
-    @property
-    def holds(self) -> bool:
-        """Whether the difference is within the tolerance."""
-        return self.max_abs_logit_difference <= self.tolerance
-
-    def record(self) -> dict[str, float | int | bool]:
-        """As a manifest holds it."""
-        return {**asdict(self), "holds": self.holds}
+CONFIG_FILES = ("config.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "*.model", "vocab.json", "merges.txt", "chat_template*",
+                   "added_tokens.json")  # fmt: skip
+HF_FILES = (*CONFIG_FILES, *TOKENIZER_FILES)
 
 
 def upcycle(
@@ -116,12 +84,12 @@ def upcycle(
     with new_folder(target) as folder:
         init_of_files = None if init.copies and not write_copies else init
         shape = _write_weights(
-            dense, plan, folder / TAG, dtype=dtype, seed=seed, experts=init_of_files, tokenizer=tokenizer
+            dense, plan, folder / UPCYCLED_TAG, dtype=dtype, seed=seed, experts=init_of_files, tokenizer=tokenizer
         )
         (folder / HF_FOLDER).mkdir()
-        _copy_files(dense, _CONFIG_FILES, folder / HF_FOLDER)
-        _copy_files(dense if tokenizer is None else tokenizer.folder, _TOKENIZER_FILES, folder / HF_FOLDER)
-        write_text(folder / "latest", TAG)
+        copy_files(dense, CONFIG_FILES, folder / HF_FOLDER)
+        copy_files(dense if tokenizer is None else tokenizer.folder, TOKENIZER_FILES, folder / HF_FOLDER)
+        write_text(folder / "latest", UPCYCLED_TAG)
         rows = None if tokenizer is None else tokenizer.rows
         parity = measure_parity(dense, folder, plan, samples, dtype, rows)
         if init.copies and not parity.holds:
@@ -143,7 +111,8 @@ def upcycle(
     return manifest
 
 
-def _copy_files(source: Path, patterns: Sequence[str], target: Path) -> None:
+def copy_files(source: Path, patterns: Sequence[str], target: Path) -> None:
+    """Copy the files of a folder whose names match one of the patterns."""
     for pattern in patterns:
         for file in source.glob(pattern):
             if file.is_file():
@@ -214,7 +183,7 @@ def save_shared(model: nn.Module, state: dict[str, Tensor], plan: ExpertPlan, fo
 
 def files_of(folder: Path) -> dict[str, FileEntry]:
     """The files of an upcycled checkpoint's tag, as its manifest names them."""
-    return {str(path.relative_to(folder)): file_entry(path) for path in sorted((folder / TAG).iterdir())}
+    return {str(path.relative_to(folder)): file_entry(path) for path in sorted((folder / UPCYCLED_TAG).iterdir())}
 
 
 def load_upcycled(
@@ -249,105 +218,17 @@ def load_upcycled(
     model.tie_weights()
     manifest = read_manifest(folder, UpcycledManifest)
     install_new_rows(model, manifest.new_rows)
-    tags = (folder / TAG, *checkpoints)
+    tags = (folder / UPCYCLED_TAG, *checkpoints)
     missing = set.intersection(*(read_weights(model, tag, once=once) for tag in tags))
     missing = {name for name in missing if not name.endswith((CLASSIFIER, SELECTION_BIAS))}
     copies = {
         prefix
         for (layer, number), prefix in local_expert_names(model).items()
-        if f"{TAG}/{expert_file(layer, number)}" not in manifest.files
+        if f"{UPCYCLED_TAG}/{expert_file(layer, number)}" not in manifest.files
     }
-    missing -= copy_mlps(model, folder / TAG, {name for name in missing if name.rpartition(".")[0] in copies})
+    missing -= copy_mlps(model, folder / UPCYCLED_TAG, {name for name in missing if name.rpartition(".")[0] in copies})
     if missing:
         raise UserError(
             f"{folder}: {sorted(missing)[0]} and {len(missing) - 1} more are missing; upcycle again with --force"
         )
     return model
-
-
-def measure_parity(
-    dense: Path,
-    folder: Path,
-    plan: ExpertPlan,
-    samples: np.ndarray,
-    dtype: torch.dtype,
-    new_rows: NewRows | None = None,
-) -> Parity:
-    """:func:`measure_difference` to the dense model."""
-    return measure_difference(load_dense(dense, dtype), folder, plan, samples, dtype, new_rows=new_rows)
-
-
-@torch.inference_mode()
-def measure_difference(
-    model: PreTrainedModel,
-    folder: Path,
-    plan: ExpertPlan,
-    samples: np.ndarray,
-    dtype: torch.dtype,
-    *,
-    classifiers: bool = False,
-    new_rows: NewRows | None = None,
-) -> Parity:
-    """Compare a model's logits with those of the upcycled one, read back from its files, in fp32.
-
-    Where the dense model has no rows for new tokens, logits of the ids before them are compared.
-
-    It takes the memory of the model in its own dtype, and of one layer in fp32: files are mapped into memory, and
-    experts that have none are copied from their layer's MLP when its turn comes.
-    """
-    ids_BL = torch.from_numpy(samples.astype(np.int64))
-    expected = _logits_in_fp32(model, ids_BL)
-    upcycled = empty_model(folder / HF_FOLDER, dtype)
-    install_moe_layers(upcycled, plan, classifiers=classifiers)
-    upcycled.tie_weights()
-    install_new_rows(upcycled, new_rows)
-    missing = read_weights(upcycled, folder / TAG, mapped=True)
-    found = _logits_in_fp32(upcycled, ids_BL, missing)
-    if new_rows is not None and new_rows.train:  # the first expansion's: the dense model has none
-        found, expected = found[..., : new_rows.first], expected[..., : new_rows.first]
-    largest = float(expected.abs().max())
-    difference = float((found - expected).abs().max())
-    return Parity(difference, largest, TOLERANCE * max(largest, 1.0), ids_BL.numel())
-
-
-def _logits_in_fp32(model: PreTrainedModel, ids_BL: Tensor, copies: Collection[str] = ()) -> Tensor:
-    """Logits [B, L, V] as ``model.float()`` would compute them; each part is converted when its turn comes.
-
-    Experts whose parameters ``copies`` names get the weights of their layer's MLP then.
-    """
-    layers = list(decoder_layers(model))
-    inside = {module for layer in layers for module in layer.modules()}
-    others = [module for module in model.modules() if module not in inside and module._parameters]
-    for part in (*layers, *others):
-        _compute_in_fp32(part)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for layer in moe_layers(model):
-        experts = [e for e in layer.local_experts.experts if all(names[p] in copies for p in e.parameters())]
-        layer.register_forward_pre_hook(partial(_copy_mlp, experts))
-    return model(input_ids=ids_BL, use_cache=False).logits
-
-
-def _copy_mlp(experts: list[Expert], layer: MoELayer, _inputs: Any) -> None:
-    """Share an MLP's weights, fused, among experts."""
-    weights = fused_weights(layer.base_mlp.state_dict()) if experts else {}
-    for expert in experts:
-        for name, weight in weights.items():
-            getattr(expert, name).data = weight
-
-
-def _compute_in_fp32(module: nn.Module) -> None:
-    """Convert a module's parameters before each of its forwards, and put back what was there after it."""
-    stored: list[tuple[nn.Parameter, Tensor]] = []
-
-    def convert(*_: Any) -> None:
-        stored.extend((parameter, parameter.data) for parameter in module.parameters())
-        for parameter, data in stored:
-            parameter.data = data.float()
-
-    def put_back(*_: Any) -> None:
-        for parameter, data in stored:
-            parameter.data = data
-        stored.clear()
-
-    module.register_forward_pre_hook(convert)
-    module.register_forward_hook(put_back)

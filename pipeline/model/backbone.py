@@ -48,6 +48,18 @@ def model_folder(model: ModelConfig) -> Path:
         ) from error
 
 
+def folder_here(model: ModelConfig) -> Path | None:
+    """The model's folder, or that of a hub's model in the local cache; None where it is not there. No hub is asked."""
+    if Path(model.path).is_dir():
+        return Path(model.path)
+    if model.path.startswith((".", "/")) or model.path.count("/") != 1:
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def model_config(folder: Path) -> Any:
     """The model's Hugging Face config.
 
@@ -67,14 +79,14 @@ def _one_line(what: str, error: Exception) -> str:
 
 
 def load_dense(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """Load a dense causal language model and check that its MLPs can become experts.
+    """Load a dense causal language model, without dropout, and check that its MLPs can become experts.
 
     Raises:
         UserError: it can't be loaded, or has no gated MLPs.
     """
-    model_config(folder)
+    config = _without_dropout(model_config(folder))
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(_one_line(f"model.path: {folder}: can't be loaded", error)) from error
     for layer in decoder_layers(model):
@@ -90,11 +102,16 @@ def move(model: PreTrainedModel, device: torch.device | str) -> PreTrainedModel:
 
 def empty_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The architecture that a folder's config describes, without dropout; its weights are not set."""
-    config = model_config(folder)
-    if getattr(config, "attention_dropout", 0.0):
-        config.attention_dropout = 0.0  # training must not be random, so that a resumed run is the same run
+    config = _without_dropout(model_config(folder))
     with no_init_weights():
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _without_dropout(config: Any) -> Any:
+    """A config under which training is not random, so that a resumed run is the same run."""
+    if getattr(config, "attention_dropout", 0.0):
+        config.attention_dropout = 0.0
+    return config
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -171,6 +188,7 @@ def install_moe_layers(
             has_classifier=classifiers and index in plan.classifier_layers,
             old_experts=plan.old_experts(index),
             has_selection_bias=selection_biases,
+            classifies_sequences=plan.classifier == "sequence",
         )
         setattr(layers[index], name, installed[index])
     return installed
@@ -211,6 +229,8 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
     """The optimizer's parameter groups: what all ranks hold alike, that is routers, classifiers and rows of new
     tokens, then, if they train, experts by the ep_size of their layers.
 
+    Of a model without experts all that trains is one group.
+
     We give them explicitly because DeepSpeed's own split of MoE parameters iterates over a set of strings, whose
     order can differ from rank to rank.
 
@@ -222,8 +242,9 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
         UserError: a rank holds no expert that trains, where others do.
     """
     dense = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "allreduce")]
-    groups: list[dict[str, Any]] = [{"params": dense, "name": "routers"}]
-    training = [layer for layer in moe_layers(model) if layer.experts_train]
+    layers_of_experts = moe_layers(model)
+    groups: list[dict[str, Any]] = [{"params": dense, "name": "routers" if layers_of_experts else "weights"}]
+    training = [layer for layer in layers_of_experts if layer.experts_train]
     for dims in sorted({layer.dims for layer in training}, key=lambda dims: dims.ep_size):
         layers = [layer for layer in training if layer.dims == dims]
         for place in range(dims.ep_size):

@@ -45,7 +45,7 @@ class Round(BaseModel):
 
     languages: tuple[str, ...]
     num_new: tuple[Annotated[int, Field(ge=0)], ...]
-    source: Literal["mlp", "expert 0"]
+    source: Literal["mlp", "expert 0", "most used expert"]
 
 
 class ExpertPlan(BaseModel):
@@ -56,6 +56,7 @@ class ExpertPlan(BaseModel):
             dense: it has no router.
         top_k: K, experts per token.
         classifier_layers: layers with a routing classifier.
+        classifier: what they classify: each token, or whole sequences.
         rounds: the expansions, the dense model first.
         similarity: S_l of each layer, if it was measured.
     """
@@ -65,6 +66,7 @@ class ExpertPlan(BaseModel):
     counts: tuple[int, ...]
     top_k: int
     classifier_layers: tuple[int, ...] = ()
+    classifier: Literal["token", "sequence"] = "token"
     rounds: tuple[Round, ...]
     similarity: tuple[float, ...] | None = None
 
@@ -91,12 +93,23 @@ class ExpertPlan(BaseModel):
                 )
         if any(len(r.num_new) != len(self.counts) for r in self.rounds):
             raise UserError(f"expert plan: a round does not list {len(self.counts)} layers; allocate again")
-        if sum(self.num_new) < 1:
-            raise UserError("expert plan: no layer has a new expert; raise experts.num_new")
         check_layers(self.classifier_layers, len(self.counts))
         for layer in self.classifier_layers:
             if self.counts[layer] < 2:
                 raise UserError(f"experts.classifier_layers: layer {layer} is dense, it has no router; leave it out")
+
+    @classmethod
+    def dense(cls, num_layers: int, *, old: list[str], new: list[str]) -> "ExpertPlan":
+        """The plan of a model that stays dense: each layer has its original MLP alone.
+
+        Args:
+            num_layers: of the model.
+            old: languages that it knows.
+            new: languages that it is taught.
+        """
+        known = Round(languages=tuple(old), num_new=(1,) * num_layers, source="mlp")
+        taught = Round(languages=tuple(new), num_new=(0,) * num_layers, source="expert 0")
+        return cls(counts=(1,) * num_layers, top_k=1, rounds=(known, taught))
 
     @classmethod
     def first_expansion(
@@ -108,6 +121,7 @@ class ExpertPlan(BaseModel):
         top_k: int,
         classifier_layers: list[int],
         similarity: list[float] | None = None,
+        classifier: Literal["token", "sequence"] = "token",
     ) -> "ExpertPlan":
         """The plan of a dense model's first expansion.
 
@@ -118,7 +132,13 @@ class ExpertPlan(BaseModel):
             top_k: K.
             classifier_layers: layers with a routing classifier.
             similarity: S_l of each layer, if it was measured.
+            classifier: what classifiers classify.
+
+        Raises:
+            UserError: no layer gets an expert.
         """
+        if sum(counts) <= len(counts):
+            raise UserError("expert plan: no layer has a new expert; raise experts.num_new")
         rounds = (
             Round(languages=tuple(old), num_new=(1,) * len(counts), source="mlp"),
             Round(languages=tuple(new), num_new=tuple(max(0, count - 1) for count in counts), source="expert 0"),
@@ -127,6 +147,7 @@ class ExpertPlan(BaseModel):
             counts=tuple(counts),
             top_k=top_k,
             classifier_layers=tuple(sorted(classifier_layers)),
+            classifier=classifier,
             rounds=rounds,
             similarity=None if similarity is None else tuple(similarity),
         )
@@ -138,6 +159,8 @@ class ExpertPlan(BaseModel):
         languages: list[str],
         classifier_layers: list[int],
         similarity: list[float] | None = None,
+        classifier: Literal["token", "sequence"] = "token",
+        source: Literal["expert 0", "most used expert"] = "expert 0",
     ) -> "ExpertPlan":
         """The plan of a further expansion of the model that this plan describes.
 
@@ -146,6 +169,8 @@ class ExpertPlan(BaseModel):
             languages: that are added.
             classifier_layers: layers with a routing classifier from now on.
             similarity: S_l of each layer, if it was measured.
+            classifier: what classifiers classify.
+            source: what new experts begin as copies of.
 
         Raises:
             UserError: the number of layers differs, or no layer gets an expert.
@@ -156,11 +181,12 @@ class ExpertPlan(BaseModel):
             )
         if sum(num_new) < 1:
             raise UserError("expert plan: no layer gets a new expert; raise experts.num_new")
-        added = Round(languages=tuple(languages), num_new=tuple(num_new), source="expert 0")
+        added = Round(languages=tuple(languages), num_new=tuple(num_new), source=source)
         return ExpertPlan(
             counts=tuple(count + num for count, num in zip(self.counts, num_new, strict=True)),
             top_k=self.top_k,
             classifier_layers=tuple(sorted(classifier_layers)),
+            classifier=classifier,
             rounds=(*self.rounds, added),
             similarity=None if similarity is None else tuple(similarity),
         )
@@ -193,6 +219,10 @@ class ExpertPlan(BaseModel):
         added = {name: number for number, one in enumerate(self.rounds[:-1]) for name in one.languages}
         return added.get(language, 0)
 
+    def round_of(self, language: str) -> int | None:
+        """The expansion that added a language, 0 for the dense model's; None if none did."""
+        return next((number for number, one in enumerate(self.rounds) if language in one.languages), None)
+
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """The layers with a router; in names of checkpoint files only these count."""
@@ -206,12 +236,13 @@ class ExpertPlan(BaseModel):
     @property
     def key(self) -> str:
         """A content key: plans are equal if their keys are. The similarities are left out."""
-        return content_key(self.model_dump(mode="json", exclude={"similarity"}))
+        as_before = {"classifier"} if self.classifier == "token" else set()  # plans of before it have the same key
+        return content_key(self.model_dump(mode="json", exclude={"similarity"} | as_before))
 
     @property
     def experts_key(self) -> str:
         """A content key of what stage 1 depends on: classifiers, which come with stage 2, are left out."""
-        return content_key(self.model_dump(mode="json", exclude={"similarity", "classifier_layers"}))
+        return content_key(self.model_dump(mode="json", exclude={"similarity", "classifier_layers", "classifier"}))
 
     def placement(self, dims: ParallelDims) -> dict[int, LayerPlacement]:
         """Which ranks hold which new experts.

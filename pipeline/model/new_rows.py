@@ -15,8 +15,8 @@ from common.errors import UserError
 from pipeline.records.checkpoint import NewRows
 
 
-class ExtendedEmbedding(nn.Module):
-    """An embedding with rows for new tokens.
+class Extended(nn.Module):
+    """What an embedding and a head with rows for new tokens have in common.
 
     Args:
         original: the dense model's.
@@ -24,9 +24,27 @@ class ExtendedEmbedding(nn.Module):
         rows: which ids they are of, and whether they may train; what the original has for these ids is not used.
     """
 
-    def __init__(self, original: nn.Embedding, new_rows: nn.Parameter, rows: NewRows) -> None:
+    def __init__(self, original: nn.Embedding | nn.Linear, new_rows: nn.Parameter, rows: NewRows) -> None:
         super().__init__()
-        self.weight, self.new_rows, self.first, self.may_train = original.weight, new_rows, rows.first, rows.train
+        self.weight: Tensor = original.weight
+        self.new_rows, self.first, self.may_train = new_rows, rows.first, rows.train
+
+    @property
+    def num_rows(self) -> int:
+        """V, new rows included."""
+        return max(len(self.weight), self.first + len(self.new_rows))
+
+    def parts(self) -> list[Tensor]:
+        """The rows in the order of their ids: old, new, and the dense model's for ids that no token has, if any."""
+        rest = self.weight[self.first + len(self.new_rows) :]
+        return [self.weight[: self.first], self.new_rows, *([rest] if len(rest) else [])]
+
+
+class ExtendedEmbedding(Extended):
+    """An embedding with rows for new tokens."""
+
+    def __init__(self, original: nn.Embedding, new_rows: nn.Parameter, rows: NewRows) -> None:
+        super().__init__(original, new_rows, rows)
         scale = getattr(original, "embed_scale", None)  # Gemma multiplies the rows that it looks up
         self.embed_scale: Tensor | None
         self.register_buffer("embed_scale", None if scale is None else torch.as_tensor(scale), persistent=False)
@@ -40,23 +58,12 @@ class ExtendedEmbedding(nn.Module):
         return rows if self.embed_scale is None else rows * self.embed_scale.to(self.weight.dtype)
 
 
-class ExtendedHead(nn.Module):
-    """A head without a bias, with rows for new tokens; arguments as of :class:`ExtendedEmbedding`."""
-
-    def __init__(self, original: nn.Linear, new_rows: nn.Parameter, rows: NewRows) -> None:
-        super().__init__()
-        self.weight, self.new_rows, self.first, self.may_train = original.weight, new_rows, rows.first, rows.train
-
-    @property
-    def num_rows(self) -> int:
-        """V, new rows included."""
-        return max(len(self.weight), self.first + len(self.new_rows))
+class ExtendedHead(Extended):
+    """A head without a bias, with rows for new tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape [..., D] to [..., V]."""
-        parts = [F.linear(x, self.weight[: self.first]), F.linear(x, self.new_rows)]
-        rest = self.weight[self.first + len(self.new_rows) :]  # the dense model's, for ids that no token has
-        return torch.cat([*parts, F.linear(x, rest)] if len(rest) else parts, dim=-1)
+        return torch.cat([F.linear(x, part) for part in self.parts()], dim=-1)
 
 
 def install_new_rows(model: PreTrainedModel, rows: NewRows | None) -> list[nn.Parameter]:
@@ -111,8 +118,17 @@ def new_rows(model: nn.Module, *, that_train: bool = False) -> list[nn.Parameter
         model: any.
         that_train: leave out those of earlier expansions, which are frozen.
     """
-    parts = [part for part in model.modules() if isinstance(part, ExtendedEmbedding | ExtendedHead)]
-    return list(dict.fromkeys(part.new_rows for part in parts if part.may_train or not that_train))
+    parts = extended_parts(model).values()
+    return [part.new_rows for part in parts if part.may_train or not that_train]
+
+
+def extended_parts(model: nn.Module) -> dict[str, Extended]:
+    """By name, the embedding, and the head where it has rows of its own; none if the tokenizer is the model's own."""
+    found: dict[str, Extended] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, Extended) and all(part.new_rows is not other.new_rows for other in found.values()):
+            found[name] = part
+    return found
 
 
 def first_new_row(model: Any) -> int | None:

@@ -18,6 +18,10 @@ class Manifest(Record):
     files: dict[str, FileEntry] = {}
 
 
+UPCYCLED_TAG = "upcycled"  # in an upcycled checkpoint's folder, where its weights are
+HF_FOLDER = "hf"  # there, config and tokenizer, so that training does not need the dense model
+
+
 class NewRows(Record):
     """Embedding and head rows for the tokens that a run's tokenizer adds to the model's own.
 
@@ -48,6 +52,7 @@ class UpcycledManifest(Manifest):
         hidden_size: D.
         new_rows: for new tokens; None where the tokenizer is the model's own.
         new_row_parameters: of all new rows, the head's included where it is not tied.
+        copied: of a further expansion whose new experts are copies of the most used one, its number in each layer.
     """
 
     model: str
@@ -60,6 +65,7 @@ class UpcycledManifest(Manifest):
     hidden_size: int
     new_rows: NewRows | None = None
     new_row_parameters: int = 0
+    copied: list[int] | None = None
 
     @property
     def holds_experts(self) -> bool:
@@ -107,6 +113,7 @@ class CheckpointManifest(Manifest):
         ep_size: ranks per expert-parallel group.
         max_imbalance: see :class:`pipeline.distributed.parallel_dims.ParallelDims`, as for the two before.
         expert_plan: the expert plan.
+        method: the name of the run's.
         selection_biases: whether its routers have a selection bias.
         resized_from: the tag that it was made from by ``resize``.
     """
@@ -122,5 +129,6 @@ class CheckpointManifest(Manifest):
     ep_size: int
     max_imbalance: float
     expert_plan: dict[str, Any]
+    method: str = "moe"
     selection_biases: bool = False
     resized_from: str | None = None

@@ -21,6 +21,8 @@ class SetScore(Record):
         expert_0_share: for each MoE layer, the share of tokens whose output uses expert 0.
         probability_0: for each MoE layer, the mean router probability of expert 0.
         classified_old: for each MoE layer, the share of tokens that its classifier calls old; 0 where it has none.
+        own_experts: the share of routing weight, the mean over MoE layers, on experts that existed after the round of
+            the set's language; None where the model does not know the language or has no MoE layer.
     """
 
     bits: list[float]
@@ -28,6 +30,7 @@ class SetScore(Record):
     expert_0_share: list[float]
     probability_0: list[float]
     classified_old: list[float]
+    own_experts: float | None = None
 
     @property
     def bits_per_character(self) -> float:
@@ -121,14 +124,17 @@ class Evaluation(Record):
         window: tokens per scoring window.
         checkpoints: what was scored, the dense model ("base") first.
         sets: by name.
-        routing: by checkpoint, the dense model left out.
-        parameters: numbers of parameters: dense, total, active, stage1_trained, stage2_trained.
+        routing: by checkpoint, the dense model left out; empty where there are no routers.
+        own_experts: by set of an earlier round's language, by checkpoint: how much of its routing weight is on the
+            experts of its time; empty for a dense model's first expansion.
+        parameters: numbers of parameters: dense, total, active, stage1_trained and, of a mixture, stage2_trained.
     """
 
     window: int
     checkpoints: list[str]
     sets: dict[str, SetResult]
     routing: dict[str, StageRouting]
+    own_experts: dict[str, dict[str, float]] = {}
     parameters: dict[str, int]
 
     def forgotten(self, checkpoint: str) -> dict[str, Change]:

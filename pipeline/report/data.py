@@ -84,6 +84,13 @@ class RunData:
         """The dense model's path or hub id."""
         return str(_section(self.settings, "model").get("path", "not named"))
 
+    @property
+    def baseline(self) -> str:
+        """The method by which the dense model itself was trained; empty for a mixture of experts."""
+        method = self.settings.get("method", "moe")
+        name = str(method.get("name")) if isinstance(method, dict) else str(method)
+        return "" if name == "moe" else name
+
     def languages(self, group: Group) -> list[str]:
         """The languages of a group's sets, in the settings' order."""
         sets = _section(_section(self.settings, "data"), group)

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from common.html.style import set_colors
 from data_prep.statistics import charts as text_charts
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.records.evaluation import StageRouting
+from pipeline.records.evaluation import BASE, Evaluation, StageRouting
 from pipeline.records.metrics import StepRow
 from pipeline.report import charts, curves, summary
 from pipeline.report.data import RunData, Stage, stage_label
@@ -44,7 +44,9 @@ class Section:
 
 
 def picture_sections(data: RunData) -> list[Section]:
-    """All sections that hold pictures, the one beside the results table first."""
+    """All sections that hold pictures, the one beside the results table first; a baseline has no experts to show."""
+    if data.baseline:
+        return [_results(data), *_text(data), _training(data, data.stages["stage1"]), _validation(data)]
     return [
         _results(data),
         _experts(data),
@@ -92,6 +94,7 @@ def _experts(data: RunData) -> Section:
                 "a diamond marks a layer where a classifier sends old-language tokens straight to expert 0.",
             )
         )
+        section.notes.extend(_ancestry(data.plan))
     if data.similarity is None:
         section.missing.append(
             "Similarity by layer: similarity.json is not in the folder; only allocation: layerwise measures it."
@@ -106,6 +109,22 @@ def _experts(data: RunData) -> Section:
             )
         )
     return section
+
+
+def _ancestry(plan: ExpertPlan) -> list[str]:
+    """Which experts each expansion added, where there was more than one."""
+    if plan.num_groups < 3:
+        return []
+    sources = {"expert 0": "the original MLP", "most used expert": "the most used expert of their layer"}
+    dense, *added = plan.rounds
+    lines = [f"Round 0, the dense model: {', '.join(dense.languages)}."]
+    for number, one in enumerate(added, 1):
+        where = sum(num > 0 for num in one.num_new)
+        lines.append(
+            f"Round {number}: {', '.join(one.languages)}; {sum(one.num_new)} new experts in {where} layers, copies of "
+            f"{sources[one.source]}."
+        )
+    return lines
 
 
 _LOSS_CAPTIONS = {
@@ -140,7 +159,8 @@ def _training(data: RunData, stage: Stage) -> Section:
             "The loss on the training text, which should fall and level off; drag to zoom, double-click to go back.",
         )
     )
-    section.charts.extend(_routing_curves(data, stage))
+    if not data.baseline:
+        section.charts.extend(_routing_curves(data, stage))
     small: list[tuple[str, Callable[[StepRow], float | None], str, bool, str]] = [
         ("Learning rate", lambda row: row.lr, ".2e", False, "The size of a step: warm-up, then decay."),
         (
@@ -232,9 +252,25 @@ def _routing(data: RunData) -> Section:
     for field_name, title, value, caption in maps:
         if routing:
             section.charts.append(Chart(_maps(data, routing, field_name, value), title, caption))
+    if data.evaluation is not None and data.plan is not None:
+        section.notes.extend(_own_experts(data.evaluation, data.plan))
     _add_classified(section, data)
     _add_load(section, data)
     return section
+
+
+def _own_experts(evaluation: Evaluation, plan: ExpertPlan) -> list[str]:
+    """Whether earlier rounds' languages still use the experts of their time."""
+    lines = []
+    for name, by_label in evaluation.own_experts.items():
+        shares = ", ".join(f"{share:.1%} {_when(label)}" for label, share in by_label.items())
+        number = plan.round_of(evaluation.sets[name].language)
+        lines.append(f"{name}, of round {number}: {shares} of its routing weight is on the experts of its time.")
+    return lines
+
+
+def _when(label: str) -> str:
+    return "before" if label == BASE else f"after {stage_label(label)}"
 
 
 def _maps(data: RunData, routing: dict[str, StageRouting], field_name: str, value: str) -> dict[str, go.Figure]:

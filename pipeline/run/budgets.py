@@ -29,6 +29,8 @@ def budgets_table(
         UserError: these are no budgets, the run's allocation takes none or can't meet one, or similarities lack.
     """
     run, numbers = context.run, _numbers(budgets)
+    if run.method.is_dense:
+        raise UserError(f"--budgets: method {run.method.name} has no experts; use --set method=moe")
     if run.experts.allocation not in ("layerwise", "uniform"):
         raise UserError(
             f"--budgets: experts.allocation: {run.experts.allocation} takes no budget; use layerwise or uniform"
@@ -74,7 +76,7 @@ def _layer_rows(plans: list[ExpertPlan], found: Similarity | None) -> list[list[
 
 
 def _figure_rows(estimates: list[Estimate]) -> list[list[str]]:
-    counts = [estimate.parameter_counts() for estimate in estimates]
+    counts = [estimate.counts() for estimate in estimates]
     rows = [["new experts", "", *(str(sum(e.plan.num_new)) for e in estimates)]]
     for key, title in (("total", "parameters, M"), ("active", "active per token, M")):
         rows.append([title, "", *(f"{found[key] / 1e6:,.1f}" for found in counts)])

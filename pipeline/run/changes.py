@@ -5,21 +5,23 @@ from typing import Any
 
 _SETS = ("sets.", "benchmarks.")  # of a step's inputs: the texts that it reads, by name
 _TEXT = ("data", "model", "seed", "stage1.tokens")  # a share of stage 1 is replayed
-_UPCYCLED = (*_TEXT, "similarity", "experts", "deepspeed")
+_METHOD = "method.name"
+_UPCYCLED = (*_TEXT, "similarity", "experts", "deepspeed", _METHOD)
 # By the first word of an input: the keys of the run that it follows from. {step} stands for the step, {name} for
 # the rest of the input's name.
 _KEYS: dict[str, tuple[str, ...]] = {
-    "sets": _TEXT,
+    "sets": (*_TEXT, "{step}.old_share"),
     "benchmarks": _TEXT,
     "texts": _TEXT,
     "tokenizer": ("data.tokenizer", "data.separator", "data.bos", "model"),
     "old": ("data.old.{name}",),
     "new": ("data.new.{name}",),
-    "weights": ("data.old.{name}", "data.new.{name}"),
+    "weights": ("data.old.{name}", "data.new.{name}", "{step}.old_share"),
     "temperature": ("data.temperature",),
     "isolate_documents": ("data.isolate_documents",),
     "dtype": ("deepspeed",),
-    "settings": ("{step}.{name}",),
+    "settings": ("{step}.{name}", _METHOD),
+    "model": ("model", _METHOD),
     "experts": ("experts.{name}",),
     "init": ("experts.init",),
     "drop_ratio": ("experts.drop_ratio", "experts.init"),
@@ -97,6 +99,8 @@ def _causes(step: str, change: Change, settings: list[Change]) -> list[Change]:
     first, _, name = change.key.partition(".")
     keys = [key.format(step=step, name=name) for key in _KEYS.get(first, (first,))]
     found = [one for one in settings if any(_is_within(one.key, key) or _is_within(key, one.key) for key in keys)]
+    if first == "method" and any(one.key == _METHOD for one in found):
+        return [one for one in found if one.key == _METHOD]  # each method has options of its own
     if first not in ("sets", "benchmarks", "texts"):
         return found
     found = [one for one in found if not _is_how_it_is_drawn(one.key)]

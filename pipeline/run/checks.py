@@ -19,6 +19,7 @@ def check_model(context: RunContext) -> None:
             similarities that are given are of another number of layers.
     """
     from pipeline.method.allocation import allocate
+    from pipeline.method.dense import check_dense
     from pipeline.method.given_similarity import given_similarity
     from pipeline.model.backbone import model_config
     from pipeline.model.expert_plan import check_layers
@@ -33,6 +34,9 @@ def check_model(context: RunContext) -> None:
     for key, length in lengths.items():
         if positions is not None and length > positions:
             raise UserError(f"{key}: {length} is more than the model's {positions} positions; give at most that")
+    if run.method.is_dense:
+        check_dense(run.method, config.num_hidden_layers)
+        return
     layers, wanted = config.num_hidden_layers, run.experts.classifier_layers
     if run.experts.similarity is not None:
         given_similarity(run.experts.similarity, layers)

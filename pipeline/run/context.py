@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pipeline.distributed.parallel_dims import ParallelDims
     from pipeline.evaluation.checkpoints import Scored
     from pipeline.method.stage import Stage
+    from pipeline.method.untrained import Untrained
 
 MODEL_FILES = ("config.json", "*.safetensors", "*.bin")
 
@@ -82,6 +83,8 @@ class RunContext:
         run = load_run(folder / RUN_FILE)
         if run.folder.resolve() != folder.resolve():
             raise UserError(f"base.run: {folder} was moved: its {RUN_FILE} says {run.folder}; move it back")
+        if run.method.is_dense:
+            raise UserError(f"base.run: {folder} is a baseline, {run.method.name}; name a run that has experts")
         if run.model.tokenizer != self.run.model.tokenizer:
             raise UserError(
                 f"model.tokenizer: {self.run.model.tokenizer} is not {run.model.tokenizer}, which base.run {folder} "
@@ -106,7 +109,7 @@ class RunContext:
         label = self.run.base.checkpoint or base.stages[-1]
         folders = {stage: base.folder / stage for stage in base.stages}
         identities = {number: base.identity(number) for number in base.run.stage_numbers}
-        return replace(checkpoint_to_score(folders, label, identities, base.upcycled, base.plan), label=BASE)
+        return replace(checkpoint_to_score(folders, label, identities, base.untrained), label=BASE)
 
     @cached_property
     def start(self) -> str:
@@ -141,7 +144,12 @@ class RunContext:
 
     @cached_property
     def plan(self) -> ExpertPlan:
-        """The expert plan, which must be there."""
+        """The expert plan, which must be there; where a dense model trains, one without new experts."""
+        if self.run.method.is_dense:
+            from pipeline.method.allocation import dense_plan
+            from pipeline.model.backbone import model_config
+
+            return dense_plan(self.run, model_config(self.dense).get_text_config().num_hidden_layers)
         self.folder.manifest("allocate")
         return ExpertPlan.load(self.folder / PLAN_FILE)
 
@@ -149,6 +157,15 @@ class RunContext:
     def upcycled(self) -> Path:
         """The upcycled checkpoint, which must be there."""
         return self.run.cache_dir / "upcycled" / self.folder.manifest("upcycle").outputs["upcycled"]
+
+    @cached_property
+    def untrained(self) -> "Untrained":
+        """What the checkpoints of the run's stages are laid over; it must be there."""
+        from pipeline.method.untrained import UntrainedDense, UntrainedMixture
+
+        if self.run.method.is_dense:
+            return UntrainedDense(self.dense, self.model_hash, self.run.method, self.run.seed)
+        return UntrainedMixture(self.upcycled, self.plan)
 
     @cached_property
     def dtype(self) -> "torch.dtype":

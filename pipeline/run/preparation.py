@@ -1,7 +1,4 @@
-"""The steps before training: text to tokens, similarity, allocation, upcycling."""
-
-from pathlib import Path
-from typing import TYPE_CHECKING
+"""The steps before upcycling: text to tokens, similarity, allocation."""
 
 from common.errors import UserError
 from common.files import content_key, sha256_file, write_json
@@ -10,23 +7,15 @@ from data_prep.config import SetConfig
 from data_prep.prepare import prepare
 from data_prep.sample import sample_documents
 from data_prep.tokenizer import DocumentEncoder
+from pipeline.config.experts import ExpertsConfig
 from pipeline.config.run import RunConfig
-from pipeline.method.allocation import allocate, clamp_similarity, expert_plan
+from pipeline.method.allocation import allocate, clamp_similarity, ep_size_to_share, expert_plan
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.run_folder import PLAN_FILE, SIMILARITY_FILE, STATISTICS_FILE
 from pipeline.records.similarity import Similarity
 from pipeline.run.checks import warn_of_slow_bf16
 from pipeline.run.context import RunContext
 from pipeline.run.step import Inputs, Result
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from pipeline.method.new_tokens import ExtendedTokenizer
-
-UPCYCLED_FORMAT = 2  # raised when what an upcycled folder holds changes
-PARITY_SAMPLE = 128  # tokens of each set for the upcycling receipt
 
 
 def tokenize_inputs(context: RunContext) -> Inputs:
@@ -146,8 +135,17 @@ def similarity_is_there(context: RunContext) -> bool:
 
 
 def is_measured(run: RunConfig) -> bool:
-    """Whether a run measures similarities: it has old sets to compare with, and names no file of them."""
-    return bool(run.data.old) and run.experts.similarity is None
+    """Whether a run measures similarities: it has experts and old sets to compare with, and names no file of them."""
+    return not why_not_measured(run)
+
+
+def why_not_measured(run: RunConfig) -> str:
+    """Why a run measures no similarities; empty if it does."""
+    if run.method.is_dense:
+        return f"method {run.method.name} has no experts"
+    if not run.data.old or run.experts.similarity is not None:
+        return "no old set to compare with, or experts.similarity is given"
+    return ""
 
 
 def allocate_inputs(context: RunContext) -> Inputs:
@@ -155,11 +153,17 @@ def allocate_inputs(context: RunContext) -> Inputs:
     return {
         "model": context.start,
         "similarity": _similarity_hash(context),
-        "experts": context.run.experts.model_dump(
-            mode="json", exclude={"init", "drop_ratio", "noise", "write_copies", "router", "similarity"}
-        ),
+        "experts": _allocation_settings(context.run.experts),
         "not_positive": context.run.similarity.not_positive,
     }
+
+
+def _allocation_settings(experts: ExpertsConfig) -> Inputs:
+    """What of the experts section a plan depends on; without options at their defaults that runs of before lacked."""
+    others = {"init", "drop_ratio", "noise", "write_copies", "router", "similarity"}
+    added_later = {"copy_of": "mlp", "classifier": "token"}
+    as_before = {name for name, default in added_later.items() if getattr(experts, name) == default}
+    return experts.model_dump(mode="json", exclude=others | as_before)
 
 
 def _similarity_hash(context: RunContext) -> str | None:
@@ -215,123 +219,5 @@ def plan_experts(run: RunConfig, num_layers: int, found: Similarity | None) -> t
         similarity, changed = clamp_similarity(measured)
         if changed:
             print(f"allocate: warning: similarity of layers {changed} raised to a small positive value", flush=True)
-    allocation = allocate(run.experts, num_layers, similarity)
+    allocation = allocate(run.experts, num_layers, similarity, ep_size_to_share(run))
     return expert_plan(run, allocation.counts, measured), allocation.note
-
-
-def upcycle_inputs(context: RunContext) -> Inputs:
-    """The model, the plan of experts, what new experts begin as, and the seed of the routers."""
-    run, experts = context.run, context.run.experts
-    return {
-        "model": context.start,
-        "plan": context.plan.experts_key,
-        "init": experts.init,
-        **({"drop_ratio": experts.drop_ratio} if experts.init == "drop" else {}),
-        **({"noise": experts.noise} if experts.noise else {}),
-        "seed": run.seed,
-        **({} if context.base is None else {"router": run.experts.router}),
-        **({} if _extended_tokenizer(context) is None else {"tokenizer": context.planned.tokenizer_key}),
-    }
-
-
-def _upcycled_name(context: RunContext) -> str:
-    return content_key(upcycle_inputs(context) | {"format": UPCYCLED_FORMAT})
-
-
-def upcycled_is_there(context: RunContext) -> bool:
-    """Whether the cache still holds it, with files of experts if they are asked for."""
-    from pipeline.checkpoint.store import read_manifest
-
-    target = context.run.cache_dir / "upcycled" / _upcycled_name(context)
-    if not target.is_dir():
-        return False
-    return not context.run.experts.write_copies or read_manifest(target, UpcycledManifest).holds_experts
-
-
-def upcycle_model(context: RunContext, _ranks: object) -> Result:
-    """Dense model and plan to a DeepSpeed-MoE checkpoint in the cache."""
-    from pipeline.checkpoint.store import read_manifest
-
-    run = context.run
-    target = run.cache_dir / "upcycled" / _upcycled_name(context)
-    if upcycled_is_there(context):
-        print(f"upcycle: {target} is there already, skipped", flush=True)
-    else:
-        _write_upcycled(context, target)
-    context.folder.link_upcycled(target)
-    manifest = read_manifest(target, UpcycledManifest)
-    parity = manifest.parity
-    start = "dense model" if context.base is None else f"model of {context.base.run.folder}"
-    rows = "" if context.base is None else "; the routers' new rows are random, so some tokens take new experts"
-    print(
-        f"upcycle: largest logit difference to the {start} {parity['max_abs_logit_difference']:.2g} "
-        f"(logits up to {parity['max_abs_logit']:.0f}) on {parity['tokens']} tokens of real text, fp32{rows}",
-        flush=True,
-    )
-    new = manifest.new_rows
-    if new is not None and new.train:
-        print(
-            f"upcycle: {new.count:,} new tokens from id {new.first} on, whose rows start as the mean of their pieces' "
-            "rows and train in stage 1",
-            flush=True,
-        )
-    figures = manifest.model_dump(mode="json", include={"parity", "dense_parameters", "mlp_parameters"})
-    return Result({"upcycled": target.name}, figures)
-
-
-def _write_upcycled(context: RunContext, target: Path) -> None:
-    """Upcycle the dense model, or expand the base run's."""
-    from pipeline.checkpoint.store import read_manifest
-
-    run, samples = context.run, _parity_samples(context)
-    if context.base is None:
-        from pipeline.method.expert_init import ExpertInit
-        from pipeline.method.upcycle import upcycle
-
-        upcycle(
-            context.dense, context.plan, samples, target,
-            seed=run.seed, model_hash=context.model_hash, init=ExpertInit.of(run.experts),
-            write_copies=run.experts.write_copies, tokenizer=_extended_tokenizer(context),
-        )  # fmt: skip
-        return
-    import torch
-
-    from pipeline.distributed.process_group import alone
-    from pipeline.evaluation.checkpoints import load_scored
-    from pipeline.method.expand import expand
-    from pipeline.model.backbone import ONE_RANK
-
-    upcycled = context.base.upcycled
-    manifest = read_manifest(upcycled, UpcycledManifest)
-    if manifest.new_rows is not None and manifest.new_rows.tokenizer != context.planned.tokenizer_key:
-        raise UserError(
-            f"model.tokenizer: {run.model.tokenizer} has changed since {context.base.run.folder} was upcycled with "
-            "it; put the old one back"
-        )
-    dtype = getattr(torch, manifest.dtype)
-    model = load_scored(context.start_model, context.dense, dtype, alone("cpu"), ONE_RANK)
-    expand(
-        model, context.base.plan, context.plan, (upcycled, manifest), samples, target,
-        seed=run.seed, key=context.start, router=run.experts.router, write_copies=run.experts.write_copies,
-    )  # fmt: skip
-
-
-def _extended_tokenizer(context: RunContext) -> "ExtendedTokenizer | None":
-    """The run's tokenizer where it extends the dense model's own, else None."""
-    from pipeline.method.new_tokens import ExtendedTokenizer
-
-    folder = context.run.model.tokenizer
-    new_tokens = None if folder is None else context.planned.encoders.new_tokens
-    if folder is None or new_tokens is None:
-        return None
-    return ExtendedTokenizer(Path(folder), context.planned.tokenizer_key, new_tokens)
-
-
-def _parity_samples(context: RunContext) -> "np.ndarray":
-    """The first tokens of each set's held-out text, by the tokenizer of the model that the run starts from, [B, L]."""
-    import numpy as np
-
-    names, is_dense = (*context.run.data.old, *context.run.data.new), context.base is None
-    shards = [context.store.held_out(name, by_own_tokenizer=is_dense) for name in names]
-    length = min(PARITY_SAMPLE, *(shard.num_tokens for shard in shards))
-    return np.stack([shard.tokens[:length] for shard in shards])

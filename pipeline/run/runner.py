@@ -43,7 +43,11 @@ def run_steps(context: RunContext, steps: Sequence[Step], *, from_the_first: boo
             continue
         together = [step]
         while step.needs_ranks and left and left[0].needs_ranks:
-            together.append(left.pop(0))
+            following = left.pop(0)
+            if following.applies(context.run):
+                together.append(following)
+            else:
+                following.is_done(context)  # says why the run does not have it
         stopped = do_together(context, together)
         if stopped is not None:
             print(

@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING
 
 from common.files import content_key
 from data_prep.manifest import HELD_OUT, OWN_HELD_OUT
-from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.evaluation import BASE, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
@@ -62,19 +61,12 @@ def score(context: RunContext, tag: str | None, ranks: "Ranks | None") -> Evalua
     Raises:
         UserError: there is no such checkpoint, or it is of another model, plan or tokenizer.
     """
-    from pipeline.checkpoint.store import read_manifest
-    from pipeline.model.backbone import parameter_counts
-
     models, scoring = models_to_score(context, tag), evaluator(context)
     if ranks is not None:
         scoring.score(models, _missing(context, scoring, models), ranks, context.dims)
         if not ranks.is_first:
             return None
-    upcycled = read_manifest(context.upcycled, UpcycledManifest)
-    sizes = (upcycled.dense_parameters, upcycled.mlp_parameters, upcycled.hidden_size)
-    rows_train = upcycled.new_rows is None or upcycled.new_rows.train
-    counts = parameter_counts(*sizes, context.plan, new_rows=upcycled.new_row_parameters, rows_train=rows_train)
-    result = scoring.result(models, counts)
+    result = scoring.result(models, context.untrained.parameter_counts())
     result.save(context.folder / EVALUATION_FILE if tag is None else context.folder.evaluation_of(tag))
     return result
 
@@ -109,5 +101,5 @@ def models_to_score(context: RunContext, tag: str | None) -> "list[Scored]":
     folders = {stage: context.folder / stage for stage in context.stages}
     identities = {number: context.identity(number) for number in context.run.stage_numbers}
     labels = [label for label in ([tag] if tag else context.stages) if label != BASE]
-    found = (checkpoint_to_score(folders, one, identities, context.upcycled, context.plan) for one in labels)
+    found = (checkpoint_to_score(folders, one, identities, context.untrained) for one in labels)
     return [context.start_model, *found]

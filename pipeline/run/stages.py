@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.files import content_key, read_json, sha256_file
-from pipeline.config.run import StageConfig
+from pipeline.config.run import RunConfig, StageConfig
 from pipeline.records.checkpoint import ExpertsFrom
 from pipeline.records.step_manifest import StepInputs
 from pipeline.run.checks import sample_warnings, warn_of_slow_bf16
@@ -14,9 +14,14 @@ from pipeline.run.step import Inputs, Result
 
 if TYPE_CHECKING:
     from pipeline.distributed.process_group import Ranks
+    from pipeline.method.stage import Stage
 
 NOT_A_RESULT = {"activation_checkpointing"}  # settings of a stage that change how it is computed, not what comes out
 # Of a stage; where they are as by default, runs of before them have the same result.
+OF_ROUTERS = {  # settings that a model without routers does not have
+    "lpr", "lpr_groups", "lpr_weight", "z_loss_weight", "balance", "bias_update_rate", "balance_weight",
+    "balance_scale", "balance_statistics",
+}  # fmt: skip
 ADDED_LATER = {"lpr_groups", "z_loss_weight", "router_kl_weight", "balance", "bias_update_rate"}
 
 
@@ -27,10 +32,9 @@ def stage_inputs(context: RunContext, number: int) -> Inputs:
     run, stage = context.run, context.stage(number)
     sets = stage.sets(run.data)
     inputs = {
-        "upcycled": context.folder.manifest("upcycle").outputs["upcycled"],
+        **_model_inputs(context, stage),
         "sets": {name: context.store.keys[name] for name in sets},
         "tokenizer": context.store.tokenizer_key,
-        "plan": stage.plan_key(context.plan),
         "weights": {name: [entry.weight, *(s.weight for s in entry.sources)] for name, entry in sets.items()},
         "sample_order": sample_order.FORMAT,
         "temperature": run.data.temperature,
@@ -38,7 +42,7 @@ def stage_inputs(context: RunContext, number: int) -> Inputs:
         "seed": run.seed,
         "deepspeed": read_json(run.ds_config_file),
         "bad_steps": run.bad_steps.model_dump(mode="json"),
-        "settings": result_settings(stage.settings),
+        "settings": result_settings(stage.settings, routers=not run.method.is_dense),
     }
     if stage.starts_from is not None:
         before = f"stage{stage.starts_from}"
@@ -46,11 +50,32 @@ def stage_inputs(context: RunContext, number: int) -> Inputs:
     return inputs
 
 
-def result_settings(settings: StageConfig) -> Inputs:
-    """A stage's settings that its result depends on; without options at their defaults that runs of before lacked."""
+def _model_inputs(context: RunContext, stage: "Stage") -> Inputs:
+    """What the stage's model follows from, up to the checkpoint of an earlier stage."""
+    method = context.run.method
+    if method.is_dense:
+        return {"model": context.start, "method": {"name": method.name, **method.options}}
+    upcycled = context.folder.manifest("upcycle").outputs["upcycled"]
+    return {"upcycled": upcycled, "plan": stage.plan_key(context.plan)}
+
+
+def why_not_reviewed(run: RunConfig) -> str:
+    """Why a run does not have the stage 2 that it has settings of; empty if it has, or has none."""
+    if run.stage2 is None or not run.method.is_dense:
+        return ""
+    return f"method {run.method.name} has no routers to review"
+
+
+def result_settings(settings: StageConfig, *, routers: bool = True) -> Inputs:
+    """A stage's settings that its result depends on; without options at their defaults that runs of before lacked.
+
+    Args:
+        settings: of the stage.
+        routers: whether its model has any.
+    """
     defaults = {name: field.default for name, field in type(settings).model_fields.items() if name in ADDED_LATER}
     as_before = {name for name, default in defaults.items() if getattr(settings, name) == default}
-    return settings.model_dump(mode="json", exclude=NOT_A_RESULT | as_before)
+    return settings.model_dump(mode="json", exclude=NOT_A_RESULT | as_before | (set() if routers else OF_ROUTERS))
 
 
 def check_stage(context: RunContext, number: int) -> None:
@@ -103,7 +128,7 @@ def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | N
         update={"settings": content_key(done_with.inputs), "stage1": origin}
     )
     inputs = StageInputs(
-        run, stage, context.plan, context.store, context.upcycled, target, identity, done_with, context.dims,
+        run, stage, context.plan, context.store, context.untrained, target, identity, done_with, context.dims,
         experts,
     )  # fmt: skip
     figures = train_stage(inputs, ranks)

@@ -35,6 +35,11 @@ def always(_value: Any) -> bool:
     return True
 
 
+def nothing_to_say(_run: RunConfig) -> str:
+    """The default of what is said of a step that a run does not have."""
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One step. The command line, ``run``, SLURM's jobs, ``status`` and the report derive from a list of these.
@@ -48,8 +53,8 @@ class Step:
         job: the SLURM job that does it.
         inputs: all that its result depends on; nothing else makes it stale. Token sets stand under ``sets``.
         work: does it; with the ranks, on each of them, where it needs ranks. None where it stopped before its end.
-        applies: whether the run has the step; ``without`` is the line that says why it has not, if one is needed.
-        without: see ``applies``.
+        applies: whether the run has the step.
+        without: why a run does not have it; empty if that need not be said.
         is_there: whether what it has left in the cache is still there.
         may_grow: whether sets that were added are simply added: nothing is thrown away.
         needs_ranks: whether it is done on ranks.
@@ -68,7 +73,7 @@ class Step:
     inputs: Callable[[RunContext], Inputs]
     work: "Callable[[RunContext, Ranks | None], Result | None]"
     applies: Callable[[RunConfig], bool] = always
-    without: str = ""
+    without: Callable[[RunConfig], str] = nothing_to_say
     is_there: Callable[[RunContext], bool] = always
     may_grow: bool = False
     needs_ranks: bool = False
@@ -93,8 +98,9 @@ class Step:
             UserError: it was done with other inputs.
         """
         if not self.applies(context.run):
-            if self.without and not context.quiet:
-                print(f"{self.name}: {self.without}, skipped", flush=True)
+            reason = self.without(context.run)
+            if reason and not context.quiet:
+                print(f"{self.name}: {reason}, skipped", flush=True)
             return True
         if not self.keeps_manifest:
             return False

@@ -5,21 +5,31 @@ from functools import partial
 
 from pipeline.config.cluster import JobName
 from pipeline.config.run import RunConfig
-from pipeline.run import preparation, scoring, stages
+from pipeline.run import preparation, scoring, stages, upcycling
 from pipeline.run.context import RunContext
 from pipeline.run.reporting import write_report
-from pipeline.run.step import Result, Step, always
+from pipeline.run.step import Result, Step, always, nothing_to_say
 
 
 def _report(context: RunContext, _ranks: object) -> Result:
     return write_report(context, STEP_NAMES)
 
 
-def _train(number: int, job: JobName, applies: Callable[[RunConfig], bool]) -> Step:
+def _has_experts(run: RunConfig) -> bool:
+    return not run.method.is_dense
+
+
+def _no_experts(run: RunConfig) -> str:
+    return f"method {run.method.name} has no experts"
+
+
+def _train(
+    number: int, job: JobName, applies: Callable[[RunConfig], bool], without: Callable[[RunConfig], str]
+) -> Step:
     return Step(
         f"stage{number}", verb="train", does="train a stage on all ranks", reads="upcycled/ and tokens",
         writes="stage1/ or stage2/", job=job, needs_ranks=True, applies=applies,
-        inputs=partial(stages.stage_inputs, number=number), work=partial(stages.train, number=number),
+        without=without, inputs=partial(stages.stage_inputs, number=number), work=partial(stages.train, number=number),
         check=partial(stages.check_stage, number=number),
     )  # fmt: skip
 
@@ -33,21 +43,22 @@ STEPS = (
     Step(
         "similarity", does="how alike languages look to each layer", reads="tokens and the dense model",
         writes="similarity.json", job="prepare", alone=True, applies=preparation.is_measured,
-        without="no old set to compare with, or experts.similarity is given", inputs=preparation.similarity_inputs,
+        without=preparation.why_not_measured, inputs=preparation.similarity_inputs,
         work=preparation.measure_similarity, is_there=preparation.similarity_is_there,
     ),
     Step(
         "allocate", does="how many experts each layer gets",
         reads="similarity.json or experts.similarity, and the budget", writes="expert_plan.json", job="prepare",
-        inputs=preparation.allocate_inputs, work=preparation.allocate_experts,
+        applies=_has_experts, without=_no_experts, inputs=preparation.allocate_inputs,
+        work=preparation.allocate_experts,
     ),
     Step(
         "upcycle", does="the dense model to a DeepSpeed-MoE checkpoint", reads="model and expert_plan.json",
-        writes="upcycled/", job="prepare", alone=True, inputs=preparation.upcycle_inputs,
-        work=preparation.upcycle_model, is_there=preparation.upcycled_is_there,
+        writes="upcycled/", job="prepare", alone=True, applies=_has_experts, without=_no_experts,
+        inputs=upcycling.upcycle_inputs, work=upcycling.upcycle_model, is_there=upcycling.upcycled_is_there,
     ),
-    _train(1, "stage1", applies=always),
-    _train(2, "stage2", applies=lambda run: run.stage2 is not None),
+    _train(1, "stage1", applies=always, without=nothing_to_say),
+    _train(2, "stage2", applies=lambda run: 2 in run.stage_numbers, without=stages.why_not_reviewed),
     Step(
         "evaluate", does="bits per character on held-out text", reads="checkpoints and tokens",
         writes="evaluation.json", job="evaluate", inputs=scoring.evaluate_inputs, work=scoring.evaluate,
@@ -68,4 +79,4 @@ def step_named(name: str) -> Step:
 
 def steps_of(run: RunConfig) -> list[Step]:
     """The steps that a run has; one that says why it is left out is among them."""
-    return [step for step in STEPS if step.applies(run) or step.without]
+    return [step for step in STEPS if step.applies(run) or step.without(run)]

@@ -61,7 +61,7 @@ class Sweep:
     Attributes:
         name: of the file, without its ending.
         base: the run that all others are made from.
-        runs: all of them, in order.
+        runs: all of them, in the order of seeds, then of the file: what is done can be compared early.
     """
 
     name: str
@@ -85,7 +85,7 @@ def read_sweep(path: Path) -> Sweep:
     base = parse_settings(RunConfig, copy.deepcopy(tree), str(config.base))
     seeds: list[int | None] = [*config.seeds] or [None]
     runs = [
-        _make_run(path, base, tree, name, changes, seed) for name, changes in config.runs.items() for seed in seeds
+        _make_run(path, base, tree, name, changes, seed) for seed in seeds for name, changes in config.runs.items()
     ]
     return Sweep(path.stem, base, runs)
 

@@ -85,8 +85,9 @@ def submit_sweep(sweep: Sweep, *, force: bool = False, dry_run: bool = False) ->
         context = RunContext(with_fetched(run), force=force, quiet=True)
         check_model(context)
         jobs = submit_run(context, until=JOBS[-1], dry_run=dry_run, after=after)
-        numbers = jobs.get(SHARES[-1], [])
-        after = [f"{number}_OF_{run.name}" for number in numbers] if dry_run else numbers
+        # A baseline has nothing to prepare but its text; a run of which all is prepared changes nothing.
+        numbers = next((jobs[name] for name in reversed(SHARES) if name in jobs), [])
+        after = ([f"{number}_OF_{run.name}" for number in numbers] if dry_run else numbers) or after
     if not left:
         _compare(sweep, left)
     else:

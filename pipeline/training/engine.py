@@ -11,7 +11,6 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from pipeline.checkpoint.engine import AtomicCheckpointEngine
 from pipeline.config.run import StageConfig
-from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import moe_layers, parameter_groups
 from pipeline.model.moe.recompute import keep_exchanges
 from pipeline.training.ds_config import BatchShape, fill_ds_config, read_ds_config, training_dtype
@@ -47,12 +46,12 @@ def build_engine(inputs: StageInputs, shape: BatchShape) -> Any:
 
 
 def _load_model(inputs: StageInputs, ds_config: dict[str, Any]) -> Any:
-    """The upcycled model, with the experts of the stage before if there is one; only what trains is not frozen."""
+    """The untrained model, with the experts of the stage before if there is one; only what trains is not frozen."""
     stage = inputs.stage
     dtype = training_dtype(ds_config)
     checkpoints = [inputs.stage1_checkpoint] if inputs.stage1_checkpoint else []
-    model = load_upcycled(
-        inputs.upcycled, inputs.plan, dtype, inputs.dims,
+    model = inputs.untrained.load(
+        dtype, inputs.dims,
         checkpoints=checkpoints, classifiers=stage.has_classifiers, selection_biases=stage.balances_by_bias, once=True,
     )  # fmt: skip
     stage.train_only(model)

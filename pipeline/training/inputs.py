@@ -7,6 +7,7 @@ from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.stage import Stage
+from pipeline.method.untrained import Untrained
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import CheckpointIdentity
 from pipeline.records.step_manifest import StepInputs
@@ -21,7 +22,7 @@ class StageInputs:
         stage: which stage, with its settings.
         plan: the experts of the model.
         store: the tokens.
-        upcycled: folder of the upcycled checkpoint.
+        untrained: the model before its first step.
         folder: where checkpoints and metrics of the stage go.
         identity: what its checkpoints are of.
         done_with: all that its result depends on.
@@ -33,7 +34,7 @@ class StageInputs:
     stage: Stage
     plan: ExpertPlan
     store: TokenStore
-    upcycled: Path
+    untrained: Untrained
     folder: Path
     identity: CheckpointIdentity
     done_with: StepInputs

@@ -78,16 +78,16 @@ class StepSums:
 
         Returns:
             ``loss`` (by name, not weighted), ``expert_0_share`` (by source: the share of its tokens whose output uses
-            expert 0, the mean over MoE layers) and ``load_imbalance`` (per MoE layer: the busiest expert's tokens
-            over the mean expert's; 1 is balanced).
+            expert 0, the mean over MoE layers; empty where there are none) and ``load_imbalance`` (per MoE layer: the
+            busiest expert's tokens over the mean expert's; 1 is balanced).
         """
         losses, tokens, on_expert_0, *choices = self._unpack(packed)
-        of_layers = on_expert_0 / len(self.num_experts)
+        of_layers = on_expert_0 / max(1, len(self.num_experts))
         named_losses = zip(self.LOSSES, losses.tolist(), strict=True)
         shares = zip(self.sources, (of_layers / tokens.clamp(min=1))[:-1], tokens[:-1], strict=True)
         return {
             "loss": {name: loss for name, loss in named_losses if name in self.names},
-            "expert_0_share": {source: float(share) for source, share, count in shares if count},
+            "expert_0_share": {source: float(share) for source, share, count in shares if count and choices},
             "load_imbalance": [float(c.max() / c.mean().clamp(min=1e-9)) for c in choices],
         }
 

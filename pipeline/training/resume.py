@@ -100,6 +100,7 @@ def manifest_of(state: TrainingState) -> CheckpointManifest:
         ep_size=state.dims.ep_size,
         max_imbalance=state.dims.max_imbalance,
         expert_plan=state.inputs.plan.model_dump(mode="json"),
+        method=state.inputs.run.method.name,
         selection_biases=any(layer.router.selection_bias is not None for layer in moe_layers(state.engine.module)),
     )
 

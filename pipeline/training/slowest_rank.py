@@ -13,8 +13,7 @@ from torch import Tensor
 
 from pipeline.distributed.own_time import OWN_TIME
 from pipeline.distributed.process_group import Ranks
-from pipeline.model.backbone import moe_layers
-from pipeline.model.new_rows import new_rows
+from pipeline.model.backbone import decoder_layers
 from pipeline.records.metrics import SlowestRank
 
 WORTH_NAMING = 10.0  # percent
@@ -27,10 +26,10 @@ def watch_backward(engine: Any) -> None:
     """
     if engine.zero_optimization_partition_gradients():
         return
-    lowest = [*new_rows(engine.module), *moe_layers(engine.module)[0].parameters()]
-    for parameter in lowest:
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(lambda _: OWN_TIME.mark())
+    parts = (engine.module.get_input_embeddings(), *decoder_layers(engine.module))
+    trained = ([p for p in part.parameters() if p.requires_grad] for part in parts)
+    for parameter in next(parameters for parameters in trained if parameters):
+        parameter.register_post_accumulate_grad_hook(lambda _: OWN_TIME.mark())
 
 
 def own_seconds(ranks: Ranks) -> Tensor:

@@ -12,7 +12,6 @@ from pipeline.config.run import StageConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.stage import Stage
-from pipeline.method.upcycle import TAG
 from pipeline.records.evaluation import SetScore
 from pipeline.records.run_folder import INPUTS_FILE
 from pipeline.training.ds_config import BatchShape, batch_shape
@@ -160,8 +159,7 @@ class TrainingState:
 
 def _check_weights(inputs: StageInputs, ranks: Ranks) -> None:
     """Verify the files that the stage starts from, on all ranks."""
-    loads = files_read_once(inputs.plan, inputs.dims)
-    check_sound(inputs.upcycled, ranks, "upcycle again with --force", loads=[f"{TAG}/{name}" for name in loads])
+    inputs.untrained.check(ranks, inputs.dims)
     if inputs.stage1_checkpoint is not None:
-        weights = weight_files(inputs.stage1_checkpoint)
+        weights, loads = weight_files(inputs.stage1_checkpoint), files_read_once(inputs.plan, inputs.dims)
         check_sound(inputs.stage1_checkpoint, ranks, "train stage 1 again with --force", weights, loads)

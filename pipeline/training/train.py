@@ -14,8 +14,7 @@ from pipeline.checkpoint.store import mark_best
 from pipeline.distributed.device import device_name
 from pipeline.distributed.process_group import BACKENDS, Ranks, forget_earlier_stages, peak_memory_bytes
 from pipeline.distributed.stop_request import StopRequest
-from pipeline.model.backbone import moe_layers
-from pipeline.model.new_rows import new_rows
+from pipeline.model.backbone import moe_layers, parameter_groups
 from pipeline.records.metrics import StepRow
 from pipeline.training.inputs import StageInputs
 from pipeline.training.metrics import MetricsLog
@@ -177,11 +176,12 @@ def _say_start(state: TrainingState) -> None:
 def trained_parameters(state: TrainingState) -> int:
     """How many parameters train, each counted once, however many ranks hold it. All ranks must call this."""
     trained = torch.zeros((), dtype=torch.int64, device=state.ranks.device)
-    if state.ranks.is_first:
-        trained += sum(rows.numel() for rows in new_rows(state.engine.module) if rows.requires_grad)
+    groups = parameter_groups(state.engine.module)
+    shared = [parameter for group in groups if "moe" not in group for parameter in group["params"]]
+    trained += sum(parameter.numel() for parameter in shared) * state.ranks.is_first
     for layer in moe_layers(state.engine.module):
-        parts = [layer.router] * state.ranks.is_first + [layer.local_experts] * (layer.dims.edp_rank == 0)
-        trained += sum(p.numel() for part in parts for p in part.parameters() if p.requires_grad)
+        experts = layer.local_experts.parameters() if layer.dims.edp_rank == 0 else ()
+        trained += sum(parameter.numel() for parameter in experts if parameter.requires_grad)
     return int(state.ranks.sum(trained))
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.config.run import LogConfig
 from pipeline.distributed.device import device_name
 from pipeline.method.stage import Stage
-from pipeline.model.backbone import decoder_layers, install_moe_layers
+from pipeline.model.backbone import decoder_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import MoELayer
 from pipeline.model.new_rows import install_new_rows, new_rows, vocabulary_of
@@ -26,32 +26,32 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
     A multiplication and its addition are two. Forward: two per weight of each linear map that the token meets, K of
     the MLPs in a layer with a router, and 2 L H for attention's two products in each layer, where L is the sequence
     length, half of which a token sees on average, and H is all heads' width. Backward, in layers above the first
-    router: as many again for the gradient of the inputs, and twice as many for attention's. And two per weight that
-    trains: in stage 1 of the new experts, to which uniform routing sends a token K (N - 1) / N times, and of the
-    head's rows of new tokens.
+    one with a weight that trains: as many again for the gradient of the inputs, and twice as many for attention's. And
+    two per weight that trains: in stage 1 of the new experts, to which uniform routing sends a token K (N - 1) / N
+    times, and of the head's rows of new tokens.
 
     Args:
-        model: with its MoE layers, as a stage trains it.
+        model: as a stage trains it.
         sequence_length: L.
     """
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     heads = config.num_attention_heads
     attention = 2.0 * sequence_length * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     forward = backward = 0.0
-    is_above = any(rows.requires_grad for rows in new_rows(model))  # the gradient goes down to the embedding
+    is_above = any(p.requires_grad for p in model.get_input_embeddings().parameters())  # type: ignore[operator]
     for layer in decoder_layers(model):
         moe = next((module for module in layer.modules() if isinstance(module, MoELayer)), None)
-        weights, trained = _linear(layer), 0.0
+        weights, trained = float(_linear(layer)), float(_linear(layer, trains=True))
         if moe is not None:
             mlp, top_k = _linear(moe.base_mlp), moe.router.top_k
             weights += (top_k - 1) * mlp
-            trained = _linear(moe.router) + mlp * top_k * (moe.num_experts - 1) / moe.num_experts * moe.experts_train
+            trained += mlp * top_k * (moe.num_experts - 1) / moe.num_experts * moe.experts_train
         forward += 2 * weights + attention
         backward += 2 * trained + (2 * weights + 2 * attention if is_above else 0.0)
-        is_above = is_above or moe is not None
-    head = 2.0 * vocabulary_of(model) * config.hidden_size
+        is_above = is_above or any(parameter.requires_grad for parameter in layer.parameters())
+    head, head_trains = 2.0 * vocabulary_of(model) * config.hidden_size, _linear(_head(model), trains=True) > 0
     of_new_rows = 2.0 * sum(len(rows) * rows.requires_grad for rows in new_rows(model)[-1:]) * config.hidden_size
-    return forward + backward + 2 * head + of_new_rows
+    return forward + backward + (3 if head_trains else 2) * head + of_new_rows
 
 
 def flops_of_stage(config: Any, plan: ExpertPlan, stage: Stage, rows: NewRows | None = None) -> float:
@@ -67,16 +67,22 @@ def flops_of_stage(config: Any, plan: ExpertPlan, stage: Stage, rows: NewRows | 
         UserError: the plan is for another number of layers.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        install_moe_layers(model, plan, classifiers=stage.has_classifiers)
+        model = stage.install(AutoModelForCausalLM.from_config(config), plan)
         install_new_rows(model, rows)
     stage.train_only(model)
     return flops_per_token(model, stage.settings.sequence_length)
 
 
-def _linear(module: nn.Module) -> int:
-    """Weights of a module's linear maps; experts' own are not among them."""
-    return sum(part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear))
+def _head(model: nn.Module) -> nn.Module:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    assert isinstance(head, nn.Module)
+    return head
+
+
+def _linear(module: nn.Module, *, trains: bool = False) -> int:
+    """Weights of a module's linear maps, all or those that train; experts' own are not among them."""
+    weights = [part.weight for part in module.modules() if isinstance(part, nn.Linear)]
+    return sum(weight.numel() for weight in weights if weight.requires_grad or not trains)
 
 
 def peak_flops(log: LogConfig, device: torch.device, dtype: torch.dtype) -> float | None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from common.files import content_key
 from pipeline.config.run import ValidateConfig
+from pipeline.evaluation.score_cache import FORMAT
 from pipeline.evaluation.scoring import score_set
 from pipeline.model.new_rows import new_rows
 from pipeline.records.evaluation import SetScore, ValidationBase
@@ -66,7 +67,7 @@ def measure_base(state: TrainingState) -> None:
     names = sets_of_old_languages(run.data)
     if run.validate_.every_tokens is None or not names:
         return
-    asked = [{name: store.keys[name] for name in names}, run.validate_.max_tokens_per_set, run.evaluate.window]
+    asked = [{name: store.keys[name] for name in names}, run.validate_.max_tokens_per_set, run.evaluate.window, FORMAT]
     key, path = content_key([*asked, state.inputs.identity.model]), state.inputs.folder.parent / VALIDATION_BASE_FILE
     known = ValidationBase.load_if_there(path)
     if known is not None and known.key == key:

@@ -49,3 +49,13 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("prepared")
     prepared_run(folder)
     return run_tree(folder)
+
+
+@pytest.fixture(scope="session")
+def trained(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of a tiny run that is done; tests change nothing in its folders but what they add."""
+    from tests.distributed.test_expansion import run
+
+    tree = run_tree(tmp_path_factory.mktemp("trained"), parallel={"micro_batch_size": 1})
+    run(pools, tree, 1)
+    return tree

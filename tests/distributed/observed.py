@@ -49,7 +49,7 @@ def load_with_deepspeeds_own_engine(ranks: Ranks, tree: dict[str, Any], folder: 
         for parameter in state.engine.module.parameters():
             parameter.zero_()
     state.engine.checkpoint_engine = TorchCheckpointEngine(state.engine._config)
-    path, _ = state.engine.load_checkpoint(str(state.inputs.upcycled), load_module_only=True)
+    path, _ = state.engine.load_checkpoint(str(state.inputs.untrained.folder), load_module_only=True)
     assert path is not None
     parameters = state.engine.module.named_parameters()
     different = [name for name, parameter in parameters if not torch.equal(parameter, expected[name])]

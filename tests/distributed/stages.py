@@ -46,11 +46,11 @@ def stage_inputs(
     run: RunConfig = parse_run(tree, "tiny.yaml")
     context = RunContext(run)
     stage = find_stage(run, number)
-    identity = context.identity(2)
+    identity = context.identity(run.stage_numbers[-1])
     done_with = StepInputs(inputs={}, run={})
     dims = divide(run, ranks)
     return StageInputs(
-        run, stage, context.plan, context.store, context.upcycled, folder, identity, done_with, dims, stage1
+        run, stage, context.plan, context.store, context.untrained, folder, identity, done_with, dims, stage1
     )
 
 
@@ -120,7 +120,7 @@ def biases_to_score(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[to
     """The selection biases of a checkpoint's model as evaluation loads it."""
     inputs = stage_inputs(tree, 1, folder.parent, ranks)
     scored = Scored("stage1", (folder,), {})
-    return selection_biases(load_model(scored, inputs.upcycled, inputs.plan, torch.float32, inputs.dims, ranks.device))
+    return selection_biases(load_model(scored, inputs.untrained, torch.float32, inputs.dims, ranks.device))
 
 
 def _record_gradients(state: TrainingState, into: dict[str, torch.Tensor]) -> None:

@@ -7,19 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from common.errors import UserError
-from common.files import read_json
+from data_prep.sample import sample_documents
+from pipeline.checkpoint.store import read_manifest
 from pipeline.checkpoint.tensors import expert_file
 from pipeline.checkpoint.weights import local_expert_names
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.evaluation.checkpoints import checkpoint_to_score, load_model
+from pipeline.method.expand import expand, most_used_experts
 from pipeline.method.upcycle import load_upcycled
 from pipeline.model.backbone import ONE_RANK, load_dense, moe_layers
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.moe import collect_routings
 from pipeline.model.moe.experts import fused_weights
-from pipeline.records.run_folder import EVALUATION_FILE, RunFolder
+from pipeline.model.moe.router import classify
+from pipeline.records.checkpoint import UpcycledManifest
+from pipeline.records.evaluation import Evaluation
+from pipeline.records.run_folder import EVALUATION_FILE, REPORT_FILE, RunFolder
+from pipeline.report.page import write_page
 from pipeline.run.checks import sample_warnings
 from pipeline.run.context import RunContext
 from pipeline.run.runner import do_step
@@ -72,18 +81,18 @@ def run(pools: Pools, tree: Tree, ranks: int) -> RunContext:
 
 @dataclass(frozen=True)
 class Model:
-    """A run's last model: its experts by (layer, number); what is neither router nor expert, by the dense names."""
+    """A model after a stage: its experts by (layer, number); what is neither router nor expert, by the dense names."""
 
     module: Any
     experts: dict[tuple[int, int], dict[str, torch.Tensor]]
     rest: dict[str, torch.Tensor]
 
     @classmethod
-    def of(cls, context: RunContext) -> "Model":
+    def of(cls, context: RunContext, label: str = "stage2") -> "Model":
         folders = {stage: context.folder / stage for stage in context.stages}
         identities = {number: context.identity(number) for number in context.run.stage_numbers}
-        scored = checkpoint_to_score(folders, "stage2", identities, context.upcycled, context.plan)
-        model = load_model(scored, context.upcycled, context.plan, torch.float32, ONE_RANK, torch.device("cpu"))
+        scored = checkpoint_to_score(folders, label, identities, context.untrained)
+        model = load_model(scored, context.untrained, torch.float32, ONE_RANK, torch.device("cpu"))
         experts = {
             (context.plan.moe_layers[index], number + 1): dict(model.get_submodule(prefix).state_dict())
             for (index, number), prefix in local_expert_names(model).items()
@@ -120,10 +129,29 @@ def test_three_expansions_leave_all_that_was_trained_before_as_it_was(
                 assert not any(torch.equal(weights[name], mlp[name]) for name in mlp), "a new expert trains"
         classifiers = [layer.router.classifier for layer in moe_layers(model.module)]
         assert [len(one.weight) for one in classifiers if one is not None] == [number + 2] * 2
-        scores.append(read_json(context.folder / EVALUATION_FILE)["sets"]["en"]["bits_per_character"])
+        evaluation = Evaluation.load(context.folder / EVALUATION_FILE)
+        scores.append(evaluation.sets["en"].bits_per_character)
+        check_own_experts(evaluation, number, context)
         before = model
     # Each run is compared with the model that it starts from.
     assert [one["base"] for one in scores[1:]] == [one["stage2"] for one in scores[:-1]]
+
+
+def check_own_experts(evaluation: Evaluation, number: int, context: RunContext) -> None:
+    """How much of earlier languages' routing weight is on the experts of their time is known, and in the report."""
+    earlier = ["en", *LANGUAGES[:number]] if number else []
+    assert sorted(evaluation.own_experts) == sorted(earlier)
+    for language, by_label in evaluation.own_experts.items():
+        labels = ["stage1", "stage2"] if number == 0 else ["base", "stage1", "stage2"]
+        assert list(by_label) == labels
+        assert all(0 < share <= 1 + 1e-6 for share in by_label.values())
+        if language == LANGUAGES[number - 1]:
+            assert by_label["base"] == pytest.approx(1.0), "before, there were no other experts"
+            assert by_label["stage1"] < 1.0
+    write_page(context.folder, [step.name for step in steps_of(context.run)])
+    page = (context.folder / REPORT_FILE).read_text(encoding="utf-8")
+    assert page.count("of its routing weight is on the experts of its time") == len(earlier)
+    assert page.count("copies of the original MLP") == (number + 1 if number else 0)
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +203,8 @@ def test_tokens_of_each_language_keep_the_experts_of_its_time(pools: Pools, seco
     ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "top_k": 1}}, "experts.top_k: 1, but"),
     ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "init": "random"}}, "experts.init: a further"),
     ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "noise": 0.1}}, "experts.noise: a further"),
+    ({"experts": {"allocation": "explicit", "counts": [2, 1, 1, 1], "classifier": "sequence"}},
+     "experts.classifier: sequence, but the base run's classify each token; give that"),
 ])  # fmt: skip
 def test_a_mistake_in_a_further_expansion_is_one_line(second_round: Tree, change: Tree, line: str) -> None:
     text = json.dumps(change).replace("{base}", second_round["base"])
@@ -196,6 +226,108 @@ def test_another_checkpoint_of_the_base_or_reset_routers_make_stale_what_depends
     assert [name for name in before if before[name] != earlier[name]] == ["similarity", "allocate", "upcycle"]
     reset = inputs(second_round | {"experts": {**second_round["experts"], "router": "reset"}})
     assert [name for name in before if before[name] != reset[name]] == ["upcycle"]
+    most_used = inputs(second_round | {"experts": {**second_round["experts"], "copy_of": "most_used"}})
+    assert [name for name in before if before[name] != most_used[name]] == ["allocate"]
+
+
+def test_new_experts_can_be_copies_of_the_one_that_the_new_languages_use_most(
+    second_round: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = {"run": second_round["base"], "checkpoint": "stage1"}  # where no classifier keeps tokens on expert 0
+    experts = {**second_round["experts"], "copy_of": "most_used"}
+    tree = second_round | {"name": "most", "base": base, "experts": experts}
+    context = RunContext(parse_run(tree, "x"))
+    RunFolder.create(context.run)
+    do_steps(context, "tokenize", "similarity", "allocate", "upcycle")
+    assert context.base is not None
+    before, plan = Model.of(RunContext(context.base.run), "stage1"), context.base.plan
+    copied = read_manifest(context.upcycled, UpcycledManifest).copied
+    assert copied is not None and copied[2] == 0, "layer 2 was dense"
+    assert f"copies of the most used one, by layer: {' '.join(map(str, copied))}" in capsys.readouterr().out
+    assert context.plan.rounds[-1].source == "most used expert"
+    documents = [document.ids for document in sample_documents(context.planned, "hu", 4096)]
+    assert copied == counted_by_hand(before.module, plan, documents)
+    check_copies(before, context, context.upcycled, copied)
+
+
+def test_the_most_used_experts_are_those_that_most_tokens_choose_and_copies_of_them_are_exact(
+    second_round: Tree, tmp_path: Path
+) -> None:
+    context = RunContext(parse_run(second_round, "x"))
+    assert context.base is not None
+    before, plan = Model.of(RunContext(context.base.run)), context.base.plan
+    torch.manual_seed(3)
+    documents = [np.arange(start, start + 60) * 7 % 290 for start in range(5)]
+    with torch.no_grad():
+        inputs = mlp_inputs(before.module, torch.from_numpy(np.stack(documents)))
+    layers = dict(zip(plan.moe_layers, moe_layers(before.module), strict=True))
+    for number in (0, 3):  # expert 0 scores least for most tokens, and no classifier sends them there
+        layers[number].router.wg.weight.data.normal_()
+        layers[number].router.wg.weight.data[0] = -10 * inputs[number].mean(0)
+        layers[number].router.classifier.weight.data.zero_()
+    copied = most_used_experts(before.module, plan, documents)
+    assert copied == counted_by_hand(before.module, plan, documents)
+    assert len(set(copied)) > 1 and copied[2] == 0
+    manifest = read_manifest(context.base.upcycled, UpcycledManifest)
+    samples = np.stack(documents)[:, :30]
+    base = context.base.upcycled, manifest
+    target = tmp_path / "copies"
+    written = expand(before.module, plan, context.plan, base, samples, target, seed=1, key="x", copied=copied)
+    assert written.copied == copied
+    check_copies(before, context, target, copied)
+
+
+def check_copies(before: Model, context: RunContext, upcycled: Path, copied: list[int]) -> None:
+    """Experts that were there are as they were, and new ones are copies of those named."""
+    dense = load_dense(context.dense, torch.float32)
+    after = load_upcycled(upcycled, context.plan, torch.float32, classifiers=True)
+    for (index, number), prefix in local_expert_names(after).items():
+        layer = context.plan.moe_layers[index]
+        found = dict(after.get_submodule(prefix).state_dict())
+        source = number + 1 if number < context.plan.num_frozen(layer) else copied[layer]
+        mlp = fused_weights(dense.model.layers[layer].mlp.state_dict())
+        assert same(found, before.experts[layer, source] if source else mlp), (layer, number)
+
+
+def counted_by_hand(model: Any, plan: ExpertPlan, documents: list[Any]) -> list[int]:
+    """The expert that most of a document's tokens choose, by layer."""
+    counts = [torch.zeros(count) for count in plan.counts]
+    for ids in documents:
+        with collect_routings(model) as routings, torch.no_grad():
+            model(input_ids=torch.tensor(ids.astype("int64")).unsqueeze(0), use_cache=False)
+        for layer, routing in zip(plan.moe_layers, routings, strict=True):
+            for chosen, active in zip(routing.ids_TK.tolist(), routing.active_TK.tolist(), strict=True):
+                for expert, is_computed in zip(chosen, active, strict=True):
+                    counts[layer][expert] += is_computed
+    return [int(count.argmax()) for count in counts]
+
+
+def test_decoding_with_a_cache_and_padding_on_the_left_equals_the_full_sequence(second_round: Tree) -> None:
+    context = RunContext(parse_run(second_round, "x"))
+    model = load_upcycled(context.upcycled, context.plan, torch.float32, classifiers=True)
+    torch.manual_seed(5)
+    for layer in moe_layers(model):
+        layer.router.wg.weight.data.normal_()
+        if layer.router.classifier is not None:
+            layer.router.classifier.weight.data.normal_()
+    sequences = [torch.arange(start, start + length) * 13 % 290 for start, length in ((0, 12), (5, 9), (40, 4))]
+    width = max(map(len, sequences))
+    ids = torch.stack([torch.nn.functional.pad(one, (width - len(one), 0)) for one in sequences])
+    mask = torch.stack([torch.arange(width) >= width - len(one) for one in sequences]).long()
+    with torch.no_grad(), collect_routings(model) as routings:
+        alone = [model(input_ids=one.unsqueeze(0), use_cache=False).logits[0] for one in sequences]
+        cache, found = None, []
+        for end in range(1, width + 1):
+            positions = (mask[:, :end].cumsum(-1) - 1).clamp(min=0)[:, -1:]
+            output = model(input_ids=ids[:, end - 1 : end], attention_mask=mask[:, :end], position_ids=positions,
+                           past_key_values=cache, use_cache=True)  # fmt: skip
+            cache = output.past_key_values
+            found.append(output.logits)
+    classes = {int(c) for routing in routings if routing.class_logits_TC is not None
+               for c in classify(routing.class_logits_TC)}  # fmt: skip
+    assert classes == {0, 1, 2}, "tokens of every group are among them"
+    for row, (one, expected) in enumerate(zip(sequences, alone, strict=True)):
+        torch.testing.assert_close(torch.cat(found, 1)[row, width - len(one) :], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_group_without_replay_is_named(second_round: Tree) -> None:

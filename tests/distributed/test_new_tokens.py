@@ -58,7 +58,7 @@ def loaded(tree: Tree, *checkpoints: Path) -> dict[str, torch.Tensor]:
     context = RunContext(parse_run(tree, "x"))
     dims = ParallelDims(1, 1)
     scored = Scored("stage", checkpoints, {}, has_classifiers=len(checkpoints) > 1)
-    model = load_model(scored, context.upcycled, context.plan, torch.float32, dims, torch.device("cpu"))
+    model = load_model(scored, context.untrained, torch.float32, dims, torch.device("cpu"))
     return dict(model.named_parameters())
 
 

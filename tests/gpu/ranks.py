@@ -1,18 +1,24 @@
 """What the GPU tests run on a rank."""
 
+import copy
 import math
 import time
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pipeline.distributed.own_time import OWN_TIME
 from pipeline.distributed.process_group import Ranks, forget_earlier_stages
 from pipeline.model.backbone import moe_layers
-from pipeline.model.moe import MoELayer
+from pipeline.model.moe import MoELayer, experts
+from pipeline.model.moe.experts import LocalExperts
+from pipeline.model.moe.grouped import can_group, grouped_linear
 from pipeline.training.state import TrainingState
 from pipeline.training.step import train_step
 from tests.distributed.stages import stage_inputs
@@ -85,3 +91,46 @@ def memory_and_figures(ranks: Ranks, tree: dict[str, Any], folder: Path, steps: 
     last = rows[-1]
     peak = torch.cuda.max_memory_allocated(ranks.device) - before
     return {"peak": peak, "seconds": last.seconds, "mfu": last.mfu or math.nan}
+
+
+def grouped_calls(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> tuple[int, list[dict[str, float]]]:
+    """How many projections one kernel computed for all experts of a layer in a step, and the steps' losses."""
+    calls: list[None] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(None)
+        return grouped_linear(*arguments)
+
+    state = TrainingState.start(stage_inputs(tree, number, folder, ranks), ranks)
+    with patch.object(experts, "grouped_linear", counted):
+        rows = [train_step(state)]
+        first = len(calls)
+    rows += [train_step(state) for _ in range(3)]
+    state.close()
+    return first, [row.loss for row in rows]
+
+
+def losses_one_by_one(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> list[dict[str, float]]:
+    """The same steps, one expert after another."""
+    with patch.object(experts, "can_group", lambda _rows, _weights: False):
+        return grouped_calls(ranks, tree, number, folder)[1]
+
+
+def experts_both_ways(ranks: Ranks, hidden: int, intermediate: int, counts: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """Output and gradients of experts in bf16: in one kernel, and one after another in fp32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=1)
+    local = LocalExperts(LlamaMLP(config).bfloat16(), len(counts), len(counts), "ep_size_1")
+    for parameter in local.parameters():
+        parameter.data.normal_(0, 0.05)
+    local = local.to(ranks.device)
+    exact = copy.deepcopy(local).float()
+    x_AD = torch.randn(sum(counts), hidden, device=ranks.device).bfloat16()
+    upstream_AD = torch.randn_like(x_AD)
+    assert can_group(x_AD, [expert.gate_up_proj for expert in local.experts])
+    found = []
+    for module, rows in ((local, x_AD.requires_grad_()), (exact, x_AD.detach().float().requires_grad_())):
+        output = module(rows, counts)
+        gradients = torch.autograd.grad(output, (rows, *module.parameters()), upstream_AD.to(rows.dtype))
+        found.append([tensor.detach().float().cpu() for tensor in (output, *gradients)])
+    return list(zip(*found, strict=True))

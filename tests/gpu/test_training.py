@@ -14,7 +14,14 @@ from pipeline.estimate.device import Device
 from pipeline.estimate.report import Estimate
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, train_to_the_end
-from tests.gpu.ranks import memory_and_figures, own_and_waited, waits_of_layers
+from tests.gpu.ranks import (
+    experts_both_ways,
+    grouped_calls,
+    losses_one_by_one,
+    memory_and_figures,
+    own_and_waited,
+    waits_of_layers,
+)
 from tests.helpers.tiny import parse_run, prepared_run, run_tree, save_model, write_run
 
 if not torch.cuda.is_available():
@@ -97,6 +104,27 @@ def test_a_layers_forward_waits_for_the_gpu_once_and_its_backward_never(
 ) -> None:
     (found,) = gpu[1].run(waits_of_layers, tree, number, tmp_path)
     assert found == [(1, 0)] * 3
+
+
+@pytest.mark.parametrize("counts", [[5, 0, 333, 64], [1, 0, 0], [700, 801]], ids=["uneven", "nearly none", "many"])
+def test_experts_in_one_kernel_give_output_and_gradients_of_one_after_another(gpu: Pools, counts: list[int]) -> None:
+    (found,) = gpu[1].run(experts_both_ways, 256, 384, counts)
+    assert len(found) == 2 + 2 * len(counts)
+    for ours, exact in found:
+        assert float((ours - exact).norm()) <= 1e-2 * float(exact.norm())
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_in_bf16_one_kernel_computes_a_layers_experts_and_losses_stay_the_same(
+    gpu: Pools, tree: dict[str, Any], tmp_path: Path, number: int
+) -> None:
+    """Of the layers, with 2, 1 and 3 new experts, two have several; the batch of 8 is one micro-step."""
+    bf16 = {**tree, "deepspeed": "ds_configs/bf16_zero1.json", "parallel": {"micro_batch_size": 8}}
+    ((calls, found),) = gpu[1].run(grouped_calls, bf16, number, tmp_path / "one kernel")
+    assert calls == 2 * 2
+    (expected,) = gpu[1].run(losses_one_by_one, bf16, number, tmp_path / "one by one")
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=5e-3)
 
 
 def test_a_ranks_own_time_is_without_its_waits_and_nothing_waits_to_measure_it(gpu: Pools) -> None:

@@ -81,7 +81,7 @@ def test_the_dense_model_is_scored_by_its_own_tokenizer_as_in_any_other_run(
 def test_parameters_count_the_new_rows_and_the_estimate_says_the_same(tree: dict[str, Any]) -> None:
     run = parse_run(tree, "x")
     counts = Evaluation.load(run.folder / EVALUATION_FILE).parameters
-    assert estimate_of(run).parameter_counts() == counts
+    assert estimate_of(run).counts() == counts
     without = estimate_of(run.model_copy(update={"model": run.model.model_copy(update={"tokenizer": None})}))
     rows = 2 * ADDED * HIDDEN  # embedding and head
     for kind, more in (
@@ -91,7 +91,7 @@ def test_parameters_count_the_new_rows_and_the_estimate_says_the_same(tree: dict
         ("stage1_trained", rows),
         ("stage2_trained", 0),
     ):
-        assert counts[kind] == without.parameter_counts()[kind] + more, kind
+        assert counts[kind] == without.counts()[kind] + more, kind
 
 
 def test_the_report_shows_fertility_before_and_after(tree: dict[str, Any]) -> None:

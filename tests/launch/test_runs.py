@@ -42,8 +42,9 @@ def plan_of(run: RunConfig, num_layers: int, similarity: list[float] | None) -> 
 
 @pytest.fixture(autouse=True)
 def first_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Work where group 1's run has been planned: a run that expands it further needs its folder."""
+    """Work where the first rounds' runs have been planned: a run that expands one further needs its folder."""
     monkeypatch.chdir(tmp_path)
+    RunFolder.create(load_run(RUNS / "quickstart.yaml"))
     run = load_run(RUNS / "qwen1.5-1.8b-g1.yaml")
     plan_of(run, 24, None).save(RunFolder.create(run) / PLAN_FILE)
 

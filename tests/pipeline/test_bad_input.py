@@ -117,6 +117,18 @@ def checkpoint_of_another(what: str) -> Callable[[Path, Tree], None]:
     return change
 
 
+def a_base(_folder: Path, tree: Tree) -> None:
+    """The run that is done up to upcycling, to be expanded."""
+    tree["base"] = str(Path(tree["output_dir"]) / "tiny")
+
+
+def a_baseline_to_expand(folder: Path, tree: Tree) -> None:
+    """A baseline's run."""
+    baseline = {**tree, "output_dir": str(folder / "runs"), "name": "full", "method": "full"}
+    tree["base"] = str(RunFolder.create(parse_run(baseline, "x")).path)
+    tree["name"] = "expanded"
+
+
 PUBLISHED = Path(__file__).parents[1] / "golden" / "llama3.2-3b-g1-similarity.json"
 ROW = json.dumps({"text": "a page", "page": "p"}).encode() + b"\n"
 COUNTS = {"allocation": "explicit", "counts": [3, 2, 1, 4]}
@@ -175,6 +187,18 @@ TABLE: list[tuple[str, Callable[[Path, Tree], None], list[str], list[str]]] = [
     ("a checkpoint of another plan", checkpoint_of_another("plan"), ["evaluate", "--checkpoint", "stage1"], ["step000001", "another expert plan"]),
     ("a checkpoint of another tokenizer", checkpoint_of_another("tokenizer"), ["evaluate", "--checkpoint", "stage1"], ["step000001", "another tokenizer"]),
     ("a monitor that is not installed", setting("log", {"wandb": True, "tensorboard": False}), ["train"], ["log.wandb", "pip install wandb"]),
+    ("an unknown method", setting("method", "loar"), ["tokenize"], ["method.name", "'loar'", "'llama_pro'"]),
+    ("an option of another method", setting("method", {"name": "full", "rank": 8}), ["tokenize"], ["method", "rank: is an option of method lora", "the method is full"]),
+    ("a method with groups of experts", both(setting("method", "full"), setting("parallel", {"ranks": 2, "ep_size": 2})), ["train"], ["parallel.ep_size: 2", "method full has no experts", "set it to 1"]),
+    ("a method that expands a run", both(setting("method", "lora"), a_base), ["tokenize"], ["method: lora trains a dense model", "base"]),
+    ("a baseline to expand", a_baseline_to_expand, ["similarity"], ["base.run", "is a baseline, full", "has experts"]),
+    ("more blocks than layers", setting("method", {"name": "llama_pro", "blocks": 9}), ["train"], ["method.blocks: 9", "4 layers"]),
+    ("LoRA without peft", setting("method", "lora"), ["tokenize"], ["method: lora", "pip install peft"]),
+    ("stage 2 of a baseline", setting("method", "full"), ["train", "--stage", "2"], ["stage2: method full has stage 1 alone"]),
+    ("budgets of a baseline", setting("method", "full"), ["allocate", "--budgets", "4"], ["--budgets", "method full has no experts"]),
+    ("replay without old text", both(setting("method", "full"), setting("stage1.old_share", 0.25), without("data.old")), ["tokenize"], ["data.old", "stage1.old_share"]),
+    ("a mixture without experts", without("experts"), ["tokenize"], ["experts: missing", "add it"]),
+    ("a mixture of no experts", setting("experts", {"allocation": "none"}), ["tokenize"], ["experts.allocation: none", "method moe has experts"]),
     ("a step before its turn", setting("name", "fresh"), ["upcycle"], ["allocate", "not done"]),
 ]  # fmt: skip
 
@@ -184,8 +208,9 @@ def test_one_line_and_exit_code_2(
     change: Callable[[Path, Tree], None], verb: list[str], says: list[str], base: Path, tmp_path: Path,
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    if "pip install wandb" in says:
-        monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
+    for package in ("wandb", "peft"):
+        if f"pip install {package}" in says:
+            monkeypatch.setitem(sys.modules, package, None)  # as where it is not installed
     tree = run_tree(base)
     change(tmp_path, tree)
     path = tmp_path / "run.yaml"

@@ -1,11 +1,14 @@
 """The new experts that this rank holds."""
 
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pipeline.model.moe.grouped import can_group, grouped_linear, is_evenly_spaced
 
 ROWS_MULTIPLE = 32
 
@@ -88,6 +91,8 @@ class EmptySlot(nn.Module):
 class LocalExperts(nn.Module):
     """This rank's experts of one layer, in slots; every rank has the same number of slots.
 
+    On a GPU in bf16 one kernel computes them all, see :mod:`pipeline.model.moe.grouped`; else one after another.
+
     Args:
         mlp: see :class:`Expert`.
         num_local: experts of this rank.
@@ -121,6 +126,30 @@ class LocalExperts(nn.Module):
             x_AD: the rows.
             counts: rows of each slot.
         """
-        pieces = x_AD.split(counts[: self.num_local]) if self.num_local else ()
-        outputs = [expert(piece) for expert, piece in zip(self.experts, pieces, strict=True)]
-        return torch.cat(outputs) if outputs else x_AD
+        experts, counts = self.experts, counts[: self.num_local]
+        if not experts:
+            return x_AD
+        gate_up: list[Tensor] = [expert.gate_up_proj for expert in experts]
+        down: list[Tensor] = [expert.down_proj for expert in experts]
+        has_bias = experts[0].gate_up_bias is not None or experts[0].down_bias is not None
+        if not has_bias and can_group(x_AD, gate_up) and can_group(x_AD, down):
+            return self._grouped(x_AD, counts, gate_up, down)
+        return torch.cat([expert(piece) for expert, piece in zip(experts, x_AD.split(counts), strict=True)])
+
+    def _grouped(self, x_AD: Tensor, counts: list[int], gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
+        """As :class:`Expert` computes it, all experts at once."""
+        # From pinned memory, as a copy from elsewhere makes the program wait for the device.
+        ends_N = torch.tensor(list(accumulate(counts)), dtype=torch.int32, pin_memory=x_AD.device.type == "cuda")
+        ends_N = ends_N.to(x_AD.device, non_blocking=True)
+        gate_AF, up_AF = grouped_linear(x_AD, counts, ends_N, gate_up).chunk(2, dim=-1)
+        return grouped_linear(self.experts[0].act_fn(gate_AF) * up_AF, counts, ends_N, down)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "LocalExperts":
+        """Move or convert the weights; on a GPU they then lie together, so that one kernel can take them all."""
+        super()._apply(fn, recurse)
+        for name in ("gate_up_proj", "down_proj"):
+            weights = [getattr(expert, name) for expert in self.experts]
+            if len(weights) > 1 and weights[0].device.type == "cuda" and not is_evenly_spaced(weights):
+                for weight, part in zip(weights, torch.stack([w.detach() for w in weights]), strict=True):
+                    weight.data = part
+        return self

@@ -42,6 +42,7 @@ class MoELayer(MoE):
         has_classifier: whether the layer has a routing classifier.
         old_experts: see :class:`pipeline.model.moe.router.Router`.
         has_selection_bias: whether its router has a selection bias.
+        classifies_sequences: whether its classifier, if any, gives all tokens of a sequence one class.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class MoELayer(MoE):
         has_classifier: bool,
         old_experts: tuple[int, ...] = (1,),
         has_selection_bias: bool = False,
+        classifies_sequences: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # not MoE's own: it would build TopKGate and capacity-bound experts
         self.num_experts = num_experts
@@ -68,7 +70,9 @@ class MoELayer(MoE):
         # DeepSpeed treats a weight as an expert's if its name contains "expert", so this name does not.
         self.base_mlp = mlp
         gate = projections(mlp)[0]
-        router = Router(gate.in_features, num_experts, top_k, has_classifier, old_experts, has_selection_bias)
+        router = Router(
+            gate.in_features, num_experts, top_k, has_classifier, old_experts, has_selection_bias, classifies_sequences
+        )
         router = router.to(gate.weight.device)
         experts = LocalExperts(mlp, len(self.local_numbers), self.num_local_experts, self.expert_group_name)
         self.deepspeed_moe = _RoutedExperts(router, experts)
@@ -111,7 +115,7 @@ class MoELayer(MoE):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Shape [..., D] to [..., D]: y = sum_i w_i E_i(x) (MoE-LPR, arXiv 2408.11396, section 3.1, eq. 2)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        routing = self.router(x_TD)
+        routing = self.router(x_TD, hidden_states.shape[0] if hidden_states.ndim == 3 else 1)
         choices_C, counts_E = sorted_choices(routing, self.place_E)
         exchange, counts = self._exchange(counts_E, x_TD.requires_grad)
         rows = Rows.of(choices_C, routing.active_TK, sum(counts))

@@ -42,6 +42,17 @@ def classify(class_logits_TC: Tensor) -> Tensor:
     return class_logits_TC.shape[-1] - 1 - class_logits_TC.flip(-1).argmax(-1)
 
 
+class LinearInFp32(nn.Linear):
+    """A bias-free linear map that is computed in fp32, whatever dtype its weight and input have."""
+
+    def __init__(self, size: int, out: int) -> None:
+        super().__init__(size, out, bias=False)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """Shape [T, D] to [T, out], fp32."""
+        return F.linear(x_TD.float(), self.weight.float())
+
+
 class Router(nn.Module):
     """A bias-free linear map to one score per expert, computed in fp32 (MoE-LPR, arXiv 2408.11396, eq. 1-3).
 
@@ -50,6 +61,10 @@ class Router(nn.Module):
     that existed after the group's round: after the first expansion that is expert 0 alone, with weight 1. A token of
     the last group, the new languages, takes them from all. It starts at zero, where all classes tie, which counts as
     the last: every token is routed as if there were no classifier.
+
+    LayerMoE's reference implementation classifies whole sequences instead, by the sum of their hidden states. That is
+    here for comparison: an output then depends on later tokens and on padding, the sum grows with the length, samples
+    of several documents get one class, and decoding with a cache, which sees one token at a time, classifies that.
 
     A selection bias, where there is one, is added to the scores to choose the top K, and to nothing else: the weights
     are those of the scores (Loss-Free Balancing, arXiv 2408.15664, eq. 3). It is a buffer in fp32 that starts at zero.
@@ -61,6 +76,7 @@ class Router(nn.Module):
         has_classifier: whether the layer has a routing classifier.
         old_experts: for each old group, how many experts, the first ones, existed after its round.
         has_selection_bias: whether it has a selection bias.
+        classifies_sequences: whether all tokens of a sequence get one class.
     """
 
     def __init__(
@@ -71,14 +87,16 @@ class Router(nn.Module):
         has_classifier: bool,
         old_experts: tuple[int, ...] = (1,),
         has_selection_bias: bool = False,
+        classifies_sequences: bool = False,
     ) -> None:
         super().__init__()
+        self.classifies_sequences = classifies_sequences
         assert num_experts >= top_k
         self.top_k = top_k
         # DeepSpeed's native checkpoints call a router's weight "gate.wg.weight".
-        self.wg = nn.Linear(hidden_size, num_experts, bias=False)
+        self.wg = LinearInFp32(hidden_size, num_experts)
         self.old_experts = old_experts
-        self.classifier = nn.Linear(hidden_size, len(old_experts) + 1, bias=False) if has_classifier else None
+        self.classifier = LinearInFp32(hidden_size, len(old_experts) + 1) if has_classifier else None
         self.allowed_C: Tensor  # for each class, how many experts its tokens can take
         self.register_buffer("allowed_C", torch.tensor([*old_experts, num_experts]), persistent=False)
         if self.classifier is not None:
@@ -124,14 +142,27 @@ class Router(nn.Module):
         ids_TK = biased_TE.topk(self.top_k, dim=-1).indices
         return scores_TE.gather(-1, ids_TK), ids_TK
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        """Route tokens: softmax over all experts, then the top K, then their weights made to sum to 1."""
+    def _class_logits(self, x_TD: Tensor, num_sequences: int) -> Tensor | None:
+        """Of each token, fp32, [T, C]; None without a classifier."""
+        if self.classifier is None:
+            return None
+        if not self.classifies_sequences:
+            return self.classifier(x_TD)
+        sums_BD = x_TD.view(num_sequences, -1, x_TD.shape[-1]).sum(1)
+        return self.classifier(sums_BD).repeat_interleave(len(x_TD) // num_sequences, dim=0)
+
+    def forward(self, x_TD: Tensor, num_sequences: int = 1) -> Routing:
+        """Route tokens: softmax over all experts, then the top K, then their weights made to sum to 1.
+
+        Args:
+            x_TD: the tokens of one sequence after another, all of the same length.
+            num_sequences: how many.
+        """
         x_TD = x_TD.float()
-        logits_TE = F.linear(x_TD, self.wg.weight.float())
+        logits_TE = self.wg(x_TD)
         scores_TE = logits_TE.softmax(-1)
-        allowed_TE, forbidden_TE, class_logits_TC = scores_TE, None, None
-        if self.classifier is not None:
-            class_logits_TC = F.linear(x_TD, self.classifier.weight.float())
+        allowed_TE, forbidden_TE, class_logits_TC = scores_TE, None, self._class_logits(x_TD, num_sequences)
+        if class_logits_TC is not None:
             numbers_E = torch.arange(scores_TE.shape[1], device=x_TD.device)
             forbidden_TE = numbers_E >= self.allowed_C[classify(class_logits_TC)].unsqueeze(-1)
             allowed_TE = logits_TE.masked_fill(forbidden_TE, -torch.inf).softmax(-1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_prep.demo.extract import clean_rows, declaration_rows, help_page, is_prose_in
+from data_prep.demo.extract import clean_rows, declaration_rows, help_page, is_prose_in, quran_rows
 
 PATH = "./usr/share/libreoffice/help/el/text/swriter/01/03120000.html"
 HELP = """<html><body><header><p>LibreOffice 7.4 Βοήθεια για όλους εσάς εδώ</p></header>
@@ -93,4 +93,16 @@ def test_the_declaration_gives_a_row_an_article_and_one_for_the_preamble() -> No
         {"text": "Whereas a,\nwhereas b.", "page": "preamble", "language": "en"},
         {"text": "All are born free.", "page": "article-1", "language": "en"},
         {"text": "First.\nSecond.", "page": "article-2", "language": "en"},
+    ]
+
+
+def test_a_chapter_is_a_row_with_a_line_per_verse() -> None:
+    verses = [
+        {"id": 1, "text": "…", "translation": "In  the\u00a0beginning"},
+        {"id": 2, "text": "…", "translation": "two"},
+    ]
+    rows = list(quran_rows([{"id": 7, "verses": verses}, {"id": 8, "verses": verses[1:]}], "en"))
+    assert rows == [
+        {"text": "In the beginning\ntwo", "page": "chapter-7", "language": "en"},
+        {"text": "two", "page": "chapter-8", "language": "en"},
     ]

@@ -118,7 +118,7 @@ def test_a_debian_package_that_does_not_unpack_is_deleted_and_named(tmp_path: Pa
 
 
 def test_an_unknown_language_is_an_error_that_lists_the_known(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--languages xx: there are demo texts in en,es,zh,el,hu,tr,hi"):
+    with pytest.raises(UserError, match=r"--languages xx: there are demo texts in en,es,zh,el,hu,tr,hi,bn,ne"):
         fetch_inputs(tmp_path / "inputs", ["en", "xx"])
 
 

@@ -50,6 +50,8 @@ def test_a_dry_run_shows_each_script_after_its_sbatch_line_with_what_it_depends_
 def test_sbatch_of_train_sh_trains_or_evaluates_as_a_job_is_done_when_one_step_is(tmp_path: Path) -> None:
     run = parse_run(run_tree(tmp_path), "tiny.yaml")
     assert job_of_options(run, parse(["train", "tiny.yaml"])).name == "stage2"
+    baseline = parse_run({**run_tree(tmp_path), "method": "full"}, "tiny.yaml")
+    assert job_of_options(baseline, parse(["train", "tiny.yaml"])).name == "stage1"
     with pytest.raises(UserError, match="^train --evaluate: no batch job does this alone; use "):
         job_of_options(run, parse(["train", "tiny.yaml", "--evaluate"]))
 

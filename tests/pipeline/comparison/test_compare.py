@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -118,6 +119,24 @@ def test_without_the_models_config_flops_are_unknown_and_a_line_says_so(tmp_path
     found = compare(read_runs([str(path)]))
     assert found.runs[0].flops is None
     assert found.notes == ["FLOPs are unknown of a: the dense model's config or a stage's manifest is not there"]
+
+
+def test_a_baseline_of_a_hubs_model_is_counted_by_the_config_in_the_local_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    changes = {"method": "full", "model.path": "maker/dense"}
+    path = save_run(tmp_path, "full", {"en": 0.0, "el": -1.0, "tr": -1.0}, **changes)
+    shutil.rmtree(path / "upcycled")
+    (path / "expert_plan.json").unlink()
+    assert compare(read_runs([str(path)])).runs[0].flops is None
+    snapshots = tmp_path / "hub" / "models--maker--dense"
+    CONFIG.save_pretrained(snapshots / "snapshots" / "abc")
+    (snapshots / "refs").mkdir()
+    (snapshots / "refs" / "main").write_text("abc")
+    plan = ExpertPlan.dense(4, old=["en"], new=["el", "tr"])
+    expected = 4096 * flops_of_stage(CONFIG, plan, find_stage(load_run(path / "run.yaml"), 1))
+    assert compare(read_runs([str(path)])).runs[0].flops == expected > 0
 
 
 def test_a_run_without_stage_2_shows_no_figures_of_it(tmp_path: Path) -> None:

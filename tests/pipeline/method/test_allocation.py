@@ -10,6 +10,7 @@ from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.allocation import (
     allocate,
     clamp_similarity,
+    evenly_shared_counts,
     inverse_shares,
     largest_remainder_counts,
     most_similar_layers,
@@ -88,3 +89,27 @@ def test_keys_follow_content() -> None:
     with_classifier = ExpertPlan.first_expansion([3, 2], old=["en"], new=["el"], top_k=2, classifier_layers=[0])
     assert with_classifier.key != plan([3, 2]).key
     assert with_classifier.experts_key == plan([3, 2]).experts_key
+
+
+@pytest.mark.parametrize("ep_size", [1, 2, 4, 6, 8])
+def test_rounding_for_expert_parallelism_gives_the_nearest_counts_that_ranks_share_evenly(ep_size: int) -> None:
+    num_new = list(range(14))
+    found = [count - 1 for count in evenly_shared_counts([num + 1 for num in num_new], ep_size)]
+    for before, after in zip(num_new, found, strict=True):
+        assert (after == 0) == (before == 0)
+        assert after == 0 or after % ep_size == 0 or ep_size % after == 0
+        closer = [n for n in range(1, 30) if abs(n - before) < abs(after - before)]
+        assert not [n for n in closer if n % ep_size == 0 or ep_size % n == 0] or before == 0
+
+
+def test_rounding_for_expert_parallelism_says_how_far_it_is_from_the_papers() -> None:
+    similarity = [0.2, 0.4, 0.5, 0.9]
+    settings = ExpertsConfig(num_new=15, rounding="expert_parallel")
+    paper = allocate(ExpertsConfig(num_new=15), 4, similarity).counts
+    found = allocate(settings, 4, similarity, 4)
+    pairs = enumerate(zip(paper, found.counts, strict=True))
+    moved = [f"{layer}: {before - 1} -> {after - 1}" for layer, (before, after) in pairs if before != after]
+    assert moved and found.note == (
+        f"{sum(found.counts) - 4} new experts that ep_size 4 shares evenly, {sum(found.counts) - 19:+d} against the "
+        f"budget; new experts by layer, other than the paper's rounding gives: {', '.join(moved)}"
+    )

@@ -154,6 +154,17 @@ def test_a_token_of_an_old_group_takes_the_experts_of_its_time() -> None:
             torch.testing.assert_close(layer(x), expected, **CLOSE)
 
 
+def test_classifying_sequences_gives_the_references_output() -> None:
+    g = golden("layermoe_classify_g2_E3_old3")
+    layer = layer_from(g, 2, has_classifier=True, classifies_sequences=True)
+    layer.router.classifier.weight.data.copy_(g.classify_w)
+    with collect_routings(layer) as routings:
+        out = layer(g.x)
+    torch.testing.assert_close(out, g.out, **CLOSE)
+    classes = router.classify(routings[0].class_logits_TC).view(g.x.shape[:2])
+    assert classes.tolist() == [[group] * g.x.shape[1] for group in g.group.tolist()]
+
+
 def test_stage_1_step_of_a_two_layer_model_equals_the_reference() -> None:
     data = np.load(GOLDEN / "e2e_stage1.npz", allow_pickle=False)
     settings = json.loads(str(data["config"]))

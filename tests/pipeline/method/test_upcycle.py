@@ -15,7 +15,8 @@ from common.files import read_json
 from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file
 from pipeline.checkpoint.verify import damaged_files
 from pipeline.method.expert_init import ExpertInit, drop_upcycled, expert_generator, with_noise
-from pipeline.method.upcycle import _logits_in_fp32, load_upcycled, upcycle
+from pipeline.method.parity import logits_in_fp32
+from pipeline.method.upcycle import load_upcycled, upcycle
 from pipeline.model.backbone import load_dense, moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe.experts import fused_weights
@@ -58,7 +59,7 @@ def test_the_receipt_of_a_bf16_model_is_in_fp32_layer_by_layer(family: str, tmp_
     assert manifest.dtype == "bfloat16" and manifest.parity["max_abs_logit_difference"] < 1e-5
     whole = load_dense(tmp_path / "dense", torch.bfloat16).float()
     with torch.no_grad():
-        piecewise = _logits_in_fp32(load_dense(tmp_path / "dense", torch.bfloat16), torch.from_numpy(SAMPLES))
+        piecewise = logits_in_fp32(load_dense(tmp_path / "dense", torch.bfloat16), torch.from_numpy(SAMPLES))
     torch.testing.assert_close(piecewise, logits(whole), rtol=0, atol=0)
     assert manifest.parity["max_abs_logit"] == float(piecewise.abs().max())
 
@@ -69,7 +70,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pipeline.method.expert_init import ExpertInit, drop_upcycled, expert_generator, with_noise
-from pipeline.method.upcycle import measure_parity
+from pipeline.method.parity import measure_parity
 from pipeline.model.expert_plan import ExpertPlan
 
 def anonymous():
@@ -243,7 +244,7 @@ def test_a_model_without_gated_mlps_is_refused_in_one_line(config: Any, model: A
 
 def test_a_bad_receipt_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = save_model(tmp_path / "dense")
-    from pipeline.method import upcycle as module
+    from pipeline.method import parity as module
 
     monkeypatch.setattr(module, "TOLERANCE", 0.0)
     real = module.fused_weights

@@ -27,10 +27,10 @@ def read(folder: Path, **keys: Any) -> Sweep:
 def test_there_is_a_run_for_each_override_and_seed_with_a_derived_name_and_one_cache(tmp_path: Path) -> None:
     sweep = read(tmp_path, runs={"low": {"stage1.lr": 1e-4}, "same": None}, seeds=[18, 19])
     assert [run.name for run in sweep.runs] == [
-        "base-low-seed18", "base-low-seed19", "base-same-seed18", "base-same-seed19",
+        "base-low-seed18", "base-same-seed18", "base-low-seed19", "base-same-seed19",
     ]  # fmt: skip
-    assert [run.seed for run in sweep.runs] == [18, 19, 18, 19]
-    assert [run.stage1.lr for run in sweep.runs] == [1e-4, 1e-4, sweep.base.stage1.lr, sweep.base.stage1.lr]
+    assert [run.seed for run in sweep.runs] == [18, 18, 19, 19]
+    assert [run.stage1.lr for run in sweep.runs] == [1e-4, sweep.base.stage1.lr] * 2
     assert {run.output_dir for run in sweep.runs} == {tmp_path / "runs"}
     assert {run.cache_dir for run in sweep.runs} == {sweep.base.cache_dir}
     assert sweep.comparison == tmp_path / "runs" / "compare-rates"

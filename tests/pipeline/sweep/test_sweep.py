@@ -95,6 +95,22 @@ def test_each_run_is_a_chain_of_jobs_whose_first_waits_until_the_run_before_has_
     assert not sweep.base.output_dir.exists()
 
 
+def test_a_baseline_has_jobs_of_its_steps_alone_and_the_next_run_waits_for_its_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "methods.yaml"
+    runs = {"full": {"method": "full"}, "moe": {}}
+    path.write_text(yaml.safe_dump({"base": str(write_run(tmp_path)), "runs": runs}, sort_keys=False))
+    submit_sweep(read_sweep(path), dry_run=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--- ")]
+    words: list[Any] = [shlex.split(line)[3:] for line in lines]
+    names = [Path(found[-1]).stem for found in words]
+    assert names == ["tokenize", "stage1", "evaluate", "tokenize", "prepare", "stage1", "stage2", "evaluate"]
+    assert [found[0].removeprefix("--dependency=") for found in words[1:4]] == [
+        "afterok:JOB_OF_tokenize", "afterok:JOB_OF_stage1", "afterany:JOB_OF_tokenize_OF_tiny-full",
+    ]  # fmt: skip
+
+
 def test_what_was_fetched_for_the_base_is_fetched_for_its_runs(sweep: Sweep) -> None:
     sweep.base.folder.mkdir(parents=True)
     (sweep.base.folder / "fetched.json").write_text('{"models": {}, "datasets": {}}')

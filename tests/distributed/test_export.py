@@ -1,0 +1,117 @@
+"""The verb export on a trained run. Run: pytest tests/distributed/test_export.py"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+from common.errors import UserError
+from pipeline.export.card import CardFacts, model_card
+from pipeline.records.evaluation import Change, Evaluation
+from pipeline.records.run_folder import EVALUATION_FILE
+from pipeline.run.context import RunContext
+from pipeline.run.exporting import export_run
+from tests.distributed.test_expansion import Model
+from tests.helpers.tiny import parse_run
+
+IDS = torch.arange(30).view(2, 15) * 7 % 290
+
+
+def context_of(tree: dict[str, Any], **options: Any) -> RunContext:
+    return RunContext(parse_run(tree, "x"), **options)
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("label", ["stage1", "stage2"])
+def test_a_stage_s_export_gives_its_logits(
+    trained: dict[str, Any], tmp_path: Path, label: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = context_of(trained)
+    export_run(context, label, None, tmp_path / "exported")
+    with torch.no_grad():
+        expected = Model.of(context, label).module(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(logits_of(tmp_path / "exported"), expected, rtol=1e-5, atol=1e-5)
+    said = capsys.readouterr().out
+    assert re.search(rf"export: {label} as .*exported, .* M parameters, .* differ by at most \S+ \(logits up to", said)
+
+
+def test_without_options_the_last_stage_goes_to_the_run_s_folder_in_its_own_dtype(trained: dict[str, Any]) -> None:
+    context = context_of(trained, force=True)
+    export_run(context, None, "bf16", None)
+    model = AutoModelForCausalLM.from_pretrained(context.folder / "export", trust_remote_code=True)
+    assert model.dtype == torch.bfloat16
+    assert model.config.classifier_layers == [0, 3]
+    export_run(context, None, None, None)
+    assert (
+        AutoModelForCausalLM.from_pretrained(context.folder / "export", trust_remote_code=True).dtype == torch.float32
+    )
+
+
+def test_the_card_says_what_came_of_it_and_what_the_hub_asks_for(trained: dict[str, Any], tmp_path: Path) -> None:
+    context = context_of(trained)
+    export_run(context, None, None, tmp_path / "exported")
+    card = ModelCard.load(tmp_path / "exported" / "README.md")
+    evaluation = Evaluation.load(context.folder / EVALUATION_FILE)
+    assert card.data.language == ["en", "el", "hu"]
+    assert card.data.base_model is None, "the model is a folder"
+    values = {one.dataset_type: one.metric_value for one in card.data.eval_results or []}
+    assert values == {name: round(one.bits_per_character["stage2"], 4) for name, one in evaluation.sets.items()}
+    for name, result in evaluation.sets.items():
+        before, after = result.bits_per_character["base"], result.bits_per_character["stage2"]
+        assert f"| {name} | {name} |" in card.text and f"| {before:.3f} | {after:.3f} |" in card.text
+    worse = evaluation.forgotten("stage2")
+    assert ("No known language got worse" in card.text) == (not worse)
+    assert str(tmp_path.parent) not in card.text and str(Path(trained["cache_dir"]).parent) not in card.text
+
+
+def test_the_card_names_what_was_forgotten(trained: dict[str, Any]) -> None:
+    context = context_of(trained)
+    evaluation = Evaluation.load(context.folder / EVALUATION_FILE)
+    worse = Change(percent=3.0, interval=1.0)
+    english = evaluation.sets["en"].model_copy(update={"change": {"stage2": worse}})
+    changed = evaluation.model_copy(update={"sets": {**evaluation.sets, "en": english}})
+    facts = CardFacts(context.run, context.plan, "stage2", changed, "owner/model", "bfloat16")
+    text = str(model_card(facts))
+    assert "Worse than before, beyond the interval: en (+3.0 % +-1.0)." in text
+    assert "[owner/model](https://huggingface.co/owner/model), which knows en" in text
+    assert "base_model: owner/model" in text
+
+
+def test_a_mistake_is_one_line_and_writes_nothing(trained: dict[str, Any], tmp_path: Path) -> None:
+    target = tmp_path / "exported"
+    (tmp_path / "there").mkdir()
+    copied = dict(trained) | {"output_dir": str(tmp_path / "runs")}
+    shutil.copytree(trained["output_dir"], tmp_path / "runs", symlinks=True)
+    folder = tmp_path / "runs" / "tiny"
+    cases = [
+        ((None, None, tmp_path / "there"), "there exists; name another folder with --to, or replace it with --force"),
+        (("base", None, target), "--checkpoint base: is the model that the run starts from; name a stage"),
+        (("stage3", None, target), "--checkpoint stage3: unknown"),
+        (("stage2/step000001", None, target), "holds no complete checkpoint step000001"),
+    ]
+    for arguments, line in cases:
+        check_line(copied, arguments, line)
+    damaged = next((folder / "stage2").glob("step*/mp_rank_00_model_states.pt"))
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    check_line(copied, (None, None, target), "damaged")
+    (folder / "manifests" / "stage2.json").unlink()
+    check_line(copied, (None, None, target), "stage2")
+    assert not target.exists() and not list(tmp_path.glob(".*partial"))
+
+
+def check_line(tree: dict[str, Any], arguments: tuple[Any, ...], line: str) -> None:
+    """The export is refused so, in one line."""
+    with pytest.raises(UserError, match=re.escape(line)) as caught:
+        export_run(context_of(tree), *arguments)
+    assert "\n" not in str(caught.value)

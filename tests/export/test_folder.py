@@ -1,0 +1,132 @@
+"""An exported folder in a process that knows transformers alone. Run: pytest tests/export/test_folder.py"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.export.export import Exported, export
+from pipeline.export.remote_code import ROUTER_FILE
+from pipeline.model.backbone import install_moe_layers, load_dense, moe_layers
+from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.moe import collect_routings, router
+from tests.helpers.tiny import save_model
+
+CLIENT = Path(__file__).with_name("client.py")
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3"]
+COUNTS = [3, 1, 4, 2]
+FIRST = ExpertPlan.first_expansion(COUNTS, old=["en"], new=["el"], top_k=2, classifier_layers=[0, 2])
+SECOND = FIRST.expand([1, 2, 0, 1], languages=["hu"], classifier_layers=[0, 3])
+QUICK = ("llama", "gemma2")  # the others are like one of them
+CASES = [pytest.param((family, FIRST), id=family, marks=[] if family in QUICK else [pytest.mark.slow])
+         for family in FAMILIES]  # fmt: skip
+CASES.append(pytest.param(("llama", SECOND), id="two rounds"))
+
+
+def mixture(folder: Path, family: str, plan: ExpertPlan, **options: Any) -> Any:
+    """A model with random experts, routers and classifiers, whose classifiers take tokens for every group."""
+    model = load_dense(save_model(folder, family, **options), torch.float32)
+    install_moe_layers(model, plan, classifiers=True)
+    torch.manual_seed(7)
+    for layer in moe_layers(model):
+        for parameter in layer.local_experts.parameters():
+            parameter.data.normal_(0, 0.15)
+        layer.router.wg.weight.data.normal_(0, 0.5)
+        if layer.router.classifier is not None:
+            layer.router.classifier.weight.data.normal_(0, 0.5)
+    return model
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A folder, what the export says of it, and what the other process found."""
+
+    plan: ExpertPlan
+    folder: Path
+    said: Exported
+    found: dict[str, Any]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def tried(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tried:
+    """An export of a family's model, tried by the client."""
+    family, plan = request.param
+    folder = tmp_path_factory.mktemp(f"{family}-{plan.num_groups}")
+    model = mixture(folder / "dense", family, plan)
+    ids = torch.randint(1, 290, (3, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), collect_routings(model) as routings:
+        reference = {"ids": ids, "logits": model(input_ids=ids, use_cache=False).logits}
+    classes = [router.classify(one.class_logits_TC) for one in routings if one.class_logits_TC is not None]
+    assert torch.cat(classes).unique().tolist() == list(range(plan.num_groups)), "tokens of every group"
+    torch.save(reference, folder / "reference.pt")
+    said = export(model, plan, folder / "dense", folder / "exported", torch.float32, np.asarray(ids))
+    return Tried(
+        plan, folder / "exported", said, run_client(folder, "--compile" if plan is FIRST and family == "llama" else "")
+    )
+
+
+def run_client(folder: Path, *options: str) -> dict[str, Any]:
+    """What the other process writes down."""
+    words = [sys.executable, "-I", str(CLIENT), str(folder / "exported"), str(folder / "reference.pt"),
+             str(folder / "found.json"), *filter(None, options)]  # fmt: skip
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(json.loads((folder / "found.json").read_text()))
+
+
+def test_logits_are_those_of_the_model_in_training(tried: Tried) -> None:
+    assert tried.said.difference < 1e-5
+    assert tried.found["eager"] == pytest.approx(tried.said.difference, abs=1e-6)
+    assert tried.found["grouped_mm"] < 1e-4 and tried.found["batched_mm"] < 1e-4
+    assert tried.found["parameters"] == tried.said.parameters
+
+
+def test_generation_is_the_same_with_any_cache_and_with_padding_on_the_left(tried: Tried) -> None:
+    for way in ("without a cache", "static cache", "left padding"):
+        assert tried.found[way], way
+    assert tried.found["token by token"] < 1e-4
+    assert tried.found["sampling"] == tried.found["beams"] == 18
+    assert tried.found["pipeline"]
+
+
+def test_routers_stay_in_fp32_and_their_logits_can_be_had(tried: Tried) -> None:
+    assert tried.found["bf16"] == ["torch.float32", "torch.bfloat16"]
+    expected = [[72, count] for count in tried.plan.counts if count > 1]
+    assert tried.found["router logits"] == expected
+
+
+def test_saved_again_it_is_the_same_bit_by_bit_and_carries_its_code(tried: Tried) -> None:
+    assert tried.found["saved and loaded"] and tried.found["saved code"]
+    assert tried.found["base model"].startswith("Upcycled")
+
+
+def test_it_computes_from_disk_what_does_not_fit(tried: Tried) -> None:
+    assert tried.found["offloaded"]
+    assert tried.found["offloaded difference"] < 1e-4
+
+
+def test_it_trains_with_gradient_checkpointing(tried: Tried) -> None:
+    assert tried.found["gradient checkpointing"] < 1e-4
+    assert tried.found["router gradient"] > 0
+
+
+def test_it_compiles_without_a_break(tried: Tried) -> None:
+    if "llama-2" in str(tried.folder):  # the only one that is compiled, as that takes long
+        assert tried.found["compiled"] < 1e-4
+
+
+def test_the_router_is_the_one_of_training_byte_for_byte(tried: Tried) -> None:
+    assert (tried.folder / ROUTER_FILE).read_bytes() == Path(str(router.__file__)).read_bytes()
+
+
+def test_the_config_says_how_many_experts_each_layer_has_and_no_other_number(tried: Tried) -> None:
+    config = json.loads((tried.folder / "config.json").read_text())
+    assert config["expert_counts"] == list(tried.plan.counts)
+    assert "num_experts" not in config
+    assert config["old_experts"] == [list(tried.plan.old_experts(layer)) for layer in range(4)]
