@@ -5,6 +5,7 @@ Run: pytest tests/distributed/test_baseline_runs.py
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pipeline.distributed.process_group import Ranks
 from pipeline.estimate.device import Device
 from pipeline.estimate.report import Estimate
 from pipeline.evaluation.checkpoints import load_scored
+from pipeline.evaluation.generate import Sampling
 from pipeline.method.untrained import dense_parameter_counts
 from pipeline.model.backbone import ONE_RANK, model_config
 from pipeline.records.comparison import Comparison
@@ -26,6 +28,7 @@ from pipeline.records.run_folder import EVALUATION_FILE, REPORT_FILE
 from pipeline.run.changes import differences, explain
 from pipeline.run.context import RunContext
 from pipeline.run.exporting import export_run
+from pipeline.run.generating import generate
 from pipeline.run.runner import do_step
 from pipeline.run.scoring import models_to_score
 from pipeline.run.steps import STEPS, step_named, steps_of
@@ -87,6 +90,15 @@ def test_parameters_are_counted_as_they_are(trees: dict[str, Tree]) -> None:
     for method, (total, trained) in expected.items():
         found = Evaluation.load(folder_of(trees[method]) / EVALUATION_FILE).parameters
         assert found == {"dense": dense, "total": total, "active": total, "stage1_trained": trained}
+
+
+def test_a_baseline_and_the_dense_model_continue_a_prompt(
+    trees: dict[str, Tree], capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate(RunContext(parse_run(trees["lora"], "x")), ["house river"], None, Sampling(4), shows_experts=True)
+    assert re.findall(r"--- (\w+)\n(house river)", capsys.readouterr().out) == [
+        ("base", "house river"), ("stage1", "house river"),
+    ]  # fmt: skip
 
 
 @each_method

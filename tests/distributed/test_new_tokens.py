@@ -220,7 +220,7 @@ def test_a_further_expansion_keeps_the_tokenizer_and_what_its_rows_have_learned(
         "name": "g2",
         "base": str(tmp_path / "runs" / "g1"),
         "data": {**data, "old": {**data["old"], **data["new"]}, "new": {"tr": {"path": str(corpus["tr"])}}},
-        "experts": tree["experts"] | {"counts": [2, 1, 2, 2]},
+        "experts": tree["experts"] | {"counts": [2, 1, 2, 2], "copy_of": "most_used"},
     }
     second = run(pools, further, 2)
     before, after = Model.of(first), Model.of(second)

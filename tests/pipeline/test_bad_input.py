@@ -190,6 +190,7 @@ TABLE: list[tuple[str, Callable[[Path, Tree], None], list[str], list[str]]] = [
     ("an unknown method", setting("method", "loar"), ["tokenize"], ["method.name", "'loar'", "'llama_pro'"]),
     ("an option of another method", setting("method", {"name": "full", "rank": 8}), ["tokenize"], ["method", "rank: is an option of method lora", "the method is full"]),
     ("a method with groups of experts", both(setting("method", "full"), setting("parallel", {"ranks": 2, "ep_size": 2})), ["train"], ["parallel.ep_size: 2", "method full has no experts", "set it to 1"]),
+    ("a method with new tokens", both(setting("method", "llama_pro"), setting("model.tokenizer", "extended")), ["tokenize"], ["model.tokenizer: given", "method llama_pro trains the dense model by its own tokenizer", "set it to null"]),
     ("a method that expands a run", both(setting("method", "lora"), a_base), ["tokenize"], ["method: lora trains a dense model", "base"]),
     ("a baseline to expand", a_baseline_to_expand, ["similarity"], ["base.run", "is a baseline, full", "has experts"]),
     ("more blocks than layers", setting("method", {"name": "llama_pro", "blocks": 9}), ["train"], ["method.blocks: 9", "4 layers"]),
