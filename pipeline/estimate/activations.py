@@ -33,9 +33,9 @@ class LayerActivations:
     def by_layer(self, plan: ExpertPlan, dims: ParallelDims, *, to_embedding: bool = False) -> list[float]:
         """Of the busiest rank of each layer, if routing is uniform, from the lowest that a gradient gets to.
 
-        It is the first with a router or, ``to_embedding``, where new tokens' rows train, the first of all; layers
-        below keep nothing. Of an MoE layer the MLPs' part grows with the rows that
-        the rank computes; it is what the layer keeps beyond a dense one's, which computes one row per token.
+        It is the first with a router or, ``to_embedding``, where new tokens' rows train, the first of all; those below
+        keep nothing. Of an MoE layer the MLPs' part grows with the rows that the rank computes; it is what the layer
+        keeps beyond a dense one's, which computes one row per token.
         """
         row = max(0.0, self.moe - self.dense) / max(1, plan.top_k - 1)
         return [
