@@ -1,6 +1,7 @@
 """Writes an exported folder: weights shard by shard, config, code, tokenizer."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,8 @@ def write_folder(model: PreTrainedModel, plan: ExpertPlan, hf: Path, folder: Pat
         config["vocab_size"] = vocabulary_of(model)
     config["dtype"] = str(dtype).removeprefix("torch.")
     copy_files(hf, HF_FILES, folder)
-    write_weights(model, folder, dtype)
     write_json(folder / "config.json", json.loads(json.dumps(config, default=str)))
+    write_weights(model, folder, dtype)
 
 
 def mixture_config(model: PreTrainedModel, plan: ExpertPlan) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def write_weights(model: PreTrainedModel, folder: Path, dtype: torch.dtype) -> N
                 shard[name] = planned[name].make()
                 bar.update(1)
             save_file(shard, folder / file, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", folder / file)  # safetensors lets nobody else read it
             fsync_path(folder / file)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

@@ -127,6 +127,8 @@ def test_the_router_is_the_one_of_training_byte_for_byte(tried: Tried) -> None:
 
 def test_the_config_says_how_many_experts_each_layer_has_and_no_other_number(tried: Tried) -> None:
     config = json.loads((tried.folder / "config.json").read_text())
+    modes = {file.stat().st_mode for file in tried.folder.iterdir()}
+    assert len(modes) == 1, "all files can be read by the same people"
     assert config["expert_counts"] == list(tried.plan.counts)
     assert "num_experts" not in config
     assert config["old_experts"] == [list(tried.plan.old_experts(layer)) for layer in range(4)]
