@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import DTYPES, PeakMemory, add_options, anonymous_memory, check_options, processor
-from benchmarks.step_models import Sizes
+from benchmarks.measuring import DTYPES, PeakMemory, add_options, anonymous_memory, processor
+from benchmarks.step_models import SMOLLM2, Sizes, check_sizes
 from benchmarks.step_run import run_config, start_stage1, write_upcycled
 from common.errors import exit_on_user_error
 from common.files import write_json
@@ -103,24 +103,17 @@ def show(found: list[Found]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stage1", description=(__doc__ or "").split("\n")[0])
-    defaults = {"layers": 30, "hidden": 576, "intermediate": 1536, "heads": 9, "vocab": 49152, "sequence": 256}
-    for name, value in defaults.items():
+    for name, value in SMOLLM2.items():
         parser.add_argument(f"--{name}", type=int, help=f"{value}, with --llama-3b {LLAMA_3B[name]}")
     parser.add_argument("--llama-3b", action="store_true", help="sizes of Llama-3.2-3B where no other is given")
     parser.add_argument("--tokens", type=int, default=1024, help="per step, all in one micro-batch")
     parser.add_argument("--experts", type=int, default=3, help="of each layer, expert 0 included")
     add_options(parser, rounds=10)
     arguments = parser.parse_args()
-    for name, value in (LLAMA_3B if arguments.llama_3b else defaults).items():
+    for name, value in (LLAMA_3B if arguments.llama_3b else SMOLLM2).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    check_options(parser, arguments, (*defaults, "tokens"))
-    if arguments.experts < 2:
-        parser.error(f"--experts {arguments.experts}: give at least 2, the first one is frozen")
-    if arguments.hidden % (2 * arguments.heads):
-        parser.error(f"--hidden {arguments.hidden}: give an even multiple of --heads {arguments.heads}")
-    if arguments.tokens % arguments.sequence:
-        parser.error(f"--tokens {arguments.tokens}: give a multiple of --sequence {arguments.sequence}")
+    check_sizes(parser, arguments, "the first one is frozen")
     return arguments
 
 

@@ -4,6 +4,7 @@ All share one frozen Llama: before a contender's turn its blocks take the places
 model's own MLP, frozen, wherever a block can have one expert frozen and others not.
 """
 
+import argparse
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTr
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
+from benchmarks.measuring import check_options
 from benchmarks.step_blocks import TOP_K, FirstOutput, LoopOverExperts, TwoDense, TwoDenseAsRouted
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.method.stage import GlobalBatch, MicroBatch, Stage, mean_next_token_loss
@@ -58,6 +60,26 @@ class Sizes:
             tie_word_embeddings=True,
             initializer_range=SPREAD,
         )
+
+
+SMOLLM2 = {"layers": 30, "hidden": 576, "intermediate": 1536, "heads": 9, "vocab": 49152, "sequence": 256}
+
+
+def check_sizes(parser: argparse.ArgumentParser, arguments: argparse.Namespace, why_two: str) -> None:
+    """End with one line if sizes of a model, under the names of :class:`Sizes`, are wrong.
+
+    Args:
+        parser: of the command line.
+        arguments: as parsed.
+        why_two: why a layer has two experts at the least.
+    """
+    check_options(parser, arguments, (*SMOLLM2, "tokens"))
+    if arguments.experts < 2:
+        parser.error(f"--experts {arguments.experts}: give at least 2, {why_two}")
+    if arguments.hidden % (2 * arguments.heads):
+        parser.error(f"--hidden {arguments.hidden}: give an even multiple of --heads {arguments.heads}")
+    if arguments.tokens % arguments.sequence:
+        parser.error(f"--tokens {arguments.tokens}: give a multiple of --sequence {arguments.sequence}")
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,13 @@ from benchmarks.measuring import (
     Taken,
     Turn,
     add_options,
-    check_options,
     in_turns,
     milliseconds,
     processor,
     ratio,
 )
 from benchmarks.step_engine import Memory, memory, step_times
-from benchmarks.step_models import Bench, Sizes, contenders
+from benchmarks.step_models import SMOLLM2, Bench, Sizes, check_sizes, contenders
 from benchmarks.step_ranks import compare_ep, show_ep
 from benchmarks.step_run import run_config, start_stage1, write_upcycled
 from common.errors import exit_on_user_error
@@ -143,8 +142,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train_step", description=(__doc__ or "").split("\n")[0]
     )
-    defaults = {"layers": 30, "hidden": 576, "intermediate": 1536, "heads": 9, "vocab": 49152, "sequence": 256}
-    for name, value in defaults.items():
+    for name, value in SMOLLM2.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--tokens", type=int, default=1024, help="per rank and step")
     parser.add_argument("--experts", type=int, default=4, help="of each layer, expert 0 included")
@@ -153,13 +151,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     add_options(parser, rounds=10)
     arguments = parser.parse_args()
-    check_options(parser, arguments, (*defaults, "tokens"))
-    if arguments.experts < 2:
-        parser.error(f"--experts {arguments.experts}: give at least 2, the floors are two MLPs")
-    if arguments.hidden % (2 * arguments.heads):
-        parser.error(f"--hidden {arguments.hidden}: give an even multiple of --heads {arguments.heads}")
-    if arguments.tokens % arguments.sequence:
-        parser.error(f"--tokens {arguments.tokens}: give a multiple of --sequence {arguments.sequence}")
+    check_sizes(parser, arguments, "the floors are two MLPs")
     if arguments.classifiers < 0:
         parser.error(f"--classifiers {arguments.classifiers}: give at least 0")
     world_size = environment_world_size()

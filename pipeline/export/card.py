@@ -12,6 +12,10 @@ from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.evaluation import BASE, GROUPS, Change, Evaluation, SetResult
 
 PAPERS = "[MoE-LPR](https://arxiv.org/abs/2408.11396) and [LayerMoE](https://arxiv.org/abs/2505.22582)"
+LIMITS = (
+    "It was trained to continue text, and measured by that alone: what the dense model knew of instructions or "
+    "safety was neither trained nor tested. Languages that are not named here may have got worse."
+)
 GROUP_NAMES = {"new": "learned", "old": "known before", "watch": "only watched"}
 
 
@@ -51,7 +55,7 @@ def model_card(facts: CardFacts) -> ModelCard:
             "## How it was made",
             _training(facts),
             "## Limits",
-            _limits(facts),
+            LIMITS,
         ]
     )
     return ModelCard(f"---\n{_metadata(facts).to_yaml()}\n---\n\n{text}\n")
@@ -196,10 +200,3 @@ def _training(facts: CardFacts) -> str:
             source = ", ".join(str(one.hub or Path(str(one.path)).name) for one in entry.source_list)
             lines.append(f"- text, {group}: {name} ({entry.language}) from {source}; its licence is not recorded")
     return "\n".join(lines)
-
-
-def _limits(facts: CardFacts) -> str:
-    return (
-        "It was trained to continue text, and measured by that alone: what the dense model knew of instructions or "
-        "safety was neither trained nor tested. Languages that are not named here may have got worse."
-    )

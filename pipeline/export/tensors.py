@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from common.errors import UserError
 from pipeline.model.backbone import named_moe_layers
 from pipeline.model.moe import MoELayer
-from pipeline.model.moe.experts import fused_weights
 from pipeline.model.new_rows import Extended, extended_parts
+
+SOURCES = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}  # of a packed weight, in an MLP
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,10 @@ def _table(table: Extended, dtype: torch.dtype) -> Tensor:
 
 def _of_layer(name: str, layer: MoELayer, dtype: torch.dtype) -> Iterator[tuple[str, Planned]]:
     experts = layer.local_experts.experts
-    mlp = layer.base_mlp.state_dict()
-    if any(part.endswith("bias") for part in mlp):
+    if experts[0].gate_up_bias is not None or experts[0].down_bias is not None:
         raise UserError(f"export: {name} has biases, for which the exported form has no place")
-    fused = fused_weights(mlp)
-    for kind, weight in fused.items():
-        parts = [weight, *(getattr(expert, kind) for expert in experts)]
-        shape = (len(parts), *weight.shape)
+    for kind in SOURCES:
+        shape = (1 + len(experts), *getattr(experts[0], kind).shape)
         yield f"{name}.experts.{kind}", Planned(shape, dtype, partial(_packed, layer, kind, dtype))
     router = layer.router
     yield f"{name}.gate.wg.weight", _in_fp32(router.wg.weight)
@@ -105,8 +103,7 @@ def _converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def _packed(layer: MoELayer, kind: str, dtype: torch.dtype) -> Tensor:
     """A layer's weights of one kind; then they are gone from the layer."""
     mlp = layer.base_mlp
-    sources = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}[kind]
-    linears: list[nn.Linear] = [getattr(mlp, source) for source in sources]
+    linears: list[nn.Linear] = [getattr(mlp, source) for source in SOURCES[kind]]
     parameters = [getattr(expert, kind) for expert in layer.local_experts.experts]
     weights = [torch.cat([linear.weight for linear in linears]), *parameters]
     packed = torch.stack([weight.detach().to(dtype) for weight in weights])

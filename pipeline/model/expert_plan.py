@@ -216,8 +216,8 @@ class ExpertPlan(BaseModel):
 
     def group_of(self, language: str) -> int:
         """The group of an old language: the expansion that added it, or 0, the dense model's."""
-        added = {name: number for number, one in enumerate(self.rounds[:-1]) for name in one.languages}
-        return added.get(language, 0)
+        number = self.round_of(language)
+        return 0 if number is None or number == len(self.rounds) - 1 else number
 
     def round_of(self, language: str) -> int | None:
         """The expansion that added a language, 0 for the dense model's; None if none did."""

@@ -8,6 +8,7 @@ from pipeline.records.checkpoint import HF_FOLDER, UpcycledManifest
 from pipeline.records.evaluation import BASE, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
+from pipeline.run.scoring import models_to_score
 from pipeline.run.upcycling import parity_samples
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def export_run(context: RunContext, checkpoint: str | None, dtype: str | None, t
     import torch
 
     from pipeline.distributed.process_group import alone
-    from pipeline.evaluation.checkpoints import checkpoint_to_score, load_scored
+    from pipeline.evaluation.checkpoints import load_scored
     from pipeline.export.card import model_card
     from pipeline.export.export import export
     from pipeline.model.backbone import ONE_RANK
@@ -47,9 +48,7 @@ def export_run(context: RunContext, checkpoint: str | None, dtype: str | None, t
         raise UserError("--checkpoint base: is the model that the run starts from; name a stage")
     if label in context.stages:
         context.folder.manifest(label)  # which is written when the stage is done
-    folders = {stage: context.folder / stage for stage in context.stages}
-    identities = {number: context.identity(number) for number in context.run.stage_numbers}
-    scored = checkpoint_to_score(folders, label, identities, context.untrained)
+    scored = models_to_score(context, label)[-1]
     model = load_scored(scored, context.dense, context.dtype, alone("cpu"), ONE_RANK)
     of = getattr(torch, DTYPES[dtype]) if dtype else context.dtype
     card = str(model_card(_facts(context, label, of)))

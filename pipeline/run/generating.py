@@ -39,8 +39,7 @@ def generate(
         raise UserError('--prompt: is empty; give the beginning of a text, such as --prompt "Il était"')
     end = context.store.separator_id
     for label in _labels(context, labels):
-        base, *others = models_to_score(context, None if label == BASE else label)
-        scored = base if label == BASE else others[-1]
+        scored = models_to_score(context, label)[-1]
         model = load_scored(scored, context.dense, context.dtype, alone(), ONE_RANK)
         tokenizer = _tokenizer(context, scored)
         for prompt in prompts:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from pipeline.method.stage import Stage
 
 NOT_A_RESULT = {"activation_checkpointing"}  # settings of a stage that change how it is computed, not what comes out
-# Of a stage; where they are as by default, runs of before them have the same result.
 OF_ROUTERS = {  # settings that a model without routers does not have
     "lpr", "lpr_groups", "lpr_weight", "z_loss_weight", "balance", "bias_update_rate", "balance_weight",
     "balance_scale", "balance_statistics",
 }  # fmt: skip
+# Of a stage; where they are as by default, runs of before them have the same result.
 ADDED_LATER = {"lpr_groups", "z_loss_weight", "router_kl_weight", "balance", "bias_update_rate"}
 
 

@@ -45,7 +45,16 @@ def gradients(model: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def tried(folder: str, reference: dict[str, torch.Tensor], compiles: bool) -> dict[str, Any]:
+def compiled(folder: str, reference: dict[str, torch.Tensor]) -> dict[str, float]:
+    model = load(folder).eval()
+    model.set_experts_implementation("grouped_mm")
+    forward = torch.compile(model.forward, fullgraph=True)
+    with torch.no_grad():
+        logits = forward(reference["ids"], use_cache=False).logits
+    return {"compiled": float((logits - reference["logits"]).abs().max())}
+
+
+def tried(folder: str, reference: dict[str, torch.Tensor]) -> dict[str, Any]:
     model = load(folder).eval()
     ids = reference["ids"]
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
@@ -93,16 +102,9 @@ def tried(folder: str, reference: dict[str, torch.Tensor], compiles: bool) -> di
     again = gradients(model, ids)
     found["gradient checkpointing"] = max(float((again[name] - one).abs().max()) for name, one in plain.items())
     found["router gradient"] = float(sum(one.abs().sum() for name, one in plain.items() if ".gate.wg." in name))
-    model.gradient_checkpointing_disable()
-    model.eval()
-    if compiles:
-        model.set_experts_implementation("grouped_mm")
-        compiled = torch.compile(model.forward, fullgraph=True)
-        with torch.no_grad():
-            found["compiled"] = float((compiled(ids, use_cache=False).logits - reference["logits"]).abs().max())
     return found
 
 
 if __name__ == "__main__":
-    results = tried(sys.argv[1], torch.load(sys.argv[2]), "--compile" in sys.argv)
+    results = (compiled if "--compile" in sys.argv else tried)(sys.argv[1], torch.load(sys.argv[2]))
     Path(sys.argv[3]).write_text(json.dumps(results))

@@ -66,6 +66,27 @@ def test_moe_layer_has_a_row_for_each_contender(tmp_path: Path) -> None:
         assert row["forward_wall_ms"] > 0 and row["both_wall_ms"] > 0
 
 
+def test_grouped_mm_has_a_row_for_each_number_of_experts_and_rows(tmp_path: Path) -> None:
+    sizes = ["--hidden", "16", "--intermediate", "24", "--experts", "2", "3", "--rows", "4", "9", "--rounds", "1"]
+    command(sys.executable, "-m", "benchmarks.grouped_mm", *sizes, "--json", str(tmp_path / "figures.json"))
+    rows = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert [(row["experts"], row["rows"]) for row in rows] == [(2, 4), (2, 9), (3, 4), (3, 9)]
+    for row in rows:
+        assert row["forward_ms"] > 0 and row["both_ratio"] > 0
+        assert row["largest_difference"] < 1e-2
+
+
+@pytest.mark.slow
+def test_stage1_sets_what_it_holds_beside_the_estimate(tmp_path: Path) -> None:
+    words = [*TINY, "--experts", "3", "--rounds", "1", "--dtypes", "bf16", "--json", str(tmp_path / "figures.json")]
+    output = command(sys.executable, "-m", "benchmarks.stage1", *words)
+    kept, again = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert again["estimate"]["activations"] < kept["estimate"]["activations"]
+    for found in (kept, again):
+        assert found["name"] in output
+        assert found["peak"] > 0 and found["seconds"] > 0 and found["tokens_per_second"] > 0
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
