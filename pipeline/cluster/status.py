@@ -25,13 +25,14 @@ def show_status(context: RunContext) -> None:
 
 def run_status(context: RunContext) -> list[dict[str, str]]:
     """For each job, its state and what there is to say about it."""
-    try:
-        done, changed = jobs_done(context), ""
-    except UserError as error:
-        done, changed = [], str(error)
     submitted = read_submitted(context.run)
     numbers = [number for known in submitted.values() for number in known]
     states = slurm.job_states(numbers) if slurm.is_here() else {}
+    try:
+        # Asked after what is active: a job that ends meanwhile has left its results.
+        done, changed = jobs_done(context), ""
+    except UserError as error:
+        done, changed = [], str(error)
     rows, failed_before = [], ""
     for job in jobs_of(context.run):
         known = [states[number] for number in submitted.get(job.name, []) if number in states]
