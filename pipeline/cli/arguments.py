@@ -21,6 +21,8 @@ RUN_VERBS = {
     "Reads RUN.yaml and the model's config; writes nothing.",
     "export": "a trained checkpoint as a Hugging Face folder that transformers, peft and vLLM load.\n"
     "Reads the run's folder; writes --to, or output_dir/NAME/export/.",
+    "push": "an exported folder and its card to the Hugging Face hub.\n"
+    "Reads --from, or output_dir/NAME/export/; writes the model on the hub.",
     "generate": "how the base model and the stages continue a prompt.\nReads the run's folder; prints.",
     "check": "whether the ranks of a cluster reach each other, how fast, and whether their software is the same.\n"
     "Reads RUN.yaml's cluster.environment if it is given; writes nothing.",
@@ -135,6 +137,12 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="by default output_dir/NAME/export")
 
 
+def _push_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--to", required=True, metavar="OWNER/NAME", help="the model on the hub")
+    parser.add_argument("--from", dest="folder", type=Path, metavar="FOLDER", help="by default output_dir/NAME/export")
+    parser.add_argument("--private", action="store_true", help="seen by its owner alone, where it is made now")
+
+
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
     parser.add_argument(
@@ -185,6 +193,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "train": _train_options,
     "evaluate": _evaluate_options,
     "export": _export_options,
+    "push": _push_options,
     "generate": _generate_options,
     "submit": _submit_options,
     "estimate": _estimate_options,

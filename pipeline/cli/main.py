@@ -20,6 +20,7 @@ from pipeline.run.exporting import export_run
 from pipeline.run.fetch import fetch_run, with_fetched
 from pipeline.run.generating import generate
 from pipeline.run.new_run import write_new_run
+from pipeline.run.pushing import push_run
 from pipeline.run.run_lock import RunLock
 from pipeline.run.steps import STEP_NAMES, STEPS, step_named, steps_of
 from pipeline.sweep.config import Sweep, read_sweep
@@ -34,6 +35,7 @@ WITHOUT_LOCK = (
     "fetch",
     "submit",
     "generate",
+    "push",
 )  # they may be asked while the run is active
 
 
@@ -111,6 +113,12 @@ def _allocate(context: RunContext, options: argparse.Namespace) -> int:
 def _export(context: RunContext, options: argparse.Namespace) -> int:
     """A checkpoint as a Hugging Face folder."""
     export_run(context, options.checkpoint, options.dtype, options.to)
+    return 0
+
+
+def _push(context: RunContext, options: argparse.Namespace) -> int:
+    """An exported folder to the hub."""
+    push_run(context, options.to, options.folder, private=options.private)
     return 0
 
 
@@ -227,6 +235,7 @@ DO: dict[str, Callable[[RunContext, argparse.Namespace], int]] = {
     "train": _train,
     "evaluate": _evaluate,
     "export": _export,
+    "push": _push,
     "generate": _generate,
     "submit": _submit,
     "status": _status,

@@ -16,6 +16,7 @@ LIMITS = (
     "It was trained to continue text, and measured by that alone: what the dense model knew of instructions or "
     "safety was neither trained nor tested. Languages that are not named here may have got worse."
 )
+IN_CARD = "FOLDER"  # stands for the exported folder, or for its name on the hub
 GROUP_NAMES = {"new": "learned", "old": "known before", "watch": "only watched"}
 
 
@@ -169,12 +170,12 @@ def _change(change: Change) -> str:
 
 def _usage(facts: CardFacts) -> str:
     if facts.run.method.is_dense:
-        return f'`AutoModelForCausalLM.from_pretrained("FOLDER", dtype="{facts.dtype}")`'
+        return f'`AutoModelForCausalLM.from_pretrained("{IN_CARD}", dtype="{facts.dtype}")`'
     return (
         "The folder carries its own code (`modeling_upcycled.py`, `router.py`), for transformers from 5.17 on:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True, dtype="{facts.dtype}")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
+        f'model = AutoModelForCausalLM.from_pretrained("{IN_CARD}", trust_remote_code=True, dtype="{facts.dtype}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{IN_CARD}")\n```'
     )
 
 

@@ -9,20 +9,24 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.helpers.hub_uploads import Uploads
+
 
 class Hub(ThreadingHTTPServer):
-    """The server; ``requests`` are the addresses that were asked for."""
+    """The server; ``requests`` are the addresses that were asked for, ``created`` the models that clients made."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.folder, self.requests = folder, []  # type: ignore[var-annotated]
+        self.folder = folder
+        self.requests: list[str] = []
+        self.created: dict[str, dict[str, Any]] = {}
 
     @property
     def address(self) -> str:
@@ -33,6 +37,7 @@ class Hub(ThreadingHTTPServer):
         """Make a new commit of a repository (kind: models or datasets); returns its hash."""
         repository = self.folder / kind / name.replace("/", "--")
         sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
+        (repository / sha).mkdir(parents=True, exist_ok=True)
         for path, content in files.items():
             target = repository / sha / path
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -40,10 +45,15 @@ class Hub(ThreadingHTTPServer):
         (repository / "main").write_text(sha)
         return sha
 
+    def files(self, kind: str, name: str) -> dict[str, bytes]:
+        """The files of the newest commit."""
+        repository = self.folder / kind / name.replace("/", "--")
+        folder = repository / (repository / "main").read_text()
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-class _Handler(BaseHTTPRequestHandler):
+
+class _Handler(Uploads):
     protocol_version = "HTTP/1.1"
-    server: Hub
 
     def do_GET(self) -> None:
         self._answer(with_body=True)
