@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from pipeline.model.backbone import moe_layers, named_moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe.experts import Expert
 
+Reading = Literal["each", "once", "mapped"]  # how ranks read weights, see read_weights
 PIECES, SMALLEST_PIECE = 32, 4 << 20  # of a file, and bytes
 CLASSIFIER, SELECTION_BIAS = ".gate.classifier.weight", ".gate.selection_bias"
 
@@ -56,7 +58,7 @@ def expert_files(plan: ExpertPlan, dims: ParallelDims, layers: Collection[int] |
 
 
 def files_read_once(plan: ExpertPlan, dims: ParallelDims) -> list[str]:
-    """The files that this rank reads with ``once``, if they are there; see :func:`read_weights`."""
+    """The files that this rank reads where each is read ``once``, if they are there; see :func:`read_weights`."""
     mine = [layer for layer, placement in plan.placement(dims).items() if placement.dims.edp_rank == 0]
     experts = expert_files(plan, dims, mine)
     reads_main = dims.rank == 0 or experts  # see copy_mlps
@@ -81,15 +83,16 @@ def _shared_tensors(path: Path, *, by_pieces: bool) -> Iterator[tuple[str, Tenso
 
 
 @torch.no_grad()
-def read_weights(model: nn.Module, folder: Path, *, once: bool = False, mapped: bool = False) -> set[str]:
+def read_weights(model: nn.Module, folder: Path, *, reading: Reading = "each") -> set[str]:
     """Copy a tag's weights into the model: what all ranks share, and this rank's experts if the tag has them.
 
     Args:
         model: its weights are set in place.
         folder: of the tag.
-        once: whether each file is read by one rank alone. An engine that is then built gives the others the same
-            weights: DeepSpeed broadcasts them from rank 0, and an expert's from the first rank that holds it.
-        mapped: whether the files, mapped into memory, become the parameters, which then take none of their own.
+        reading: ``each`` rank copies all that it holds; or each file is read ``once``, by one rank alone, and an
+            engine that is then built gives the others the same weights: DeepSpeed broadcasts them from rank 0, and
+            an expert's from the first rank that holds it; or files, ``mapped`` into memory, become the parameters,
+            which then take none of their own, and a node's ranks share them.
 
     Returns:
         Names of the model's parameters and persistent buffers that are not in the tag; of what is not read, none.
@@ -102,7 +105,7 @@ def read_weights(model: nn.Module, folder: Path, *, once: bool = False, mapped: 
     buffers = set(target)
     target.update(model.named_parameters())
     experts = local_expert_names(model)
-    layers = moe_layers(model)
+    layers, once, mapped = moe_layers(model), reading == "once", reading == "mapped"
     elsewhere = {prefix for (layer, _), prefix in experts.items() if once and layers[layer].dims.edp_rank > 0}
     reads_shared = not once or layers[0].dims.rank == 0
 

@@ -131,9 +131,12 @@ def load_model(
 ) -> PreTrainedModel:
     """The untrained model with a checkpoint's weights, each rank with its own experts, ready to score.
 
+    On a CPU the checkpoint's files, mapped into memory, are the weights: a node's ranks share them.
     What it reads must have been verified: see :func:`check_weights`.
     """
-    model = untrained.load(dtype, dims, checkpoints=scored.folders, classifiers=scored.has_classifiers)
+    model = untrained.load(
+        dtype, dims, checkpoints=scored.folders, classifiers=scored.has_classifiers, reading="mapped"
+    )
     move(model, device)
     if dims.ep_size > 1:
         for layer in moe_layers(model):

@@ -84,7 +84,7 @@ def measure_difference(
     install_moe_layers(upcycled, plan, classifiers=classifiers)
     upcycled.tie_weights()
     install_new_rows(upcycled, new_rows)
-    missing = read_weights(upcycled, folder / UPCYCLED_TAG, mapped=True)
+    missing = read_weights(upcycled, folder / UPCYCLED_TAG, reading="mapped")
     found = logits_in_fp32(upcycled, ids_BL, missing)
     if new_rows is not None and new_rows.train:  # the first expansion's: the dense model has none
         found, expected = found[..., : new_rows.first], expected[..., : new_rows.first]

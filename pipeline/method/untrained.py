@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from common.errors import UserError
 from pipeline.checkpoint.store import read_manifest
 from pipeline.checkpoint.verify import check_sound
-from pipeline.checkpoint.weights import files_read_once, read_weights
+from pipeline.checkpoint.weights import Reading, files_read_once, read_weights
 from pipeline.config.method import MethodConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
@@ -48,7 +48,7 @@ class Untrained(ABC):
         checkpoints: Sequence[Path] = (),
         classifiers: bool = False,
         selection_biases: bool = False,
-        once: bool = False,
+        reading: Reading = "each",
     ) -> PreTrainedModel:
         """The model with its own weights, or those of checkpoints; see :func:`pipeline.method.upcycle.load_upcycled`.
 
@@ -91,12 +91,12 @@ class UntrainedMixture(Untrained):
         checkpoints: Sequence[Path] = (),
         classifiers: bool = False,
         selection_biases: bool = False,
-        once: bool = False,
+        reading: Reading = "each",
     ) -> PreTrainedModel:
         """The MoE model; each rank gets its own experts only."""
         return load_upcycled(
             self.folder, self.plan, dtype, dims,
-            checkpoints=checkpoints, classifiers=classifiers, selection_biases=selection_biases, once=once,
+            checkpoints=checkpoints, classifiers=classifiers, selection_biases=selection_biases, reading=reading,
         )  # fmt: skip
 
     def parameter_counts(self) -> dict[str, int]:
@@ -139,7 +139,7 @@ class UntrainedDense(Untrained):
         checkpoints: Sequence[Path] = (),
         classifiers: bool = False,
         selection_biases: bool = False,
-        once: bool = False,
+        reading: Reading = "each",
     ) -> PreTrainedModel:
         """The extended model, whole on each rank; it has neither classifiers nor selection biases.
 
@@ -148,8 +148,9 @@ class UntrainedDense(Untrained):
         """
         model = extend(load_dense(self.folder, dtype), self.method, self.seed)
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        how: Reading = "mapped" if reading == "mapped" else "each"  # what a checkpoint holds is as large as the model
         for tag in checkpoints:
-            missing = sorted(trained & read_weights(model, tag))
+            missing = sorted(trained & read_weights(model, tag, reading=how))
             if missing:
                 raise UserError(f"{tag}: {missing[0]} is missing; it is of another method: train again with --force")
         return model

@@ -18,6 +18,7 @@ from pipeline.checkpoint.tensors import expert_file, file_entry, main_file, save
 from pipeline.checkpoint.weights import (
     CLASSIFIER,
     SELECTION_BIAS,
+    Reading,
     copy_mlps,
     local_expert_names,
     read_weights,
@@ -195,7 +196,7 @@ def load_upcycled(
     checkpoints: Sequence[Path] = (),
     classifiers: bool = False,
     selection_biases: bool = False,
-    once: bool = False,
+    reading: Reading = "each",
 ) -> PreTrainedModel:
     """The MoE model with its upcycled weights, or those of checkpoints; each rank gets its own experts only.
 
@@ -207,7 +208,7 @@ def load_upcycled(
         checkpoints: training checkpoints whose weights replace the upcycled ones, later ones last.
         classifiers: whether the plan's classifier layers get their classifier.
         selection_biases: whether routers get a selection bias even if no checkpoint has one.
-        once: whether each weight is read by one rank alone; see :func:`pipeline.checkpoint.weights.read_weights`.
+        reading: how ranks read weights; see :func:`pipeline.checkpoint.weights.read_weights`.
 
     Raises:
         UserError: a file is missing or does not hold what the plan says.
@@ -219,7 +220,7 @@ def load_upcycled(
     manifest = read_manifest(folder, UpcycledManifest)
     install_new_rows(model, manifest.new_rows)
     tags = (folder / UPCYCLED_TAG, *checkpoints)
-    missing = set.intersection(*(read_weights(model, tag, once=once) for tag in tags))
+    missing = set.intersection(*(read_weights(model, tag, reading=reading) for tag in tags))
     missing = {name for name in missing if not name.endswith((CLASSIFIER, SELECTION_BIAS))}
     copies = {
         prefix

@@ -52,7 +52,8 @@ def _load_model(inputs: StageInputs, ds_config: dict[str, Any]) -> Any:
     checkpoints = [inputs.stage1_checkpoint] if inputs.stage1_checkpoint else []
     model = inputs.untrained.load(
         dtype, inputs.dims,
-        checkpoints=checkpoints, classifiers=stage.has_classifiers, selection_biases=stage.balances_by_bias, once=True,
+        checkpoints=checkpoints, classifiers=stage.has_classifiers, selection_biases=stage.balances_by_bias,
+        reading="once",
     )  # fmt: skip
     stage.train_only(model)
     model.train()

@@ -74,9 +74,9 @@ def export_of(family: str, plan: ExpertPlan, folder: Path) -> Exported:
     return export(model, plan, folder / "dense", folder / "exported", torch.float32, np.asarray(ids))
 
 
-def run_client(folder: Path, *options: str) -> dict[str, Any]:
+def run_client(folder: Path, *options: str, python: str = sys.executable, client: Path = CLIENT) -> dict[str, Any]:
     """What the other process writes down."""
-    words = [sys.executable, "-I", str(CLIENT), str(folder / "exported"), str(folder / "reference.pt"),
+    words = [python, "-I", str(client), str(folder / "exported"), str(folder / "reference.pt"),
              str(folder / "found.json"), *options]  # fmt: skip
     done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -135,3 +135,12 @@ def test_the_config_says_how_many_experts_each_layer_has_and_no_other_number(tri
     assert config["expert_counts"] == list(tried.plan.counts)
     assert "num_experts" not in config
     assert config["old_experts"] == [list(tried.plan.old_experts(layer)) for layer in range(4)]
+
+
+def test_peft_trains_saves_loads_and_merges_lora_on_attention_and_experts(tmp_path: Path) -> None:
+    export_of("llama", FIRST, tmp_path)
+    results = run_client(tmp_path, client=CLIENT.with_name("client_peft.py"))
+    assert {name: found["of experts"] > 0 for name, found in results.items()} == {"attention": False, "experts": True}
+    for found in results.values():
+        assert found["before"] < 1e-4 and found["losses"][-1] < found["losses"][0] and found["moved"] > 1e-2
+        assert found["loaded"] < 1e-4 and found["merged"] < 1e-3
