@@ -3,12 +3,15 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.tiny import write_run
 from tests.launch.test_commands import command
 
 METHODS = {"full": "full", "lora": "{name: lora, rank: 4}", "llama_pro": "{name: llama_pro, blocks: 2}"}
 
 
+@pytest.mark.slow  # tests/distributed/test_baseline_runs.py does such runs within a process
 def test_each_method_runs_to_its_report_and_they_are_compared(tmp_path: Path) -> None:
     path, words = write_run(tmp_path, parallel={"ranks": 2}), (sys.executable, "-m", "pipeline")
     for name, method in METHODS.items():

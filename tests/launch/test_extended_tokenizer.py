@@ -27,7 +27,7 @@ from tests.helpers.tiny import HIDDEN, VOCAB_SIZE, parse_run, run_tree, write_ru
 from tests.launch.test_commands import command
 
 ADDED = 40
-pytestmark = pytest.mark.xdist_group("extended tokenizer")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("extended tokenizer")]
 
 
 @pytest.fixture(scope="module")

@@ -64,6 +64,7 @@ def test_after_fetch_every_step_runs_with_the_network_cut_off(hub: Hub, tmp_path
     assert (tmp_path / "runs" / "tiny" / "manifests" / "evaluate.json").is_file()
 
 
+@pytest.mark.slow
 def test_only_the_files_that_caps_need_are_fetched_and_read(hub: Hub, tmp_path: Path) -> None:
     path = write_hub_run(
         tmp_path,

@@ -26,6 +26,7 @@ def save_texts(folder: Path) -> None:
         (folder / "tr" / f"{number:03}.txt").write_text(json.loads(line)["text"], encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_own_model_and_text_train_without_an_edit(tmp_path: Path) -> None:
     save_texts(tmp_path)
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
