@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster import JOBS
-from pipeline.run.exporting import DTYPES
+from pipeline.run.exporting import DTYPES, NATIVE
 from pipeline.run.steps import STEP_NAMES, STEPS
 
 RUN_VERBS = {
@@ -135,6 +135,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="TAG", help="stage1, stage2/best …; the last stage's last without it")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; that of training without it")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="by default output_dir/NAME/export")
+    parser.add_argument("--native", choices=NATIVE, help="as an architecture of transformers, without own code")
 
 
 def _push_options(parser: argparse.ArgumentParser) -> None:

@@ -32,6 +32,7 @@ class CardFacts:
         base_model: the dense model's hub id; None where it is a folder.
         dtype: of the weights.
         new_tokens: how many its tokenizer has more than the dense model's.
+        native: the class of transformers that loads the folder without code of its own; None for that of the folder.
     """
 
     run: RunConfig
@@ -41,6 +42,7 @@ class CardFacts:
     base_model: str | None
     dtype: str
     new_tokens: int = 0
+    native: str | None = None
 
 
 def model_card(facts: CardFacts) -> ModelCard:
@@ -169,8 +171,11 @@ def _change(change: Change) -> str:
 
 
 def _usage(facts: CardFacts) -> str:
+    plain = f'`AutoModelForCausalLM.from_pretrained("{IN_CARD}", dtype="{facts.dtype}")`'
     if facts.run.method.is_dense:
-        return f'`AutoModelForCausalLM.from_pretrained("{IN_CARD}", dtype="{facts.dtype}")`'
+        return plain
+    if facts.native is not None:
+        return f"{plain} gives a {facts.native}, which computes what was trained."
     return (
         "The folder carries its own code (`modeling_upcycled.py`, `router.py`), for transformers from 5.17 on:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -4,6 +4,7 @@ They subclass the dense model's own config and model, whatever its family; the r
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def class_names(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def write_code(folder: Path, names: dict[str, str]) -> None:
+def write_code(folder: Path, names: Mapping[str, str]) -> None:
     """Write the config's, the model's and the router's file."""
     for file in (CONFIG_FILE, MODEL_FILE):
         text = (CODE / f"{file}.py.tmpl").read_text(encoding="utf-8")
@@ -56,7 +57,7 @@ def write_code(folder: Path, names: dict[str, str]) -> None:
     shutil.copyfile(str(router.__file__), folder / ROUTER_FILE)
 
 
-def auto_map(names: dict[str, str]) -> dict[str, Any]:
+def auto_map(names: Mapping[str, str]) -> dict[str, Any]:
     """What config.json says of the classes."""
     return {
         "architectures": [f"Upcycled{names['CausalLM']}"],

@@ -4,6 +4,7 @@ A layer's experts are packed: ``experts.gate_up_proj`` [N, 2F, D] and ``experts.
 Old and new rows of an embedding or a head are one weight [V, D].
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,11 @@ class Planned:
     make: Callable[[], Tensor]
 
     @property
+    def size(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
     def meta(self) -> Tensor:
         """Without memory."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
@@ -50,8 +56,21 @@ def planned_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Pla
     Raises:
         UserError: its MLPs have biases.
     """
-    layers, tables = named_moe_layers(model), extended_parts(model)
-    special: tuple[nn.Module, ...] = (*layers.values(), *tables.values())
+    planned = shared_tensors(model, dtype)
+    for name, layer in named_moe_layers(model).items():
+        planned.update(_of_layer(name, layer, dtype))
+    return planned
+
+
+def shared_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Planned]:
+    """By name, all tensors that are of no MoE layer; MLPs of dense layers are among them.
+
+    Args:
+        model: the mixture, whole on one rank.
+        dtype: of the tensors.
+    """
+    tables = extended_parts(model)
+    special: tuple[nn.Module, ...] = (*named_moe_layers(model).values(), *tables.values())
     inside = {id(tensor) for part in special for tensor in (*part.parameters(), *part.buffers())}
     persistent = model.state_dict().keys()
     plain = [*model.named_parameters(), *(pair for pair in model.named_buffers() if pair[0] in persistent)]
@@ -64,8 +83,6 @@ def planned_tensors(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Pla
         planned[f"{name}.weight"] = Planned(
             (table.num_rows, table.weight.shape[1]), dtype, partial(_table, table, dtype)
         )
-    for name, layer in layers.items():
-        planned.update(_of_layer(name, layer, dtype))
     return planned
 
 
@@ -85,14 +102,15 @@ def _of_layer(name: str, layer: MoELayer, dtype: torch.dtype) -> Iterator[tuple[
         shape = (1 + len(experts), *getattr(experts[0], kind).shape)
         yield f"{name}.experts.{kind}", Planned(shape, dtype, partial(_packed, layer, kind, dtype))
     router = layer.router
-    yield f"{name}.gate.wg.weight", _in_fp32(router.wg.weight)
+    yield f"{name}.gate.wg.weight", in_fp32(router.wg.weight)
     if router.classifier is not None:
-        yield f"{name}.gate.classifier.weight", _in_fp32(router.classifier.weight)
+        yield f"{name}.gate.classifier.weight", in_fp32(router.classifier.weight)
     if router.selection_bias is not None:
-        yield f"{name}.gate.selection_bias", _in_fp32(router.selection_bias)
+        yield f"{name}.gate.selection_bias", in_fp32(router.selection_bias)
 
 
-def _in_fp32(tensor: Tensor) -> Planned:
+def in_fp32(tensor: Tensor) -> Planned:
+    """A tensor that stays in fp32, as routers do."""
     return Planned(tuple(tensor.shape), torch.float32, partial(_converted, tensor, torch.float32))
 
 

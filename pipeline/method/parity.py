@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from pipeline.checkpoint.weights import read_weights
@@ -101,13 +102,16 @@ def logits_in_fp32(model: PreTrainedModel, ids_BL: Tensor, copies: Collection[st
     layers = list(decoder_layers(model))
     inside = {module for layer in layers for module in layer.modules()}
     others = [module for module in model.modules() if module not in inside and module._parameters]
-    for part in (*layers, *others):
-        _compute_in_fp32(part)
+    handles = [handle for part in (*layers, *others) for handle in _compute_in_fp32(part)]
     names = {parameter: name for name, parameter in model.named_parameters()}
     for layer in moe_layers(model):
         experts = [e for e in layer.local_experts.experts if all(names[p] in copies for p in e.parameters())]
-        layer.register_forward_pre_hook(partial(_copy_mlp, experts))
-    return model(input_ids=ids_BL, use_cache=False).logits
+        handles.append(layer.register_forward_pre_hook(partial(_copy_mlp, experts)))
+    try:
+        return model(input_ids=ids_BL, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _copy_mlp(experts: list[Expert], layer: MoELayer, _inputs: Any) -> None:
@@ -118,7 +122,7 @@ def _copy_mlp(experts: list[Expert], layer: MoELayer, _inputs: Any) -> None:
             getattr(expert, name).data = weight
 
 
-def _compute_in_fp32(module: nn.Module) -> None:
+def _compute_in_fp32(module: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
     """Convert a module's parameters before each of its forwards, and put back what was there after it."""
     stored: list[tuple[nn.Parameter, Tensor]] = []
 
@@ -132,5 +136,4 @@ def _compute_in_fp32(module: nn.Module) -> None:
             parameter.data = data
         stored.clear()
 
-    module.register_forward_pre_hook(convert)
-    module.register_forward_hook(put_back)
+    return module.register_forward_pre_hook(convert), module.register_forward_hook(put_back)

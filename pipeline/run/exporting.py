@@ -13,14 +13,20 @@ from pipeline.run.upcycling import parity_samples
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from pipeline.export.card import CardFacts
+    from pipeline.export.export import Exported
+    from pipeline.export.native.form import NativeForm
 
 FOLDER = "export"
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
+NATIVE = ("auto", "mixtral", "qwen2_moe", "qwen3_moe", "ernie4_5_moe")
 
 
-def export_run(context: RunContext, checkpoint: str | None, dtype: str | None, to: Path | None) -> None:
+def export_run(
+    context: RunContext, checkpoint: str | None, dtype: str | None, to: Path | None, native: str | None = None
+) -> None:
     """Export a checkpoint, and say how far its logits are from those of the model in training.
 
     Args:
@@ -28,9 +34,11 @@ def export_run(context: RunContext, checkpoint: str | None, dtype: str | None, t
         checkpoint: which one, as ``evaluate --checkpoint`` names them; the last stage's last without it.
         dtype: of the weights, one of ``DTYPES``; the run's own without it.
         to: the folder to make; ``export/`` in the run's folder without it.
+        native: one of ``NATIVE``, an architecture of transformers that loads without code of the folder.
 
     Raises:
-        UserError: the folder is there already, the stage is not finished, or the checkpoint is damaged.
+        UserError: the folder is there already, the stage is not finished, the checkpoint is damaged, or the
+            architecture can't say the mixture.
     """
     import torch
 
@@ -51,20 +59,62 @@ def export_run(context: RunContext, checkpoint: str | None, dtype: str | None, t
     scored = models_to_score(context, label)[-1]
     model = load_scored(scored, context.dense, context.dtype, alone("cpu"), ONE_RANK)
     of = getattr(torch, DTYPES[dtype]) if dtype else context.dtype
-    card = str(model_card(_facts(context, label, of)))
+    form = _native_form(context, model, native)
+    card = str(model_card(_facts(context, label, of, form)))
     hf = context.dense if context.run.method.is_dense else context.upcycled / HF_FOLDER
-    found = export(model, context.plan, hf, target, of, parity_samples(context), card)
+    found = export(model, context.plan, hf, target, of, parity_samples(context), card, form)
     print(
         f"export: {label} as {target}, {found.parameters / 1e6:.1f} M parameters, {found.bytes / 1e9:.2f} GB; its "
         f"logits differ by at most {found.difference:.2g} (logits up to {found.largest:.0f}) on {found.tokens} tokens "
         "from the trained model's, fp32",
         flush=True,
     )
-    trusts = "" if context.run.method.is_dense else ", trust_remote_code=True"
+    if form is not None:
+        print(_native_line(form, found, of), flush=True)
+    trusts = "" if context.run.method.is_dense or form is not None else ", trust_remote_code=True"
     print(f'load it: AutoModelForCausalLM.from_pretrained("{target}"{trusts})', flush=True)
 
 
-def _facts(context: RunContext, label: str, dtype: "torch.dtype") -> "CardFacts":
+def _native_form(context: RunContext, model: "PreTrainedModel", native: str | None) -> "NativeForm | None":
+    """The architecture that is asked for; None for none.
+
+    Raises:
+        UserError: it can't say the mixture, or the model is dense.
+    """
+    from pipeline.export.native.choose import AUTO, choose_form
+    from pipeline.export.native.mixture import Mixture
+
+    if native is None:
+        return None
+    method = context.run.method
+    if method.is_dense and native != AUTO:
+        raise UserError(
+            f"export --native {native}: method {method.name} trains a dense model, not a mixture; leave it out"
+        )
+    if method.is_dense:
+        print(f"export: --native is not needed: method {method.name}'s model is dense, which transformers knows")
+        return None
+    return choose_form(native, Mixture(model, context.plan))
+
+
+def _native_line(form: "NativeForm", found: "Exported", dtype: "torch.dtype") -> str:
+    """What an architecture costs, and what it computes otherwise."""
+    import torch
+
+    name = str(dtype).removeprefix("torch.")
+    line = f"native: {form.name}, {found.added / 1e6:.1f} M of the parameters are copies and zeros that it needs"
+    if not form.rounds_routers:
+        return line
+    caveat = "routers are computed in the dtype that it is loaded in, so that tokens whose experts score alike"
+    if dtype == torch.float32:
+        return f"{line}; {caveat} may take others in bf16"
+    return (
+        f"{line}; {caveat} may take others: in fp32 with routers rounded to {name} its logits differ by up to "
+        f"{found.rounded_difference:.2g}"
+    )
+
+
+def _facts(context: RunContext, label: str, dtype: "torch.dtype", form: "NativeForm | None") -> "CardFacts":
     """What the card says of this checkpoint."""
     from pipeline.checkpoint.store import read_manifest
     from pipeline.export.card import CardFacts
@@ -80,4 +130,5 @@ def _facts(context: RunContext, label: str, dtype: "torch.dtype") -> "CardFacts"
         base_model=None if is_folder else context.run.model.path,
         dtype=str(dtype).removeprefix("torch."),
         new_tokens=0 if rows is None else rows.count,
+        native=None if form is None else form.architecture,
     )

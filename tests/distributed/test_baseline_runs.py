@@ -237,10 +237,13 @@ def test_the_estimate_says_what_trains_and_whether_it_fits(tree: Tree, method: s
 
 @each_method
 def test_an_export_is_a_plain_model_with_the_logits_of_training(
-    trees: dict[str, Tree], method: str, tmp_path: Path
+    trees: dict[str, Tree], method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     context = RunContext(parse_run(trees[method], "x"))
-    export_run(context, None, "fp32", tmp_path / "exported")
+    with pytest.raises(UserError, match=f"method {method} trains a dense model, not a mixture; leave it out"):
+        export_run(context, None, "fp32", tmp_path / "exported", "mixtral")
+    export_run(context, None, "fp32", tmp_path / "exported", "auto")
+    assert f"--native is not needed: method {method}'s model is dense" in capsys.readouterr().out
     scored = models_to_score(context, "stage1")[-1]
     trained = load_scored(scored, context.dense, torch.float32, Ranks(0, 1, torch.device("cpu")), ONE_RANK)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()

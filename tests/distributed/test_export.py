@@ -46,6 +46,25 @@ def test_a_stage_s_export_gives_its_logits(
     assert re.search(rf"export: {label} as .*exported, .* M parameters, .* differ by at most \S+ \(logits up to", said)
 
 
+def test_as_an_architecture_of_transformers_it_needs_no_code_and_gives_the_logits(
+    trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context = context_of(trained)
+    export_run(context, None, None, tmp_path / "exported", "auto")
+    with torch.no_grad():
+        expected = Model.of(context).module(input_ids=IDS, use_cache=False).logits
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()(IDS).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    said = capsys.readouterr().out
+    assert re.search(r"native: ernie4_5_moe, \d+\.\d M of the parameters are copies and zeros that it needs\n", said)
+    assert "trust_remote_code" not in said
+    card = ModelCard.load(tmp_path / "exported" / "README.md")
+    assert "gives a Ernie4_5_MoeForCausalLM" in card.text and "trust_remote_code" not in card.text
+    with pytest.raises(UserError, match="export --native mixtral: can't say this mixture: it has as many experts in"):
+        export_run(context, None, None, tmp_path / "other", "mixtral")
+    assert not (tmp_path / "other").exists()
+
+
 def test_without_options_the_last_stage_goes_to_the_run_s_folder_in_its_own_dtype(trained: dict[str, Any]) -> None:
     context = context_of(trained, force=True)
     export_run(context, None, "bf16", None)
