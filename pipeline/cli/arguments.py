@@ -135,6 +135,9 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="TAG", help="stage1, stage2/best …; the last stage's last without it")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; that of training without it")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="by default output_dir/NAME/export")
+    parser.add_argument(
+        "--graft", metavar="INSTRUCT_MODEL", help="add what this tuning of the dense model added to it (experimental)"
+    )
     parser.add_argument("--native", choices=NATIVE, help="as an architecture of transformers, without own code")
 
 

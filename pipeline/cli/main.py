@@ -112,7 +112,7 @@ def _allocate(context: RunContext, options: argparse.Namespace) -> int:
 
 def _export(context: RunContext, options: argparse.Namespace) -> int:
     """A checkpoint as a Hugging Face folder."""
-    export_run(context, options.checkpoint, options.dtype, options.to, options.native)
+    export_run(context, options.checkpoint, options.dtype, options.to, options.native, options.graft)
     return 0
 
 

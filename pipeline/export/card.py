@@ -33,6 +33,7 @@ class CardFacts:
         dtype: of the weights.
         new_tokens: how many its tokenizer has more than the dense model's.
         native: the class of transformers that loads the folder without code of its own; None for that of the folder.
+        instruct: the instruct model whose difference to the dense one was added; None for none.
     """
 
     run: RunConfig
@@ -43,6 +44,7 @@ class CardFacts:
     dtype: str
     new_tokens: int = 0
     native: str | None = None
+    instruct: str | None = None
 
 
 def model_card(facts: CardFacts) -> ModelCard:
@@ -159,9 +161,12 @@ def _results(facts: CardFacts) -> str:
     forgotten = facts.evaluation.forgotten(facts.label)
     worse = ", ".join(f"{name} ({_change(change)})" for name, change in forgotten.items())
     verdict = f"Worse than before, beyond the interval: {worse}." if worse else "No known language got worse."
+    of = (
+        "" if facts.instruct is None else f" These are the scores before the difference of {facts.instruct} was added."
+    )
     return (
-        "Bits per character of held-out documents, lower is better; +- is a paired 95 % interval over documents.\n\n"
-        f"{markdown_table(rows)}\n\n{verdict}"
+        "Bits per character of held-out documents, lower is better; +- is a paired 95 % interval over documents."
+        f"{of}\n\n{markdown_table(rows)}\n\n{verdict}"
     )
 
 
@@ -200,6 +205,11 @@ def _training(facts: CardFacts) -> str:
         lines.append(
             f"- stage {number}: {what}; {stage.tokens:,} tokens in batches of {stage.global_batch_size} x "
             f"{stage.sequence_length}, learning rate {stage.lr:g}"
+        )
+    if facts.instruct is not None:
+        lines.append(
+            f"- what instruction tuning added to the dense model, {facts.instruct} minus it, was added to each weight "
+            "and each expert ([DeltaMoE](https://arxiv.org/abs/2605.18083)); experimental"
         )
     for group in ("old", "new"):
         for name, entry in getattr(run.data, group).items():

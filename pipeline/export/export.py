@@ -20,6 +20,7 @@ from pipeline.method.parity import TOLERANCE, logits_in_fp32
 from pipeline.model.expert_plan import ExpertPlan
 
 CARD_FILE = "README.md"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # which goes before one in tokenizer_config.json
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def export(
     samples: np.ndarray,
     card: str | None = None,
     form: Form | None = None,
+    chat_template: str | None = None,
 ) -> Exported:
     """Write the folder; the model's weights are gone afterwards.
 
@@ -68,6 +70,7 @@ def export(
         samples: token ids of real text [B, L] to compare logits on.
         card: the text of its README.md; None for none.
         form: that it is written in; its own code unless given.
+        chat_template: of its tokenizer; the tokenizer's own without it.
 
     Raises:
         UserError: its MLPs have biases, or the folder computes something else.
@@ -82,6 +85,8 @@ def export(
         write_folder(contents, hf, folder, dtype)
         if card is not None:
             write_text(folder / CARD_FILE, card)
+        if chat_template is not None:
+            write_text(folder / CHAT_TEMPLATE_FILE, chat_template)
         rounded, trusts = contents.rounded, contents.class_names is not None
         del contents
         _forget_weights(model)

@@ -25,7 +25,12 @@ NATIVE = ("auto", "mixtral", "qwen2_moe", "qwen3_moe", "ernie4_5_moe")
 
 
 def export_run(
-    context: RunContext, checkpoint: str | None, dtype: str | None, to: Path | None, native: str | None = None
+    context: RunContext,
+    checkpoint: str | None,
+    dtype: str | None,
+    to: Path | None,
+    native: str | None = None,
+    instruct: str | None = None,
 ) -> None:
     """Export a checkpoint, and say how far its logits are from those of the model in training.
 
@@ -35,10 +40,11 @@ def export_run(
         dtype: of the weights, one of ``DTYPES``; the run's own without it.
         to: the folder to make; ``export/`` in the run's folder without it.
         native: one of ``NATIVE``, an architecture of transformers that loads without code of the folder.
+        instruct: a folder or hub id of the dense model after instruction tuning, whose difference is added.
 
     Raises:
-        UserError: the folder is there already, the stage is not finished, the checkpoint is damaged, or the
-            architecture can't say the mixture.
+        UserError: the folder is there already, the stage is not finished, the checkpoint is damaged, the architecture
+            can't say the mixture, or the instruct model is not one of this dense model.
     """
     import torch
 
@@ -58,21 +64,42 @@ def export_run(
         context.folder.manifest(label)  # which is written when the stage is done
     scored = models_to_score(context, label)[-1]
     model = load_scored(scored, context.dense, context.dtype, alone("cpu"), ONE_RANK)
+    template = None if instruct is None else _graft(context, model, instruct)
     of = getattr(torch, DTYPES[dtype]) if dtype else context.dtype
     form = _native_form(context, model, native)
-    card = str(model_card(_facts(context, label, of, form)))
+    card = str(model_card(_facts(context, label, of, form, instruct)))
     hf = context.dense if context.run.method.is_dense else context.upcycled / HF_FOLDER
-    found = export(model, context.plan, hf, target, of, parity_samples(context), card, form)
+    found = export(model, context.plan, hf, target, of, parity_samples(context), card, form, template)
     print(
         f"export: {label} as {target}, {found.parameters / 1e6:.1f} M parameters, {found.bytes / 1e9:.2f} GB; its "
         f"logits differ by at most {found.difference:.2g} (logits up to {found.largest:.0f}) on {found.tokens} tokens "
-        "from the trained model's, fp32",
+        f"from the {'trained' if instruct is None else 'grafted'} model's, fp32",
         flush=True,
     )
     if form is not None:
         print(_native_line(form, found, of), flush=True)
     trusts = "" if context.run.method.is_dense or form is not None else ", trust_remote_code=True"
     print(f'load it: AutoModelForCausalLM.from_pretrained("{target}"{trusts})', flush=True)
+
+
+def _graft(context: RunContext, model: "PreTrainedModel", instruct: str) -> str | None:
+    """Add what instruction tuning added to the dense model; returns the instruct model's chat template.
+
+    Raises:
+        UserError: it is not an instruct model of this dense model.
+    """
+    from pipeline.config.run import ModelConfig
+    from pipeline.export.graft import chat_template, graft
+    from pipeline.method.lora import without_adapters
+    from pipeline.model.backbone import model_folder
+
+    try:
+        folder = model_folder(ModelConfig(path=instruct))
+    except UserError as error:
+        raise UserError(str(error).replace("model.path:", "--graft:", 1)) from error
+    changed = graft(without_adapters(model), context.dense, folder)
+    print(f"graft: {instruct} minus {context.run.model.path}, added to {changed:,} weights (experimental)", flush=True)
+    return chat_template(folder)
 
 
 def _native_form(context: RunContext, model: "PreTrainedModel", native: str | None) -> "NativeForm | None":
@@ -114,7 +141,9 @@ def _native_line(form: "NativeForm", found: "Exported", dtype: "torch.dtype") ->
     )
 
 
-def _facts(context: RunContext, label: str, dtype: "torch.dtype", form: "NativeForm | None") -> "CardFacts":
+def _facts(
+    context: RunContext, label: str, dtype: "torch.dtype", form: "NativeForm | None", instruct: str | None
+) -> "CardFacts":
     """What the card says of this checkpoint."""
     from pipeline.checkpoint.store import read_manifest
     from pipeline.export.card import CardFacts
@@ -131,4 +160,5 @@ def _facts(context: RunContext, label: str, dtype: "torch.dtype", form: "NativeF
         dtype=str(dtype).removeprefix("torch."),
         new_tokens=0 if rows is None else rows.count,
         native=None if form is None else form.architecture,
+        instruct=None if instruct is None else Path(instruct).name if Path(instruct).is_dir() else instruct,
     )

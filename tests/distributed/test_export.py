@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import UserError
 from pipeline.export.card import CardFacts, model_card
+from pipeline.model.backbone import load_dense
 from pipeline.records.evaluation import Change, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
@@ -107,6 +108,51 @@ def test_the_card_names_what_was_forgotten(trained: dict[str, Any]) -> None:
     assert "base_model: owner/model" in text
 
 
+def tune(base: Path, folder: Path, ids: torch.Tensor) -> Path:
+    """The dense model after it was tuned to continue ``ids`` [B, L], with a chat template."""
+    torch.manual_seed(0)
+    model = load_dense(base, torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(30):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}!"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def loss_of(model: Any, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float(model(input_ids=ids, labels=ids).loss)
+
+
+def test_a_graft_follows_instructions_as_the_instruct_model_does_and_still_knows_what_it_learned(
+    trained: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    context, base = context_of(trained), Path(trained["model"]["path"])
+    answers = torch.randint(1, 290, (1, 12), generator=torch.Generator().manual_seed(4)).repeat(4, 2)
+    instruct = tune(base, tmp_path / "instruct", answers)
+    export_run(context, None, None, tmp_path / "plain")
+    export_run(context, None, None, tmp_path / "grafted", instruct=str(instruct))
+    assert "graft: " in (said := capsys.readouterr().out) and "from the grafted model's, fp32" in said
+    plain, grafted = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, trust_remote_code=True) for name in ("plain", "grafted")
+    )
+    before, after, tuned = (loss_of(one, answers) for one in (plain, grafted, load_dense(instruct, torch.float32)))
+    assert tuned < 0.7 * before and after < before - 0.5 * (before - tuned)
+    greek = torch.from_numpy(context.store.held_out("el").document(0)[:64].astype("int64")).unsqueeze(0)
+    learned = loss_of(load_dense(base, torch.float32), greek) - loss_of(plain, greek)
+    assert learned > 0 and loss_of(grafted, greek) < loss_of(plain, greek) + 0.5 * learned
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "grafted")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello!"
+    card = (tmp_path / "grafted" / "README.md").read_text()
+    assert "instruct minus it, was added" in card and "before the difference of instruct was added" in card
+    assert "graft" not in (tmp_path / "plain" / "README.md").read_text()
+
+
 def test_a_mistake_is_one_line_and_writes_nothing(trained: dict[str, Any], tmp_path: Path) -> None:
     target = tmp_path / "exported"
     (tmp_path / "there").mkdir()
@@ -114,6 +160,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(trained: dict[str, Any], tmp_p
     shutil.copytree(trained["output_dir"], tmp_path / "runs", symlinks=True)
     folder = tmp_path / "runs" / "tiny"
     cases = [
+        ((None, None, target, None, str(tmp_path / "no")), f"--graft: {tmp_path / 'no'} does not exist; name a"),
+        ((None, None, target, None, trained["model"]["path"]), "there is nothing to add; name another model"),
         ((None, None, tmp_path / "there"), "there exists; name another folder with --to, or replace it with --force"),
         (("base", None, target), "--checkpoint base: is the model that the run starts from; name a stage"),
         (("stage3", None, target), "--checkpoint stage3: unknown"),
