@@ -62,7 +62,7 @@ def load_tasks(names: Sequence[str], few_shot: int | None, folders: Sequence[Pat
     known = [OWN, *folders, *own]
     manager = TaskManager(include_path=known, include_defaults=False)
     wanted = [found for name in names for found in (_names_in(name) if _is_path(name) else [name])]
-    if not all(_is_complete(manager, name) for name in wanted):
+    if not _knows_all(manager, wanted):
         manager = TaskManager(include_path=known)
     _check_names(manager, wanted)
     tasks: dict[str, Any] = {}
@@ -78,8 +78,9 @@ def load_tasks(names: Sequence[str], few_shot: int | None, folders: Sequence[Pat
 
 
 def _be_quiet() -> None:
-    """lm-eval and datasets speak of what is not the user's concern, in lines and in bars."""
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    """lm-eval and the hub's clients speak of what is not the user's concern, in lines and in bars."""
+    for name in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import datasets
 
     datasets.disable_progress_bars()
@@ -107,12 +108,17 @@ def _names_in(name: str) -> list[str]:
     return found
 
 
-def _is_complete(manager: Any, name: str) -> bool:
-    """Whether an index knows a name and all that it consists of."""
-    entry = manager.task_index.get(name)
-    if entry is None:
-        return False
-    return all(_is_complete(manager, member) for member in _members(entry))
+def _knows_all(manager: Any, names: Sequence[str]) -> bool:
+    """Whether an index knows these names, and all that groups among them consist of."""
+    waiting, seen = list(names), set(names)
+    while waiting:
+        entry = manager.task_index.get(waiting.pop())
+        if entry is None:
+            return False
+        new = set(_members(entry)) - seen
+        seen |= new
+        waiting += new
+    return True
 
 
 def _members(entry: Any) -> Iterator[str]:
