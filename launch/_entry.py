@@ -7,6 +7,7 @@ import sys
 
 if multiprocessing.parent_process() is None:  # a spawned helper process reads train.sh again: nothing to do there
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # outside of training, Ctrl-C just ends a rank
+    os.environ.setdefault("TQDM_DISABLE", "1")  # others' progress bars, of each rank; ours say whether they show
     # ROOT replaces launch/ on the path, where Python put it.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     from pipeline.cli.arguments import RUN_VERBS

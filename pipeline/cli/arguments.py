@@ -27,6 +27,7 @@ RUN_VERBS = {
     "check": "whether the ranks of a cluster reach each other, how fast, and whether their software is the same.\n"
     "Reads RUN.yaml's cluster.environment if it is given; writes nothing.",
 }
+TASKS = "lm-eval's tasks: names, folders or YAML files with commas between, such as held_out,verse_continuation_tr"
 NEW = "new"
 COMPARE = "compare"
 SWEEP = "sweep"
@@ -128,7 +129,13 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="TAG", help="base, stage1, stage2/best, stage1/step000050 …")
+    parser.add_argument("--tasks", metavar="NAMES", help=f"then score them on {TASKS}")
+    parser.add_argument("--few-shot", type=int, metavar="N", help="examples before each question of --tasks")
     parser.add_argument("--report", action="store_true", help="then write the report")
+
+
+def _fetch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", metavar="NAMES", help=f"fetch the data of {TASKS} too")
 
 
 def _export_options(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +203,7 @@ OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {
     "allocate": _allocate_options,
     "train": _train_options,
     "evaluate": _evaluate_options,
+    "fetch": _fetch_options,
     "export": _export_options,
     "push": _push_options,
     "generate": _generate_options,

@@ -23,6 +23,7 @@ from pipeline.run.new_run import write_new_run
 from pipeline.run.pushing import push_run
 from pipeline.run.run_lock import RunLock
 from pipeline.run.steps import STEP_NAMES, STEPS, step_named, steps_of
+from pipeline.run.tasks import Asked, fetch_tasks
 from pipeline.sweep.config import Sweep, read_sweep
 
 # What a verb needs torch for is imported where the verb is done: torch reads variables that the run sets before.
@@ -77,14 +78,20 @@ def _train(context: RunContext, options: argparse.Namespace) -> int:
 
 
 def _evaluate(context: RunContext, options: argparse.Namespace) -> int:
-    """Score the last checkpoints, or the one named; then write the report if asked to."""
-    from pipeline.run.runner import do_step, evaluate_named
+    """Score the last checkpoints, or the one named, and on tasks if asked to; then write the report if asked to.
+
+    Raises:
+        UserError: an option makes no sense, or there is no such task or checkpoint.
+    """
+    from pipeline.run.runner import do_step, evaluate, evaluate_tasks
 
     step = step_named("evaluate")
-    if options.checkpoint:
-        evaluate_named(context, options.checkpoint)
-    elif not step.is_done(context):
-        do_step(context, step)
+    if options.tasks is not None:
+        evaluate_tasks(context, step, Asked(options.tasks, options.few_shot, options.checkpoint))
+    elif options.few_shot is not None:
+        raise UserError(f"--few-shot {options.few_shot}: is of --tasks NAMES; give both, or leave it out")
+    else:
+        evaluate(context, step, options.checkpoint)
     if options.report and is_first_rank():
         do_step(context, step_named("report"))
     return 0
@@ -155,8 +162,10 @@ def _status(context: RunContext, _options: argparse.Namespace) -> int:
     return 0
 
 
-def _fetch(context: RunContext, _options: argparse.Namespace) -> int:
-    """What the run names on the hub."""
+def _fetch(context: RunContext, options: argparse.Namespace) -> int:
+    """What the run names on the hub, and the data of tasks."""
+    if options.tasks is not None:
+        fetch_tasks(context, Asked(options.tasks))
     fetch_run(context.run)
     return 0
 
@@ -250,12 +259,12 @@ def _job_settings(arguments: list[str]) -> int:
     Raises:
         UserError: no job does this.
     """
-    from pipeline.cluster.batch import job_of_options, print_settings
+    from pipeline.cluster.batch import job_of_options, print_settings, settings_of_options
 
     if not any(argument in RUN_VERBS for argument in arguments):
         arguments = ["train", *arguments]
     options = parse(arguments)
-    print_settings(job_of_options(load_run(options.run, options.set), options))
+    print_settings(settings_of_options(job_of_options(load_run(options.run, options.set), options), options))
     return 0
 
 

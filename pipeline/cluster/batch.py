@@ -6,6 +6,7 @@ import shlex
 from common.errors import UserError
 from pipeline.cluster.jobs import Job, jobs_of
 from pipeline.config.run import RunConfig
+from pipeline.records.run_folder import RunFolder
 
 
 def job_of_options(run: RunConfig, options: argparse.Namespace) -> Job:
@@ -27,7 +28,15 @@ def job_of_options(run: RunConfig, options: argparse.Namespace) -> Job:
     return job
 
 
-def print_settings(job: Job) -> None:
-    """Print the job's settings for the shell."""
-    for name, value in job.settings(restart="requeue").items():
+def settings_of_options(job: Job, options: argparse.Namespace) -> dict[str, str]:
+    """What launch/batch.sh is told of the job of a command line; with tasks it is done when they are."""
+    settings = job.settings(restart="requeue")
+    if getattr(options, "tasks", None) is not None:
+        settings["STEP_DONE"] = str(RunFolder(job.run.folder.absolute()).tasks_done)
+    return settings
+
+
+def print_settings(settings: dict[str, str]) -> None:
+    """Print a job's settings for the shell."""
+    for name, value in settings.items():
         print(f"export {name}={shlex.quote(value)}")

@@ -1,6 +1,5 @@
 """Bits per character of the base model and of each checkpoint, and how their tokens are routed."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from pipeline.config.run import RunConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.evaluation.checkpoints import Scored, load_scored
+from pipeline.evaluation.ratio import ratio_with_error
 from pipeline.evaluation.score_cache import ScoreCache
 from pipeline.evaluation.scoring import score_set
 from pipeline.model.expert_plan import ExpertPlan
@@ -58,7 +58,7 @@ class Evaluator:
 
     def score(self, models: list[Scored], missing: dict[str, list[str]], ranks: Ranks, dims: ParallelDims) -> None:
         """Score models on the sets that ``missing`` names, on all ranks; the first one keeps the results."""
-        missing = _agreed(missing, ranks)
+        missing = agreed(missing, ranks)
         for scored in models:
             if scored.label not in missing:
                 continue
@@ -132,7 +132,7 @@ class Evaluator:
         return StageRouting(layers=list(self.plan.moe_layers), sets=sets)
 
 
-def _agreed(value: Any, ranks: Ranks) -> Any:
+def agreed(value: Any, ranks: Ranks) -> Any:
     """The first rank's value on all ranks: a shared disk may show them different files."""
     if ranks.world_size == 1:
         return value
@@ -151,10 +151,5 @@ def paired_change(before: np.ndarray, after: np.ndarray) -> Change:
         before: [documents] bits.
         after: [documents] bits of the same documents.
     """
-    ratio = float(after.sum() / before.sum())
-    n = len(before)
-    if n < 2:
-        return Change(percent=100 * (ratio - 1), interval=None)
-    residuals = after - ratio * before
-    error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / float(before.sum())
-    return Change(percent=100 * (ratio - 1), interval=100 * 1.96 * error)
+    ratio, error = ratio_with_error(after, before)
+    return Change(percent=100 * (ratio - 1), interval=None if error is None else 100 * 1.96 * error)

@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 
 from pipeline.records.record import Record
+from pipeline.records.task_score import TaskScores
 
 BASE = "base"  # the dense model's name among the checkpoints
 Group = Literal["new", "old", "watch"]
@@ -128,6 +129,7 @@ class Evaluation(Record):
         own_experts: by set of an earlier round's language, by checkpoint: how much of its routing weight is on the
             experts of its time; empty for a dense model's first expansion.
         parameters: numbers of parameters: dense, total, active, stage1_trained and, of a mixture, stage2_trained.
+        tasks: by task of lm-eval's, by checkpoint; empty until ``evaluate --tasks`` is asked for.
     """
 
     window: int
@@ -136,6 +138,7 @@ class Evaluation(Record):
     routing: dict[str, StageRouting]
     own_experts: dict[str, dict[str, float]] = {}
     parameters: dict[str, int]
+    tasks: TaskScores = {}
 
     def forgotten(self, checkpoint: str) -> dict[str, Change]:
         """The sets of old languages, watched ones too, that a checkpoint scores worse than the dense model."""

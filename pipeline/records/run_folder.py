@@ -24,6 +24,7 @@ EVALUATION_FILE = "evaluation.json"  # what the last checkpoints were scored at
 REPORT_FILE = "report.html"
 VALIDATION_BASE_FILE = "validation_base.json"  # how the dense model scores what validations compare with it
 ERRORS_FOLDER = "errors"  # what ranks that failed have left: tracebacks, NCCL's last collectives
+TASKS_FOLDER = "tasks"  # the held-out sets as tasks of lm-eval's
 JOBS_FOLDER = "jobs"  # batch scripts, logs and events of SLURM's jobs
 # In stage1/ and stage2/, beside the checkpoints:
 METRICS_FILE = "metrics.jsonl"
@@ -68,6 +69,11 @@ class RunFolder:
     def manifest_path(self, step: str) -> Path:
         """Where a step's manifest lies."""
         return self.path / "manifests" / f"{step}.json"
+
+    @property
+    def tasks_done(self) -> Path:
+        """What ``evaluate --tasks`` writes last."""
+        return self.manifest_path("tasks")
 
     def has_manifest(self, step: str) -> bool:
         """Whether a step has been done, with whatever inputs."""

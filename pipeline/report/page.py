@@ -7,8 +7,9 @@ from common.files import write_text
 from common.html.render import render
 from pipeline.records.run_folder import REPORT_FILE, RunFolder
 from pipeline.report import summary
-from pipeline.report.data import RunData, read_run
+from pipeline.report.data import RunData, read_run, stage_label
 from pipeline.report.sections import picture_sections
+from pipeline.report.task_table import task_rows
 
 
 def write_page(folder: RunFolder, steps: Sequence[str]) -> None:
@@ -28,6 +29,7 @@ def write_page(folder: RunFolder, steps: Sequence[str]) -> None:
 
 def _render(data: RunData) -> str:
     sections = picture_sections(data)
+    found = data.evaluation
     charts = [chart for section in sections for chart in section.charts]
     return render(
         Path(__file__).with_name("page.html"),
@@ -38,6 +40,7 @@ def _render(data: RunData) -> str:
         warnings=summary.warnings(data),
         results=summary.results(data.evaluation) if data.evaluation else None,
         not_evaluated=summary.NOT_EVALUATED,
+        task_rows=task_rows(found.tasks, {label: stage_label(label) for label in found.checkpoints}) if found else [],
         sections=sections,
         steps=summary.steps_table(data),
         versions=summary.versions(data),

@@ -46,9 +46,11 @@ class Section:
 def picture_sections(data: RunData) -> list[Section]:
     """All sections that hold pictures, the one beside the results table first; a baseline has no experts to show."""
     if data.baseline:
-        return [_results(data), *_text(data), _training(data, data.stages["stage1"]), _validation(data)]
+        training = _training(data, data.stages["stage1"])
+        return [_results(data), *_tasks(data), *_text(data), training, _validation(data)]
     return [
         _results(data),
+        *_tasks(data),
         _experts(data),
         *_text(data),
         *(_training(data, stage) for stage in data.stages.values()),
@@ -69,6 +71,17 @@ def _results(data: RunData) -> Section:
             )
         )
     return section
+
+
+def _tasks(data: RunData) -> list[Section]:
+    """The table of lm-eval's tasks, if the run was asked for any; the page puts it there."""
+    if data.evaluation is None or not data.evaluation.tasks:
+        return []
+    note = (
+        "Each checkpoint on tasks of lm-eval; ± is one standard error over documents, as lm-eval computes it, or for "
+        "bits and perplexities of whole documents that of a ratio of sums. A group's row stands for its tasks'."
+    )
+    return [Section("tasks", "Tasks", notes=[note])]
 
 
 def _text(data: RunData) -> list[Section]:

@@ -1,16 +1,15 @@
 """The verb ``generate``: how the base model and the stages continue a prompt."""
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
-from pipeline.records.checkpoint import HF_FOLDER
 from pipeline.records.evaluation import BASE
 from pipeline.run.context import RunContext
 from pipeline.run.scoring import models_to_score
+from pipeline.run.tokenizers import beginning_of, tokenizer_of
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.checkpoints import Scored
     from pipeline.evaluation.generate import Sampling
 
 
@@ -41,11 +40,11 @@ def generate(
     for label in _labels(context, labels):
         scored = models_to_score(context, label)[-1]
         model = load_scored(scored, context.dense, context.dtype, alone(), ONE_RANK)
-        tokenizer = _tokenizer(context, scored)
+        tokenizer = tokenizer_of(context, scored)
         for prompt in prompts:
             print(f"\n--- {label}", flush=True)
             ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            ids = [*_beginning(context, tokenizer), *ids]
+            ids = [beginning_of(context, tokenizer), *ids]
             ids = continuation(model, tokenizer, ids, sampling, end=end, streams=True)
             if shows_experts and scored.plan is not None:
                 print(experts_table(model, scored.plan, tokenizer, ids, in_color=sys.stdout.isatty()), flush=True)
@@ -56,16 +55,3 @@ def _labels(context: RunContext, labels: str | None) -> list[str]:
     if labels is None:
         return [BASE, context.stages[-1]]
     return [f"stage{label}" if label in ("1", "2") else label for label in labels.replace(" ", "").split(",") if label]
-
-
-def _tokenizer(context: RunContext, scored: "Scored") -> Any:
-    """The one of a model's text: the dense model's own, or the run's, which may extend it."""
-    from transformers import AutoTokenizer
-
-    is_dense = scored.by_own_tokenizer or context.run.method.is_dense
-    return AutoTokenizer.from_pretrained(context.dense if is_dense else context.upcycled / HF_FOLDER)
-
-
-def _beginning(context: RunContext, tokenizer: Any) -> list[int]:
-    """What a document begins with, in training as in scoring: BOS, or without one the separator."""
-    return [tokenizer.bos_token_id] if context.store.begins_with_bos else [context.store.separator_id]

@@ -30,8 +30,9 @@ def write_report(context: RunContext, steps: Sequence[str]) -> Result:
 
 
 def summary(context: RunContext, evaluation: Evaluation, steps: Sequence[str]) -> str:
-    """The table and the line of figures."""
+    """The tables and the line of figures."""
     from pipeline.report.result_table import figures_line, result_table
+    from pipeline.report.task_table import task_table
 
     manifests = context.folder.manifests(steps)
     stages = [manifests[stage].figures for stage in context.stages if stage in manifests]
@@ -41,7 +42,8 @@ def summary(context: RunContext, evaluation: Evaluation, steps: Sequence[str]) -
         max(figures["peak_memory_gb"] for figures in stages),
         sum(_seconds(manifest) for manifest in manifests.values()) / 60,
     )
-    return f"{result_table(evaluation)}\n{line}"
+    tables = [result_table(evaluation), *([task_table(evaluation)] if evaluation.tasks else [])]
+    return "\n\n".join(tables) + f"\n{line}"
 
 
 def _seconds(manifest: StepManifest) -> float:

@@ -18,6 +18,7 @@ from pipeline.run.checks import check_parallel
 from pipeline.run.context import RunContext
 from pipeline.run.scoring import has_work, score
 from pipeline.run.step import Step
+from pipeline.run.tasks import Asked, TaskScoring, score_tasks
 
 
 def run_steps(context: RunContext, steps: Sequence[Step], *, from_the_first: bool) -> None:
@@ -138,6 +139,37 @@ def train_steps(context: RunContext, steps: Sequence[Step]) -> None:
             is_done = step.is_done(context)
         if not is_done and not do_step(context, step):
             return
+
+
+def evaluate_tasks(context: RunContext, step: Step, asked: Asked) -> None:
+    """Score tasks of lm-eval's, and before them what has not been scored of the held-out text.
+
+    Args:
+        context: the run.
+        step: the one that evaluates.
+        asked: which tasks, of which models.
+
+    Raises:
+        UserError: there is no such task or checkpoint, or a task's data is not at hand.
+    """
+    scoring = None if under_launcher() else TaskScoring(context, asked)  # names a mistake before any rank starts
+    if scoring is not None and (has_work(context, asked.tag) or scoring.missing()):
+        words = ["evaluate", str(context.folder.run_file), *asked.words, *_force(context)]
+        start_ranks(words, context.run.parallel.ranks)
+        return
+    evaluate(context, step, asked.tag)
+    if scoring is None:
+        score_tasks(context, asked, _join(context))
+    else:
+        scoring.write()
+
+
+def evaluate(context: RunContext, step: Step, tag: str | None) -> None:
+    """Score the held-out text: by the last checkpoints, unless that is done, or by the one that the user names."""
+    if tag is not None:
+        evaluate_named(context, tag)
+    elif not step.is_done(context):
+        do_step(context, step)
 
 
 def evaluate_named(context: RunContext, tag: str) -> None:

@@ -1,11 +1,14 @@
 """The step that scores: the base model and the stages' last checkpoints, or one that the user names."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.files import content_key
 from data_prep.manifest import HELD_OUT, OWN_HELD_OUT
 from pipeline.records.evaluation import BASE, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE
+from pipeline.records.task_score import TaskScores
 from pipeline.run.context import RunContext
 from pipeline.run.step import Inputs, Result
 
@@ -66,9 +69,29 @@ def score(context: RunContext, tag: str | None, ranks: "Ranks | None") -> Evalua
         scoring.score(models, _missing(context, scoring, models), ranks, context.dims)
         if not ranks.is_first:
             return None
-    result = scoring.result(models, context.untrained.parameter_counts())
-    result.save(context.folder / EVALUATION_FILE if tag is None else context.folder.evaluation_of(tag))
+    result, path = scoring.result(models, context.untrained.parameter_counts()), evaluation_path(context, tag)
+    before = Evaluation.load_if_there(path)
+    if before is not None:
+        result = result.model_copy(update={"tasks": tasks_that_hold(context, before.tasks, models)})
+    result.save(path)
     return result
+
+
+def evaluation_path(context: RunContext, tag: str | None) -> Path:
+    """Where it is written what a run's models, or the one that a user names, were scored at."""
+    return context.folder / EVALUATION_FILE if tag is None else context.folder.evaluation_of(tag)
+
+
+def tasks_that_hold(
+    context: RunContext, before: TaskScores, models: "Sequence[Scored]", now: TaskScores | None = None
+) -> TaskScores:
+    """Of earlier scores on tasks those that are of these models and of the run's text; and those of now."""
+    from pipeline.evaluation.held_out_tasks import task_of_set, version_of
+    from pipeline.evaluation.task_scores import kept_tasks, model_key
+
+    keys = {model.label: model_key(model, context.run.evaluate.window, context.dtype) for model in models}
+    versions = {task_of_set(name): version_of(text) for name, text in held_out_keys(context).items()}
+    return kept_tasks(before, keys, versions, now)
 
 
 def _missing(context: RunContext, scoring: "Evaluator", models: "list[Scored]") -> dict[str, list[str]]:
