@@ -1,7 +1,7 @@
 """RunConfig: every key of a run's YAML, checked once, when it is read."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -109,9 +109,14 @@ class ValidateConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """At the end: whole held-out documents, in windows of ``window`` tokens; a document's last one is full too."""
+    """At the end: whole held-out documents, in windows of ``window`` tokens; a document's last one is full too.
+
+    The base model and the last stage go on from ``prompts``, by name, with the likeliest ``new_tokens`` tokens.
+    """
 
     window: Positive = 1024
+    prompts: dict[str, Annotated[str, Field(min_length=1)]] = {}
+    new_tokens: Positive = 32
 
 
 class CheckpointConfig(Section):

@@ -1,5 +1,6 @@
 """Bits per character of the base model and of each checkpoint, and how their tokens are routed."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,31 @@ from pipeline.config.run import RunConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.evaluation.checkpoints import Scored, load_scored
+from pipeline.evaluation.continuations import Continuations
 from pipeline.evaluation.ratio import ratio_with_error
 from pipeline.evaluation.score_cache import ScoreCache
 from pipeline.evaluation.scoring import score_set
 from pipeline.model.expert_plan import ExpertPlan
-from pipeline.records.evaluation import BASE, Change, Evaluation, SetResult, SetScore, Shares, StageRouting
+from pipeline.records.evaluation import (
+    BASE,
+    Change,
+    Continuation,
+    Evaluation,
+    SetResult,
+    SetScore,
+    Shares,
+    StageRouting,
+)
 
 Scores = dict[str, dict[str, SetScore]]  # by label, by set
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be computed with one model: sets to score, and whether it goes on from the prompts."""
+
+    sets: list[str]
+    continues: bool
 
 
 class Evaluator:
@@ -32,6 +51,7 @@ class Evaluator:
         dense: the dense model's folder.
         dtype: that models are computed in.
         cache: where scores are kept.
+        continuations: what asks models to go on from the run's prompts.
     """
 
     def __init__(
@@ -44,26 +64,35 @@ class Evaluator:
         dense: Path,
         dtype: torch.dtype,
         cache: ScoreCache,
+        continuations: Continuations,
     ) -> None:
         self.run, self.plan, self.store, self.texts = run, plan, store, texts
-        self.dense, self.dtype, self.cache = dense, dtype, cache
+        self.dense, self.dtype, self.cache, self.continuations = dense, dtype, cache, continuations
 
-    def missing(self, models: list[Scored]) -> dict[str, list[str]]:
-        """By label, the sets on which a model has not been scored yet; labels that lack none are left out."""
+    def missing(self, models: list[Scored]) -> dict[str, Work]:
+        """By label, what has not been computed yet; labels that lack nothing are left out."""
         wanted = {
-            model.label: [name for name, text in self.texts.items() if not self.cache.has(model.weights, text)]
+            model.label: Work(
+                [name for name, text in self.texts.items() if not self.cache.has(model.weights, text)],
+                model in asked(models) and self.continuations.lacks(model),
+            )
             for model in models
         }
-        return {label: names for label, names in wanted.items() if names}
+        return {label: work for label, work in wanted.items() if work.sets or work.continues}
 
-    def score(self, models: list[Scored], missing: dict[str, list[str]], ranks: Ranks, dims: ParallelDims) -> None:
-        """Score models on the sets that ``missing`` names, on all ranks; the first one keeps the results."""
+    def everything(self, models: list[Scored]) -> dict[str, Work]:
+        """By label, all that there is to compute."""
+        prompts = bool(self.continuations.prompts)
+        return {model.label: Work(list(self.texts), prompts and model in asked(models)) for model in models}
+
+    def score(self, models: list[Scored], missing: dict[str, Work], ranks: Ranks, dims: ParallelDims) -> None:
+        """Compute what ``missing`` names, on all ranks; the first one keeps the results."""
         missing = agreed(missing, ranks)
         for scored in models:
             if scored.label not in missing:
                 continue
             model = load_scored(scored, self.dense, self.dtype, ranks, dims)
-            for name in missing[scored.label]:
+            for name in missing[scored.label].sets:
                 plan = scored.plan
                 group = plan.round_of(self.run.data.sets[name].language) if plan is not None else None
                 found = score_set(
@@ -73,6 +102,9 @@ class Evaluator:
                 ranks.say(f"evaluate: {scored.label:12} {name:12} {found.bits_per_character:.4f} bits/char")
                 if ranks.is_first:
                     self.cache.save(scored.weights, self.texts[name], found)
+            if missing[scored.label].continues:
+                ranks.at("continuing prompts")
+                self.continuations.make(scored, model, saves=ranks.is_first)
             del model
 
     def result(self, models: list[Scored], parameters: dict[str, int]) -> Evaluation:
@@ -92,8 +124,17 @@ class Evaluator:
             sets={name: self._set_result(name, scores) for name in self.texts},
             routing={label: self._routing(found) for label, found in scores.items() if self._is_routed(label)},
             own_experts=self._own_experts(scores),
+            continuations=self._continuations(asked(models)),
             parameters=parameters,
         )
+
+    def _continuations(self, models: list[Scored]) -> list[Continuation]:
+        prompts = self.continuations.prompts
+        texts = {model.label: self.continuations.load(model) for model in models} if prompts else {}
+        return [
+            Continuation(name=name, prompt=prompt, texts={label: found[name] for label, found in texts.items()})
+            for name, prompt in prompts.items()
+        ]
 
     def _set_result(self, name: str, scores: Scores) -> SetResult:
         by_label = {label: found[name] for label, found in scores.items()}
@@ -130,6 +171,11 @@ class Evaluator:
     def _routing(self, scores: dict[str, SetScore]) -> StageRouting:
         sets = {name: Shares(**score.model_dump(include=set(Shares.model_fields))) for name, score in scores.items()}
         return StageRouting(layers=list(self.plan.moe_layers), sets=sets)
+
+
+def asked(models: list[Scored]) -> list[Scored]:
+    """Those that go on from prompts: the base model and the last checkpoint."""
+    return [models[0], *models[1:][-1:]]
 
 
 def agreed(value: Any, ranks: Ranks) -> Any:

@@ -68,6 +68,26 @@ class Change(Record):
         return self.interval is not None and self.percent > max(self.interval, ROUNDING)
 
 
+class Continued(Record):
+    """What a model goes on with, by prompt; a file of the cache."""
+
+    texts: dict[str, str]
+
+
+class Continuation(Record):
+    """How models go on from a prompt.
+
+    Attributes:
+        name: of the prompt.
+        prompt: the beginning of a text.
+        texts: by checkpoint, the base model's first.
+    """
+
+    name: str
+    prompt: str
+    texts: dict[str, str]
+
+
 class SetResult(Record):
     """One set.
 
@@ -130,6 +150,7 @@ class Evaluation(Record):
             experts of its time; empty for a dense model's first expansion.
         parameters: numbers of parameters: dense, total, active, stage1_trained and, of a mixture, stage2_trained.
         tasks: by task of lm-eval's, by checkpoint; empty until ``evaluate --tasks`` is asked for.
+        continuations: how the base model and the last checkpoint go on from the run's prompts.
     """
 
     window: int
@@ -139,6 +160,7 @@ class Evaluation(Record):
     own_experts: dict[str, dict[str, float]] = {}
     parameters: dict[str, int]
     tasks: TaskScores = {}
+    continuations: list[Continuation] = []
 
     def forgotten(self, checkpoint: str) -> dict[str, Change]:
         """The sets of old languages, watched ones too, that a checkpoint scores worse than the dense model."""

@@ -42,6 +42,7 @@ def _render(data: RunData) -> str:
         not_evaluated=summary.NOT_EVALUATED,
         task_rows=task_rows(found.tasks, {label: stage_label(label) for label in found.checkpoints}) if found else [],
         sections=sections,
+        label_of=stage_label,
         steps=summary.steps_table(data),
         versions=summary.versions(data),
     )

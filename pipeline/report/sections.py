@@ -47,10 +47,11 @@ def picture_sections(data: RunData) -> list[Section]:
     """All sections that hold pictures, the one beside the results table first; a baseline has no experts to show."""
     if data.baseline:
         training = _training(data, data.stages["stage1"])
-        return [_results(data), *_tasks(data), *_text(data), training, _validation(data)]
+        return [_results(data), *_tasks(data), *_continuations(data), *_text(data), training, _validation(data)]
     return [
         _results(data),
         *_tasks(data),
+        *_continuations(data),
         _experts(data),
         *_text(data),
         *(_training(data, stage) for stage in data.stages.values()),
@@ -82,6 +83,13 @@ def _tasks(data: RunData) -> list[Section]:
         "bits and perplexities of whole documents that of a ratio of sums. A group's row stands for its tasks'."
     )
     return [Section("tasks", "Tasks", notes=[note])]
+
+
+def _continuations(data: RunData) -> list[Section]:
+    """What models go on with from the run's prompts, if it has any; the page puts the texts there."""
+    if data.evaluation is None or not data.evaluation.continuations:
+        return []
+    return [Section("continuations", "How they go on", notes=["Each token is the likeliest after those before it."])]
 
 
 def _text(data: RunData) -> list[Section]:

@@ -31,6 +31,7 @@ def write_report(context: RunContext, steps: Sequence[str]) -> Result:
 
 def summary(context: RunContext, evaluation: Evaluation, steps: Sequence[str]) -> str:
     """The tables and the line of figures."""
+    from pipeline.report.continuations import continuations_text
     from pipeline.report.result_table import figures_line, result_table
     from pipeline.report.task_table import task_table
 
@@ -43,7 +44,8 @@ def summary(context: RunContext, evaluation: Evaluation, steps: Sequence[str]) -
         sum(_seconds(manifest) for manifest in manifests.values()) / 60,
     )
     tables = [result_table(evaluation), *([task_table(evaluation)] if evaluation.tasks else [])]
-    return "\n\n".join(tables) + f"\n{line}"
+    texts = ["", continuations_text(evaluation)] if evaluation.continuations else []
+    return "\n".join(["\n\n".join(tables), line, *texts])
 
 
 def _seconds(manifest: StepManifest) -> float:

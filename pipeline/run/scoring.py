@@ -1,6 +1,7 @@
 """The step that scores: the base model and the stages' last checkpoints, or one that the user names."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,20 +12,23 @@ from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.records.task_score import TaskScores
 from pipeline.run.context import RunContext
 from pipeline.run.step import Inputs, Result
+from pipeline.run.tokenizers import begins_of
 
 if TYPE_CHECKING:
     from pipeline.distributed.process_group import Ranks
     from pipeline.evaluation.checkpoints import Scored
-    from pipeline.evaluation.evaluate import Evaluator
+    from pipeline.evaluation.evaluate import Evaluator, Work
 
 
 def evaluate_inputs(context: RunContext) -> Inputs:
-    """The sets, the model, the window, and what the stages came to."""
+    """The sets, the model, the window, the prompts, and what the stages came to."""
+    evaluate = context.run.evaluate
     return {
         "sets": held_out_keys(context),
         "model": context.start,
-        "window": context.run.evaluate.window,
+        "window": evaluate.window,
         "stages": {stage: context.folder.hash_of(stage) for stage in context.stages},
+        **({"prompts": [evaluate.prompts, evaluate.new_tokens]} if evaluate.prompts else {}),
     }
 
 
@@ -94,15 +98,16 @@ def tasks_that_hold(
     return kept_tasks(before, keys, versions, now)
 
 
-def _missing(context: RunContext, scoring: "Evaluator", models: "list[Scored]") -> dict[str, list[str]]:
+def _missing(context: RunContext, scoring: "Evaluator", models: "list[Scored]") -> "dict[str, Work]":
     """What is to be scored: all of it where the user forces a step whose inputs did not change."""
     if context.redo:
-        return {model.label: list(scoring.texts) for model in models}
+        return scoring.everything(models)
     return scoring.missing(models)
 
 
 def evaluator(context: RunContext) -> "Evaluator":
     """What scores this run's models."""
+    from pipeline.evaluation.continuations import Continuations
     from pipeline.evaluation.evaluate import Evaluator
     from pipeline.evaluation.score_cache import ScoreCache
 
@@ -110,6 +115,10 @@ def evaluator(context: RunContext) -> "Evaluator":
     return Evaluator(
         run, context.plan, context.store, held_out_keys(context), dense=context.dense, dtype=context.dtype,
         cache=ScoreCache(run.cache_dir / "scores", run.evaluate.window, str(context.dtype)),
+        continuations=Continuations(
+            run.evaluate.prompts, run.evaluate.new_tokens, partial(begins_of, context),
+            run.cache_dir / "continuations", context.dtype,
+        ),
     )  # fmt: skip
 
 

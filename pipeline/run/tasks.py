@@ -9,12 +9,12 @@ from pipeline.records.evaluation import Evaluation
 from pipeline.records.run_folder import TASKS_FOLDER
 from pipeline.run.context import RunContext
 from pipeline.run.scoring import evaluation_path, held_out_keys, models_to_score, tasks_that_hold
+from pipeline.run.tokenizers import begins_of
 
 if TYPE_CHECKING:
     from pipeline.distributed.process_group import Ranks
-    from pipeline.evaluation.checkpoints import Scored
     from pipeline.evaluation.task_list import TaskList
-    from pipeline.evaluation.task_scores import Begins, Missing, TaskEvaluator
+    from pipeline.evaluation.task_scores import Missing, TaskEvaluator
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class TaskScoring:
 
     def compute(self, ranks: "Ranks") -> None:
         """Score what is missing; all ranks take part."""
-        text = {model.label: _begins(self._context, model) for model in self._models}
+        text = {model.label: begins_of(self._context, model) for model in self._models}
         self._evaluator.score(self._models, self.missing(), text, ranks, self._context.dims)
 
     def write(self) -> Evaluation:
@@ -157,12 +157,3 @@ def _evaluator(context: RunContext, tasks: "TaskList") -> "TaskEvaluator":
 
     run = context.run
     return TaskEvaluator(tasks, run.evaluate.window, context.dense, context.dtype, run.cache_dir / "tasks")
-
-
-def _begins(context: RunContext, model: "Scored") -> "Begins":
-    from pipeline.evaluation.task_scores import Begins
-    from pipeline.run.tokenizers import beginning_of, tokenizer_of
-
-    tokenizer = tokenizer_of(context, model)
-    tokenizer.split_special_tokens = True  # a text that spells a special token stays text, as in training
-    return Begins(tokenizer, beginning_of(context, tokenizer), context.store.separator_id)

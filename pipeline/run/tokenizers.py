@@ -8,6 +8,7 @@ from pipeline.run.context import RunContext
 
 if TYPE_CHECKING:
     from pipeline.evaluation.checkpoints import Scored
+    from pipeline.evaluation.task_scores import Begins
 
 
 def tokenizer_of(context: RunContext, scored: "Scored") -> Any:
@@ -28,3 +29,12 @@ def tokenizer_of(context: RunContext, scored: "Scored") -> Any:
 def beginning_of(context: RunContext, tokenizer: Any) -> int:
     """What a document begins with, in training as in scoring: BOS, or without one the separator."""
     return int(tokenizer.bos_token_id) if context.store.begins_with_bos else context.store.separator_id
+
+
+def begins_of(context: RunContext, scored: "Scored") -> "Begins":
+    """A model's tokenizer, and what its documents begin and end with; text that spells a special token stays text."""
+    from pipeline.evaluation.task_scores import Begins
+
+    tokenizer = tokenizer_of(context, scored)
+    tokenizer.split_special_tokens = True  # as in training
+    return Begins(tokenizer, beginning_of(context, tokenizer), context.store.separator_id)

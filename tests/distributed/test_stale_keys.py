@@ -149,6 +149,8 @@ FLIPS = [
     Flip("deepspeed", "ds_configs/bf16_zero1.json", {S, S1, S2}),
     # What does not change a result.
     Flip("evaluate.window", 64, {E}),
+    Flip("evaluate.prompts", {"el": "νερό"}, {E}),
+    Flip("evaluate.new_tokens", 5, {E}, also={"evaluate.prompts": {"el": "νερό"}}),
     Flip("validate.*", 512, set(), "validate.every_tokens"),
     Flip("checkpoint.*", 5, set(), "checkpoint.keep"),
     Flip("parallel.*", 2, set(), "parallel.ranks"),
