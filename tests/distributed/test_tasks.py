@@ -282,7 +282,6 @@ MISTAKES = [
     (["--tasks", "flores_en-hu"], "python -m pipeline fetch RUN.yaml --tasks flores_en-hu"),
     (["--tasks", "{empty}"], "holds no task of lm-eval's; give it a YAML file with a task: in it"),
     (["--tasks", "{own}/broken.yaml"], "--tasks broken: can't be loaded (ValueError: no such words)"),
-    (["--tasks", "humaneval_instruct"], "--tasks humaneval_instruct: "),
     (["--tasks", "held_out", "--checkpoint", "stage3"], "--checkpoint stage3: unknown"),
 ]
 
