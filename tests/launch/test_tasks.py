@@ -83,6 +83,13 @@ def test_the_verse_that_follows_is_among_verses_of_other_chapters_that_are_as_lo
     assert module_of("verses").questions([["a", "b", "c"], ["d"]]) == [], "too short to ask about"
 
 
+def test_a_verse_that_repeats_is_not_asked_about() -> None:
+    twice = [verse for n in range(20) for verse in (f"a{n}", f"a{n}")]
+    others = [f"b{n}" for n in range(20)]
+    for question in module_of("verses").questions([twice, others]):
+        assert question["choices"][question["answer"]] not in question["context"].split("\n")
+
+
 def test_verses_are_read_from_the_quickstart_s_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"text": "\n".join(f"verse {chapter} {n} line\u2028" for n in range(9))} for chapter in range(3)]
