@@ -74,6 +74,7 @@ def load_tasks(names: Sequence[str], few_shot: int | None, folders: Sequence[Pat
     for name, task in tasks.items():
         _check_kind(name, task)
         _set_few_shot(task, few_shot)
+        _check_few_shot(name, task)
     return TaskList(tasks, groups, {name: _content(task) for name, task in tasks.items()})
 
 
@@ -173,6 +174,20 @@ def _set_few_shot(task: Any, few_shot: int | None) -> None:
         task.set_config("num_fewshot", few_shot)
     elif told is None:
         task.set_config("num_fewshot", 0)
+
+
+def _check_few_shot(name: str, task: Any) -> None:
+    """Refuse more examples than there are documents to take them from."""
+    shots = task.get_config("num_fewshot")
+    if not shots:
+        return
+    split = getattr(getattr(task, "fewshot_cfg", None), "split", None)
+    own = int(split is not None and split == task.get_config("test_split"))  # a question is no example of itself
+    found = len(list(task.fewshot_docs() or [])) - own
+    if shots > found:
+        raise UserError(
+            f"--tasks {name}: {shots} examples, but it has {found} to take them from; give less: --few-shot"
+        )
 
 
 def _content(task: Any) -> str:

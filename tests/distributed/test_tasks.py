@@ -231,8 +231,9 @@ def test_what_is_scored_is_not_scored_again_and_what_is_lost_alone_is(scored: Tr
     path.unlink()
     assert scoring.missing() == {"base": ["held_out_el"]}
     path.write_bytes(kept)
-    other = TaskScoring(context, Asked(f"{Path(scored['output_dir']).parent / 'own'}", few_shot=2))
-    assert other.missing() == {label: [CHOICES, ONE, SPELLED] for label in LABELS} | {}
+    file = Path(scored["output_dir"]).parent / "own" / f"{CHOICES}.yaml"
+    assert TaskScoring(context, Asked(str(file))).missing() == {}
+    assert TaskScoring(context, Asked(str(file), few_shot=2)).missing() == dict.fromkeys(LABELS, [CHOICES])
 
 
 def test_evaluating_again_keeps_tasks_of_the_same_weights_and_text_and_drops_others(
@@ -282,6 +283,10 @@ MISTAKES = [
     (["--tasks", "flores_en-hu"], "python -m pipeline fetch RUN.yaml --tasks flores_en-hu"),
     (["--tasks", "{empty}"], "holds no task of lm-eval's; give it a YAML file with a task: in it"),
     (["--tasks", "{own}/broken.yaml"], "--tasks broken: can't be loaded (ValueError: no such words)"),
+    (
+        ["--tasks", "{own}/own_choices.yaml", "--few-shot", "6"],
+        "own_choices: 6 examples, but it has 5 to take them from",
+    ),
     (["--tasks", "held_out", "--checkpoint", "stage3"], "--checkpoint stage3: unknown"),
 ]
 
