@@ -67,10 +67,12 @@ def load_tasks(names: Sequence[str], few_shot: int | None, folders: Sequence[Pat
     _check_names(manager, wanted)
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
-    for name in dict.fromkeys(wanted):
-        loaded = _load(manager, name)
-        tasks |= loaded["tasks"]
-        groups |= {group: one for group, one in loaded["groups"].items() if one.has_aggregation}
+    for name in wanted:
+        if name not in tasks and name not in groups:  # as a group of before asks it
+            loaded = _load(manager, name)
+            tasks = {**loaded["tasks"], **tasks}
+            groups = {**loaded["groups"], **groups}
+    groups = {name: one for name, one in groups.items() if one.has_aggregation}
     for name, task in tasks.items():
         _check_kind(name, task)
         _set_few_shot(task, few_shot)
@@ -92,7 +94,7 @@ def _is_path(name: str) -> bool:
 
 
 def _names_in(name: str) -> list[str]:
-    """All tasks and groups of a folder, or those of a file.
+    """All groups and tasks of a folder, or those of a file; groups first, which may say how their tasks are asked.
 
     Raises:
         UserError: there are none.
@@ -106,7 +108,7 @@ def _names_in(name: str) -> list[str]:
     found = [name for name, file in files.items() if path.is_dir() or file == path.resolve()]
     if not found:
         raise UserError(f"--tasks {name}: holds no task of lm-eval's; give it a YAML file with a task: in it")
-    return found
+    return sorted(found, key=lambda name: index[name].kind.name != "GROUP")
 
 
 def _knows_all(manager: Any, names: Sequence[str]) -> bool:

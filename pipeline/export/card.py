@@ -99,7 +99,7 @@ def _results_of_tasks(facts: CardFacts) -> list[EvalResult]:
             task_type="text-generation",
             dataset_type=name,
             dataset_name=f"{name} (lm-eval {scores[facts.label].lm_eval})",
-            dataset_args={"num_few_shot": max(scores[facts.label].few_shot, 0)},
+            dataset_args={"num_few_shot": scores[facts.label].few_shot} if scores[facts.label].few_shot >= 0 else None,
             metric_type=metric.partition(",")[0],
             metric_name=metric,
             metric_value=round(figure.value, 4),

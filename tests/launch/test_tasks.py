@@ -12,6 +12,7 @@ from datasets import Dataset
 
 from common.errors import UserError
 from pipeline.evaluation.task_list import OWN, load_tasks
+from tests.helpers.own_tasks import CHOICES, GROUP, ONE, SPELLED, write_own_tasks
 
 PAPERS = {
     "arc_challenge": 25, "arc_hu": 25, "arc_challenge_mt_el": 25, "hellaswag": 10, "hellaswag_hu": 10, "mmlu": 5,
@@ -113,3 +114,17 @@ def test_missing_verses_are_one_line_with_the_command_that_fetches_them(
     ) as caught:
         load_tasks(["verse_continuation_tr"], None)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_s_groups_say_how_their_tasks_are_asked_and_a_file_is_its_task_alone(tmp_path: Path) -> None:
+    folder = write_own_tasks(tmp_path / "own")
+    group = {"group": GROUP, "task": [{"task": CHOICES, "num_fewshot": 3}, ONE]}
+    (folder / "group.yaml").write_text(yaml.safe_dump(group))
+    found = load_tasks([str(folder)], None)
+    assert found.tasks.keys() == {CHOICES, ONE, SPELLED} and not found.groups, "the group has no figure of its own"
+    assert found.tasks[CHOICES].get_config("num_fewshot") == 3
+    alone = load_tasks([str(folder / f"{CHOICES}.yaml")], None)
+    assert alone.tasks.keys() == {CHOICES}
+    assert alone.tasks[CHOICES].get_config("num_fewshot") == 1
+    assert alone.contents[CHOICES] != found.contents[CHOICES]
+    assert load_tasks([str(folder / f"{CHOICES}.yaml")], 3).contents[CHOICES] == found.contents[CHOICES]
