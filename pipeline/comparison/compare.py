@@ -8,8 +8,10 @@ import numpy as np
 
 from pipeline.comparison.read import ReadRun, labels_of
 from pipeline.evaluation.evaluate import paired_change
+from pipeline.evaluation.task_table import examples, shown_tasks
 from pipeline.records.comparison import ComparedGroup, ComparedRun, Comparison, Spread
 from pipeline.records.evaluation import Change, Group
+from pipeline.records.task_score import Figure
 from pipeline.report.summary import mean_percent
 
 
@@ -60,7 +62,19 @@ def _compared(read: ReadRun, label: str, group: str) -> ComparedRun:
         tokens=read.tokens,
         flops=read.flops(),
         seconds=read.seconds,
+        tasks=_tasks(read),
     )
+
+
+def _tasks(read: ReadRun) -> dict[str, Figure]:
+    """The first metric of each task; those that were asked otherwise have another name."""
+    scores = {name: found.get(read.checkpoint) for name, found in shown_tasks(read.evaluation.tasks).items()}
+    return {
+        f"{name} {metric}, {examples(score)}-shot": figure
+        for name, score in scores.items()
+        if score is not None
+        for metric, figure in list(score.metrics.items())[:1]
+    }
 
 
 def _group(runs: list[ComparedRun]) -> ComparedGroup:

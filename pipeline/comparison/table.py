@@ -1,9 +1,11 @@
 """A comparison as rows of cells: what the page and the text on the screen show."""
 
+import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from common.text_table import aligned
+from pipeline.evaluation.task_table import with_error
 from pipeline.records.comparison import ComparedGroup, ComparedRun, Comparison, Spread
 from pipeline.records.evaluation import Change
 from pipeline.report.summary import duration, short, tone
@@ -13,6 +15,7 @@ SETS = (("new", "NEW"), ("old", "OLD"), ("watch", "WATCH"))
 TITLES = {
     "changes": "Change of bits per character against the dense model, in percent: lower is better",
     "cost": "Parameters, tokens and work of training",
+    "tasks": "Tasks of lm-eval; ± is one standard error, or of several seeds their standard deviation",
 }
 
 
@@ -58,11 +61,13 @@ def _plain(text: str) -> str:
 
 
 def tables(comparison: Comparison) -> list[Table]:
-    """Changes, cost and, where there is a run to pair with, the intervals against it."""
+    """Changes, cost, tasks if there are any, and where there is a run to pair with, the intervals against it."""
     result = [
         Table("changes", TITLES["changes"], *_changes(comparison)),
         Table("cost", TITLES["cost"], COST_COLUMNS, list(_rows(comparison, _cost_of_group, _cost))),
     ]
+    if any(one.tasks for one in comparison.runs):
+        result.append(Table("tasks", TITLES["tasks"], *_tasks(comparison)))
     if comparison.against is not None:
         result.append(_paired(comparison))
     return result
@@ -145,6 +150,23 @@ def _cost_of_group(group: ComparedGroup) -> list[Cell]:
     time = group.seconds
     text = MISSING if time is None else f"{duration(time.mean)} ± {duration(time.deviation or 0.0)}"
     return [*[Cell("")] * (len(COST_COLUMNS) - 1), Cell(text)]
+
+
+def _tasks(comparison: Comparison) -> tuple[list[str], list[Row]]:
+    runs = {one.name: one for one in comparison.runs}
+    columns = list(dict.fromkeys(name for one in comparison.runs for name in one.tasks))
+
+    def of_run(one: ComparedRun) -> list[Cell]:
+        return [Cell(with_error(one.tasks[name], " ± ") if name in one.tasks else MISSING) for name in columns]
+
+    def of_group(group: ComparedGroup) -> list[Cell]:
+        found = [[runs[run].tasks[name].value for run in group.runs if name in runs[run].tasks] for name in columns]
+        return [
+            Cell(f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}" if len(values) > 1 else MISSING)
+            for values in found
+        ]
+
+    return columns, list(_rows(comparison, of_group, of_run))
 
 
 def _paired(comparison: Comparison) -> Table:

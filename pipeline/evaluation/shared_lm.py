@@ -85,28 +85,47 @@ class SharedLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[Tokens], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        batches, answers_N2 = self._batches(requests), torch.zeros(len(requests), 2, dtype=torch.float64)
-        answers_N2 = answers_N2.to(self._ranks.device)
+        self._say_if_too_long(requests)
+        answers_N2 = torch.zeros(len(requests), 2, dtype=torch.float64, device=self._ranks.device)
         nothing: Tokens = (("", ""), [self._separator], [self._separator])
-        for mine in self._share(batches, "request"):
-            found = super()._loglikelihood_tokens([requests[i] for i in mine] or [nothing], disable_tqdm=True)
+        for mine in self._share(self._batches(requests), "request"):
+            chosen = [requests[i] for i in mine] or [nothing]
+            # HFLM computes alike requests once, which is right only where it scores as many tokens of each.
+            self.logits_cache = all(_is_one_token(one) for one in chosen)
+            found = super()._loglikelihood_tokens(chosen, disable_tqdm=True)
             if mine:
                 answers_N2[mine] = torch.tensor(found, dtype=torch.float64, device=self._ranks.device)
         return [(value, bool(is_likeliest)) for value, is_likeliest in self._ranks.sum(answers_N2).tolist()]
 
+    def _say_if_too_long(self, requests: Sequence[Tokens]) -> None:
+        too_long = sum(len(context) + len(more) > self.max_length + 1 for _, context, more in requests)
+        if too_long:
+            self._ranks.say(
+                f"lm-eval: {too_long:,} of {len(requests):,} requests are longer than {self.max_length:,} tokens; "
+                "what is too much is cut off at their beginning"
+            )
+
     def _batches(self, requests: Sequence[Tokens]) -> list[list[int]]:
-        """Numbers of requests, by batch; those that differ in the last token alone are in one, and computed once."""
-        alike: dict[tuple[int, ...], list[int]] = {}
-        for number, (_, context, continuation) in enumerate(requests):
-            alike.setdefault((*context, *continuation[:-1]), []).append(number)
+        """Numbers of requests, by batch; those that differ in their one scored token are in one, and computed once."""
+        alike: dict[Any, list[int]] = {}
+        for number, one in enumerate(requests):
+            alike.setdefault(tuple(one[1]) if _is_one_token(one) else number, []).append(number)
+
+        def length(numbers: list[int]) -> int:
+            _, context, continuation = requests[numbers[0]]
+            return min(len(context) + len(continuation) - 1, self.max_length)
+
         batches: list[list[int]] = []
-        rows, longest = 0, 0
-        for tokens in sorted(alike, key=lambda tokens: -len(tokens)):
-            if not batches or (rows + 1) * longest > TOKENS_PER_BATCH[self._ranks.device.type]:
-                batches.append([])
-                rows, longest = 0, len(tokens)
-            batches[-1] += alike[tokens]
-            rows += 1
+        most = TOKENS_PER_BATCH[self._ranks.device.type]
+        for of_one_token in (True, False):
+            rows, longest = 0, 0
+            found = [numbers for numbers in alike.values() if _is_one_token(requests[numbers[0]]) == of_one_token]
+            for numbers in sorted(found, key=length, reverse=True):
+                if rows == 0 or (rows + 1) * longest > most:
+                    batches.append([])
+                    rows, longest = 0, length(numbers)
+                batches[-1] += numbers
+                rows += 1
         return batches
 
     def _share(self, batches: list[list[int]], unit: str) -> Iterator[list[int]]:
@@ -152,3 +171,8 @@ class SharedLM(HFLM):
     def _model_generate(self, context: Any, max_length: int, stop: list[str], **generation_kwargs: Any) -> Any:
         # A rank whose texts have ended goes on until those of all ranks have.
         return super()._model_generate(context, max_length, stop, synced_gpus=self._is_spread, **generation_kwargs)
+
+
+def _is_one_token(request: Tokens) -> bool:
+    """Whether a single token is scored, as of questions whose answers are letters."""
+    return len(request[2]) == 1

@@ -67,13 +67,16 @@ def load_tasks(names: Sequence[str], few_shot: int | None, folders: Sequence[Pat
     _check_names(manager, wanted)
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
-    for name in dict.fromkeys(wanted):
-        loaded = _load(manager, name)
-        tasks |= loaded["tasks"]
-        groups |= {group: one for group, one in loaded["groups"].items() if one.has_aggregation}
+    for name in wanted:
+        if name not in tasks and name not in groups:  # as a group of before asks it
+            loaded = _load(manager, name)
+            tasks = {**loaded["tasks"], **tasks}
+            groups = {**loaded["groups"], **groups}
+    groups = {name: one for name, one in groups.items() if one.has_aggregation}
     for name, task in tasks.items():
         _check_kind(name, task)
         _set_few_shot(task, few_shot)
+        _check_few_shot(name, task)
     return TaskList(tasks, groups, {name: _content(task) for name, task in tasks.items()})
 
 
@@ -91,7 +94,7 @@ def _is_path(name: str) -> bool:
 
 
 def _names_in(name: str) -> list[str]:
-    """All tasks and groups of a folder, or those of a file.
+    """All groups and tasks of a folder, or those of a file; groups first, which may say how their tasks are asked.
 
     Raises:
         UserError: there are none.
@@ -105,7 +108,7 @@ def _names_in(name: str) -> list[str]:
     found = [name for name, file in files.items() if path.is_dir() or file == path.resolve()]
     if not found:
         raise UserError(f"--tasks {name}: holds no task of lm-eval's; give it a YAML file with a task: in it")
-    return found
+    return sorted(found, key=lambda name: index[name].kind.name != "GROUP")
 
 
 def _knows_all(manager: Any, names: Sequence[str]) -> bool:
@@ -173,6 +176,20 @@ def _set_few_shot(task: Any, few_shot: int | None) -> None:
         task.set_config("num_fewshot", few_shot)
     elif told is None:
         task.set_config("num_fewshot", 0)
+
+
+def _check_few_shot(name: str, task: Any) -> None:
+    """Refuse more examples than there are documents to take them from."""
+    shots = task.get_config("num_fewshot")
+    if not shots:
+        return
+    split = getattr(getattr(task, "fewshot_cfg", None), "split", None)
+    own = int(split is not None and split == task.get_config("test_split"))  # a question is no example of itself
+    found = len(list(task.fewshot_docs() or [])) - own
+    if shots > found:
+        raise UserError(
+            f"--tasks {name}: {shots} examples, but it has {found} to take them from; give less: --few-shot"
+        )
 
 
 def _content(task: Any) -> str:

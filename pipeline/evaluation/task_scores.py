@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.errors import AgreedError
 from common.files import content_key
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
@@ -104,13 +103,10 @@ class TaskEvaluator:
         np.random.seed(SEED)
         torch.manual_seed(SEED)
         task.set_fewshot_seed(SEED)
-        try:
-            results = lm_eval.evaluate(
-                lm, {"tasks": {name: task}}, bootstrap_iters=DRAWS if ranks.is_first else 0,
-                log_samples=task.OUTPUT_TYPE == "loglikelihood_rolling",
-            )  # fmt: skip
-        except ValueError as error:  # such as too few documents for the examples
-            raise AgreedError(f"--tasks {name}: can't be asked ({' '.join(str(error).split())})") from error
+        results = lm_eval.evaluate(
+            lm, {"tasks": {name: task}}, bootstrap_iters=DRAWS if ranks.is_first else 0,
+            log_samples=task.OUTPUT_TYPE == "loglikelihood_rolling",
+        )  # fmt: skip
         if not ranks.is_first:
             return None
         return TaskScore(

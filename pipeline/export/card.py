@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from common.text_table import markdown_table
 from pipeline.config.run import RunConfig
+from pipeline.evaluation.task_table import shown_tasks, task_rows
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.evaluation import BASE, GROUPS, Change, Evaluation, SetResult
 
@@ -55,6 +56,7 @@ def model_card(facts: CardFacts) -> ModelCard:
             _what_it_is(facts),
             "## Results",
             _results(facts),
+            *_tasks(facts),
             "## How to use it",
             _usage(facts),
             "## How it was made",
@@ -76,7 +78,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         base_model=facts.base_model,
         tags=["mixture-of-experts", "moe-lpr", "layermoe"],
         model_name=facts.run.name,
-        eval_results=_eval_results(facts) or None,
+        eval_results=[*_eval_results(facts), *_results_of_tasks(facts)] or None,
     )
 
 
@@ -91,6 +93,26 @@ def _eval_results(facts: CardFacts) -> list[EvalResult]:
             metric_value=round(result.bits_per_character[facts.label], 4),
         )
         for name, result in _scored(facts)
+    ]
+
+
+def _results_of_tasks(facts: CardFacts) -> list[EvalResult]:
+    """The checkpoint's figures on lm-eval's tasks."""
+    tasks = {} if facts.evaluation is None else shown_tasks(facts.evaluation.tasks)
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=f"{name} (lm-eval {scores[facts.label].lm_eval})",
+            dataset_args={"num_few_shot": scores[facts.label].few_shot} if scores[facts.label].few_shot >= 0 else None,
+            metric_type=metric.partition(",")[0],
+            metric_name=metric,
+            metric_value=round(figure.value, 4),
+            metric_args=None if figure.error is None else {"stderr": round(figure.error, 4)},
+        )
+        for name, scores in tasks.items()
+        if facts.label in scores
+        for metric, figure in scores[facts.label].metrics.items()
     ]
 
 
@@ -168,6 +190,15 @@ def _results(facts: CardFacts) -> str:
         "Bits per character of held-out documents, lower is better; +- is a paired 95 % interval over documents."
         f"{of}\n\n{markdown_table(rows)}\n\n{verdict}"
     )
+
+
+def _tasks(facts: CardFacts) -> list[str]:
+    """The table of lm-eval's tasks, if there is any."""
+    tasks = {} if facts.evaluation is None else facts.evaluation.tasks
+    if not any(facts.label in scores for scores in tasks.values()):
+        return []
+    table = markdown_table(task_rows(tasks, {BASE: "before", facts.label: "after"}))
+    return [f"On tasks of lm-eval; +- is one standard error.\n\n{table}"]
 
 
 def _change(change: Change) -> str:

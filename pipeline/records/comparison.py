@@ -2,6 +2,7 @@
 
 from pipeline.records.evaluation import Change
 from pipeline.records.record import Record
+from pipeline.records.task_score import Figure
 
 
 class Spread(Record):
@@ -34,6 +35,7 @@ class ComparedRun(Record):
         flops: floating-point operations of training, see :func:`pipeline.training.utilization.flops_per_token`; None
             where the model's config is not there any more.
         seconds: of training, all stages' steps; None where a stage left no such figure.
+        tasks: the first metric of each task of lm-eval's, by task, metric and number of examples.
     """
 
     name: str
@@ -49,6 +51,7 @@ class ComparedRun(Record):
     tokens: dict[str, int]
     flops: float | None
     seconds: float | None
+    tasks: dict[str, Figure] = {}
 
     @property
     def changes(self) -> dict[str, Change]:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from common.files import write_text
 from common.html.render import render
+from pipeline.evaluation.task_table import task_rows
 from pipeline.records.run_folder import REPORT_FILE, RunFolder
 from pipeline.report import summary
 from pipeline.report.data import RunData, read_run, stage_label
 from pipeline.report.sections import picture_sections
-from pipeline.report.task_table import task_rows
 
 
 def write_page(folder: RunFolder, steps: Sequence[str]) -> None:

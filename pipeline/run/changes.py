@@ -34,6 +34,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "stage1": (*_UPCYCLED, "stage1", "bad_steps"),
     "stages": (*_UPCYCLED, "stage1", "stage2", "bad_steps"),
     "window": ("evaluate.window",),
+    "prompts": ("evaluate.prompts", "evaluate.new_tokens"),
 }
 _GROUPS = ("data.old.", "data.new.", "data.watch.", "data.benchmarks.")
 

@@ -31,9 +31,9 @@ def write_report(context: RunContext, steps: Sequence[str]) -> Result:
 
 def summary(context: RunContext, evaluation: Evaluation, steps: Sequence[str]) -> str:
     """The tables and the line of figures."""
+    from pipeline.evaluation.task_table import task_table
     from pipeline.report.continuations import continuations_text
     from pipeline.report.result_table import figures_line, result_table
-    from pipeline.report.task_table import task_table
 
     manifests = context.folder.manifests(steps)
     stages = [manifests[stage].figures for stage in context.stages if stage in manifests]

@@ -84,7 +84,7 @@ class TaskScoring:
 
     def write(self) -> Evaluation:
         """Put the scores into what the evaluation left, print the table, and note that it is done."""
-        from pipeline.report.task_table import task_table
+        from pipeline.evaluation.task_table import task_table
 
         path, scores = evaluation_path(self._context, self._asked.tag), self._evaluator.result(self._models)
         evaluation = Evaluation.load(path)

@@ -15,12 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pipeline.evaluation.generate import Sampling, continuation
 from pipeline.evaluation.scoring import document_windows
 from pipeline.model.backbone import load_dense
+from pipeline.records.evaluation import Evaluation
+from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
 from pipeline.run.exporting import export_run
 from pipeline.run.generating import generate
+from pipeline.run.tasks import Asked
 from pipeline.run.upcycling import parity_samples
 from tests.distributed.conftest import Pools
 from tests.distributed.test_expansion import Model, run
+from tests.distributed.test_tasks import on_rank
 from tests.helpers.extended import ADDED, FIRST, extended_tree
 
 WINDOW = 16
@@ -101,3 +105,14 @@ def test_heads_of_sets_hold_the_same_documents_by_either_tokenizer(done: RunCont
         counts.append((max(window.document for window in windows), sum(window.scored for window in windows)))
     assert counts[0][0] == counts[1][0]
     assert 200 <= counts[0][1] < counts[1][1]
+
+
+def test_lm_eval_gives_each_model_the_text_by_the_tokenizer_that_scored_it(done: RunContext, pools: Pools) -> None:
+    pools[1].run(on_rank, done.run.model_dump(mode="json", by_alias=True), Asked("held_out"))
+    evaluation = Evaluation.load(done.folder / EVALUATION_FILE)
+    for name, result in evaluation.sets.items():
+        scores = evaluation.tasks[f"held_out_{name}"]
+        assert list(scores) == ["base", "stage1", "stage2"]
+        for label, one in scores.items():
+            expected = pytest.approx(result.bits_per_character[label], rel=1e-5)
+            assert one.metrics["bits_per_character"].value == expected, (name, label)

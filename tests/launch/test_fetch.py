@@ -131,3 +131,23 @@ def test_what_was_fetched_and_is_gone_is_named(hub: Hub, tmp_path: Path) -> None
     output = command(*PIPELINE, "tokenize", str(path), code=2, **variables(hub, tmp_path))
     assert "model.path: tiny/model was fetched to " in output
     assert "which is gone; fetch it again" in output
+
+
+def test_after_fetch_a_task_s_data_is_at_hand_without_the_hub(hub: Hub, tmp_path: Path) -> None:
+    path = write_hub_run(tmp_path, model={"path": str(tmp_path / "model")})
+    task = {"task": "quiz", "dataset_path": "tiny/quiz", "output_type": "multiple_choice", "test_split": "test",
+            "doc_to_text": "question", "doc_to_choice": ["yes", "no"], "doc_to_target": "answer"}  # fmt: skip
+    (tmp_path / "quiz").mkdir()
+    (tmp_path / "quiz" / "quiz.yaml").write_text(yaml.safe_dump(task))
+    card = b"---\nconfigs:\n- {config_name: default, data_files: [{split: test, path: test.jsonl}]}\n---\n"
+    rows = "".join(json.dumps({"question": f"Is {n} even?", "answer": n % 2}) + "\n" for n in range(3))
+    hub.commit("datasets", "tiny/quiz", {"README.md": card, "test.jsonl": rows.encode()})
+    online = variables(hub, tmp_path)
+    offline = {**online, "HF_HUB_OFFLINE": "1"}
+    tasks = f"load_tasks(['{tmp_path}/quiz'], None).tasks"
+    load = f"from pipeline.evaluation.task_list import load_tasks; print(len({tasks}['quiz'].eval_docs))"
+    missing = command(*PIPELINE, "fetch", str(path), "--tasks", str(tmp_path / "quiz"), code=2, **offline)
+    assert missing.splitlines()[-1].startswith("error: --tasks quiz: its data is not here (Couldn't reach 'tiny/quiz'")
+    output = command(*PIPELINE, "fetch", str(path), "--tasks", str(tmp_path / "quiz"), **online)
+    assert "fetch: quiz: 3 documents" in output
+    assert command(sys.executable, "-c", load, **offline).splitlines()[-1] == "3"

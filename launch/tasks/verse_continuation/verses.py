@@ -35,6 +35,8 @@ def load(file: str, **_others: Any) -> dict[str, Any]:
 def questions(chapters: list[list[str]]) -> list[dict[str, Any]]:
     """At most so many of each chapter, evenly spread; the same each time.
 
+    A verse that repeats counts once: some translations give several verses the same text, and a model could copy it.
+
     Args:
         chapters: the verses of each.
 
@@ -43,6 +45,7 @@ def questions(chapters: list[list[str]]) -> list[dict[str, Any]]:
     """
     draw = random.Random(0)
     found = []
+    chapters = [list(dict.fromkeys(verses)) for verses in chapters]
     for number, verses in enumerate(chapters):
         places = range(CONTEXT, len(verses))
         others = {verse for other, known in enumerate(chapters) if other != number for verse in known}

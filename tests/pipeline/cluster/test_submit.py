@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from pipeline.cli.arguments import parse
-from pipeline.cluster.batch import job_of_options
+from pipeline.cluster.batch import job_of_options, settings_of_options
 from pipeline.cluster.jobs import jobs_of
 from pipeline.cluster.script import batch_script
 from pipeline.cluster.submit import submit_run
@@ -54,6 +54,14 @@ def test_sbatch_of_train_sh_trains_or_evaluates_as_a_job_is_done_when_one_step_i
     assert job_of_options(baseline, parse(["train", "tiny.yaml"])).name == "stage1"
     with pytest.raises(UserError, match="^train --evaluate: no batch job does this alone; use "):
         job_of_options(run, parse(["train", "tiny.yaml", "--evaluate"]))
+
+
+def test_sbatch_of_an_evaluation_with_tasks_is_done_when_the_tasks_are(tmp_path: Path) -> None:
+    run = parse_run(run_tree(tmp_path), "tiny.yaml")
+    for words, name in (([], "evaluate"), (["--tasks", "held_out"], "tasks")):
+        options = parse(["evaluate", "tiny.yaml", *words])
+        settings = settings_of_options(job_of_options(run, options), options)
+        assert Path(settings["STEP_DONE"]) == tmp_path / "runs" / "tiny" / "manifests" / f"{name}.json"
 
 
 def test_a_dry_run_shows_the_jobs_of_a_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

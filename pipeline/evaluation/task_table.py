@@ -47,9 +47,9 @@ def examples(score: TaskScore) -> str:
     return MIXED if score.few_shot < 0 else str(score.few_shot)
 
 
-def with_error(figure: Figure) -> str:
+def with_error(figure: Figure, sign: str = " +-") -> str:
     """A value with its standard error, where there is one."""
-    return f"{figure.value:.4f}" + ("" if figure.error is None else f" +-{figure.error:.4f}")
+    return f"{figure.value:.4f}" + ("" if figure.error is None else f"{sign}{figure.error:.4f}")
 
 
 def _cell(score: TaskScore | None, metric: str) -> str:
