@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster import JOBS
-from pipeline.run.exporting import DTYPES, NATIVE
+from pipeline.run.exporting import DTYPES, NATIVE, SERVE
 from pipeline.run.steps import STEP_NAMES, STEPS
 
 RUN_VERBS = {
@@ -29,6 +29,7 @@ RUN_VERBS = {
 }
 TASKS = "lm-eval's tasks: names, folders or YAML files with commas between, such as held_out,verse_continuation_tr"
 NEW = "new"
+IMPORT = "import"
 COMPARE = "compare"
 SWEEP = "sweep"
 CHECKPOINT_VERBS = {
@@ -57,6 +58,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if verb == "check" or any(step.verb == verb and step.needs_ranks for step in STEPS):
             sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # from deepspeed's launcher
     _new_options(_add_verb(verbs, NEW, "a run for your own model and text, with values that fit both."))
+    _import_options(
+        _add_verb(
+            verbs, IMPORT, "an exported folder as the base of further expansions: base: in a run's YAML.\n"
+            "Reads FOLDER; writes --to.",
+        )
+    )  # fmt: skip
     _compare_options(
         _add_verb(
             verbs, COMPARE, "what runs gained, forgot and cost, as a table and a page.\n"
@@ -88,6 +95,11 @@ def _new_options(parser: argparse.ArgumentParser) -> None:
             f"--{group}", action="append", required=True, metavar="NAME=PATH",
             help=f"text of a language that {what}: a file, a folder or a glob; may be given several times",
         )  # fmt: skip
+
+
+def _import_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="that export wrote of a run with experts")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="by default runs/NAME-imported, NAME being that run")
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
@@ -146,6 +158,7 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
         "--graft", metavar="INSTRUCT_MODEL", help="add what this tuning of the dense model added to it (experimental)"
     )
     parser.add_argument("--native", choices=NATIVE, help="as an architecture of transformers, without own code")
+    parser.add_argument("--serve", choices=SERVE, help="with own code whose experts vLLM computes by one kernel")
 
 
 def _push_options(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.errors import EXIT_CODE, AgreedError, BusyError, OwnError, UserError, interrupted
 from common.launch_environment import become_rank, is_first_rank, listen_early, set_variables
-from pipeline.cli.arguments import CHECKPOINT_VERBS, COMPARE, NEW, RUN_VERBS, SWEEP, parse
+from pipeline.cli.arguments import CHECKPOINT_VERBS, COMPARE, IMPORT, NEW, RUN_VERBS, SWEEP, parse
 from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.distributed.failures import has_joined, told_by_ranks
@@ -119,7 +119,7 @@ def _allocate(context: RunContext, options: argparse.Namespace) -> int:
 
 def _export(context: RunContext, options: argparse.Namespace) -> int:
     """A checkpoint as a Hugging Face folder."""
-    export_run(context, options.checkpoint, options.dtype, options.to, options.native, options.graft)
+    export_run(context, options.checkpoint, options.dtype, options.to, options.native, options.serve, options.graft)
     return 0
 
 
@@ -190,6 +190,14 @@ def _check(options: argparse.Namespace) -> int:
     sets = [f"--set={change}" for change in options.set]
     arguments = ["check", *named, *sets, "--megabytes", str(options.megabytes)]
     start_ranks(arguments, options.ranks, entry="check.sh")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    """An exported folder as a base."""
+    from pipeline.run.importing import import_exported
+
+    import_exported(options.folder, options.to)
     return 0
 
 
@@ -285,6 +293,8 @@ def main(arguments: list[str]) -> int:
     if options.verb == NEW:
         write_new_run(options.path, options.model, options.old, options.new)
         return 0
+    if options.verb == IMPORT:
+        return _import(options)
     if options.verb == COMPARE:
         return _compare(options)
     if sweep is not None:

@@ -1,15 +1,19 @@
 """The sections of a run that say what is expanded: the base run, similarity and experts."""
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from common.section import Positive, Section
+from common.yaml_reader import parse_yaml
 
 
 class BaseConfig(Section):
     """The run whose expanded model this one expands further (LayerMoE, arXiv 2505.22582, section 4): its folder.
+
+    It may also be a folder that ``python -m pipeline import`` made; that has one checkpoint alone.
 
     ``checkpoint`` is its last stage's, or STAGE, STAGE/best or STAGE/stepNNNNNN. Its experts freeze, its languages are
     old ones now, and each keeps the experts of its time; ``data.old`` names text of them for similarity and replay.
@@ -104,3 +108,20 @@ class ExpertsConfig(Section):
             if count < 1:
                 raise ValueError(f"counts[{layer}]: {count} is below 1; give at least 1, the original MLP")
         return self
+
+
+def model_of_base(folder: Path) -> dict[str, Any]:
+    """The section ``model`` of a run that starts from a run's folder, or from an imported one.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if (folder / "run.yaml").is_file():
+        path = folder / "run.yaml"
+        return dict(parse_yaml(path.read_text(encoding="utf-8"), str(path))["model"])
+    if (folder / "imported.json").is_file():
+        extends = json.loads((folder / "imported.json").read_text(encoding="utf-8"))["extends_tokenizer"]
+        return {"path": str(folder / "model"), "tokenizer": str(folder / "upcycled" / "hf") if extends else None}
+    if (folder / "expansion.json").is_file():
+        raise ValueError(f"base.run: {folder} was exported; first: python -m pipeline import {folder}")
+    raise ValueError(f"base.run: {folder} holds no run.yaml; name the folder of a run that was trained")

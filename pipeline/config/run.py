@@ -7,11 +7,10 @@ from pydantic import Field, model_validator
 
 from common.errors import UserError
 from common.section import Fraction, Positive, Section
-from common.yaml_reader import parse_yaml
 from data_prep.config import DataConfig, PreparationConfig, Stage1Tokens, check_one_tokenizer
 from data_prep.config import ModelConfig as ModelConfig  # others import it from here
 from pipeline.config.cluster import ClusterConfig
-from pipeline.config.experts import BaseConfig, ExpertsConfig, SimilarityConfig
+from pipeline.config.experts import BaseConfig, ExpertsConfig, SimilarityConfig, model_of_base
 from pipeline.config.method import MethodConfig
 
 NO_EXPERTS = ExpertsConfig(allocation="none")
@@ -224,11 +223,7 @@ class RunConfig(Section):
         if not isinstance(tree, dict) or not tree.get("base"):
             return tree
         base = tree["base"] if isinstance(tree["base"], dict) else {"run": tree["base"]}
-        path = Path(str(base.get("run"))) / "run.yaml"
-        if not path.is_file():
-            raise ValueError(f"base.run: {path.parent} holds no run.yaml; name the folder of a run that was trained")
-        known = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-        return {"model": known["model"], **tree, "base": base}
+        return {"model": model_of_base(Path(str(base.get("run")))), **tree, "base": base}
 
     @model_validator(mode="after")
     def _check(self) -> "RunConfig":

@@ -15,7 +15,7 @@ from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.stages import STAGES
 from pipeline.method.untrained import Untrained, UntrainedMixture
-from pipeline.model.backbone import load_dense, moe_layers, move
+from pipeline.model.backbone import ONE_RANK, load_dense, moe_layers, move
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import CheckpointIdentity, CheckpointManifest
 
@@ -26,7 +26,8 @@ class Scored:
 
     Attributes:
         label: its name in tables: "base", "stage1", "stage2/best" …
-        folders: the checkpoints to lay over the untrained model, later ones last; none for the dense model.
+        folders: the checkpoints to lay over the untrained model, later ones last; none for the dense model, nor for
+            one that was imported.
         weights: what names its weights: hashes, as JSON holds them.
         has_classifiers: whether its routing classifiers have been trained.
         untrained: what the checkpoints are laid over; None for the dense model.
@@ -103,25 +104,26 @@ def checkpoint_to_score(
 
 
 def check_weights(scored: Scored, ranks: Ranks) -> None:
-    """Verify the checkpoints of a model; the ranks share the files.
+    """Verify the checkpoints of a model, or an imported model that has none; the ranks share the files.
 
     Raises:
         AgreedError: names the damaged files.
     """
+    if not scored.folders and scored.untrained is not None:
+        scored.untrained.check(ranks, ONE_RANK)
     for folder in scored.folders:
         fix = f"name another checkpoint, such as {folder.parent.name}/best, or train {folder.parent.name} again"
         check_sound(folder, ranks, fix, weight_files(folder))
 
 
 def load_scored(scored: Scored, dense: Path, dtype: torch.dtype, ranks: Ranks, dims: ParallelDims) -> PreTrainedModel:
-    """A model on the ranks' device, verified: the dense one where it has no checkpoints.
+    """A model on the ranks' device, verified: the dense one where nothing else is laid over.
 
     Raises:
         AgreedError: names the damaged files.
     """
-    if not scored.folders:
+    if scored.untrained is None:
         return load_dense(dense, dtype, ranks.device)
-    assert scored.untrained is not None
     check_weights(scored, ranks)
     return load_model(scored, scored.untrained, dtype, dims, ranks.device)
 

@@ -13,6 +13,7 @@ from common.errors import UserError
 from common.files import new_folder, write_text
 from pipeline.export.folder import write_folder
 from pipeline.export.form import Form
+from pipeline.export.origin import Origin, write_origin
 from pipeline.export.own_code import OwnCode
 from pipeline.export.tensors import planned_tensors
 from pipeline.method.lora import without_adapters
@@ -58,6 +59,7 @@ def export(
     card: str | None = None,
     form: Form | None = None,
     chat_template: str | None = None,
+    origin: Origin | None = None,
 ) -> Exported:
     """Write the folder; the model's weights are gone afterwards.
 
@@ -71,6 +73,7 @@ def export(
         card: the text of its README.md; None for none.
         form: that it is written in; its own code unless given.
         chat_template: of its tokenizer; the tokenizer's own without it.
+        origin: what an import needs to know besides the weights; None for a dense model.
 
     Raises:
         UserError: its MLPs have biases, or the folder computes something else.
@@ -87,6 +90,8 @@ def export(
             write_text(folder / CARD_FILE, card)
         if chat_template is not None:
             write_text(folder / CHAT_TEMPLATE_FILE, chat_template)
+        if origin is not None:
+            write_origin(origin, folder)
         rounded, trusts = contents.rounded, contents.class_names is not None
         del contents
         _forget_weights(model)
@@ -106,7 +111,7 @@ def export(
                 f"export: as {form.name} the folder's logits would differ from the trained model's by "
                 f"{float(differences_BL.median()):.2g} on half of the tokens; nothing was written: use another form"
             )
-    size = sum(file.stat().st_size for file in target.iterdir())
+    size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     return Exported(
         float(differences_BL.max()), largest, ids_BL.numel(), parameters, size, added, rounded_difference
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """The form that says any mixture: the dense model's own classes, and Python files that put the experts into them."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,32 @@ class OwnCode(Form):
         if first_new_row(model) is not None:
             config["vocab_size"] = vocabulary_of(model)
         return Contents(config, planned_tensors(model, dtype), names)
+
+
+class VllmFused(OwnCode):
+    """With ``num_experts`` in its config, the largest of its layers, vLLM computes experts by one kernel.
+
+    vLLM makes room for as many experts in each layer and loads those that the files hold; others are never chosen.
+    Routers are computed by the folder's own code. Without the key vLLM calls the folder's code for experts too.
+    """
+
+    name = "vllm-fused"
+
+    @staticmethod
+    def why_not(model: PreTrainedModel, plan: ExpertPlan) -> str | None:
+        """What vLLM would compute otherwise; None if it computes the same."""
+        activation = getattr(model.config, "hidden_activation", None) or getattr(model.config, "hidden_act", None)
+        if activation != "silu":
+            return f"its kernel computes SiLU, and {model.config.model_type}'s MLPs compute {activation}"
+        if plan.classifier == "sequence" and mixture_config(model, plan)["classifier_layers"]:
+            return "it computes tokens of all requests as one sequence, and this model classifies whole sequences"
+        return None
+
+    def contents(self, model: PreTrainedModel, plan: ExpertPlan, dtype: torch.dtype) -> Contents:
+        """Those of the own code, and the key; :meth:`why_not` must have said nothing."""
+        assert self.why_not(model, plan) is None
+        contents = super().contents(model, plan, dtype)
+        return replace(contents, config=contents.config | {"num_experts": max(plan.counts)})
 
 
 def mixture_config(model: PreTrainedModel, plan: ExpertPlan) -> dict[str, Any]:

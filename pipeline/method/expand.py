@@ -74,7 +74,7 @@ def expand(
     with new_folder(target) as new:
         shutil.copytree(folder / HF_FOLDER, new / HF_FOLDER)
         (new / UPCYCLED_TAG).mkdir()
-        _write_experts(model, before, plan, new / UPCYCLED_TAG)
+        write_experts(model, before, plan, new / UPCYCLED_TAG)
         dtype = getattr(torch, manifest.dtype)
         rows = None if manifest.new_rows is None else manifest.new_rows.model_copy(update={"train": False})
         shared = _write_shared(model, plan, new, dtype, seed, keep=router == "keep", rows=rows)
@@ -96,7 +96,7 @@ def expand(
     return expanded
 
 
-def _write_experts(model: nn.Module, before: ExpertPlan, plan: ExpertPlan, folder: Path) -> None:
+def write_experts(model: nn.Module, before: ExpertPlan, plan: ExpertPlan, folder: Path) -> None:
     """A file for each expert that is there; a layer's number among MoE layers may have changed."""
     for number_before, (name, layer) in zip(before.moe_layers, named_moe_layers(model).items(), strict=True):
         for number, expert in enumerate(layer.local_experts.experts):

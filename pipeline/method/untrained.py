@@ -68,10 +68,12 @@ class UntrainedMixture(Untrained):
     Attributes:
         folder: where it lies.
         plan: its experts.
+        fix: what a user can do about a damaged file.
     """
 
     folder: Path
     plan: ExpertPlan
+    fix: str = "upcycle again with --force"
 
     @property
     def key(self) -> dict[str, Any]:
@@ -81,7 +83,7 @@ class UntrainedMixture(Untrained):
     def check(self, ranks: Ranks, dims: ParallelDims) -> None:
         """Verify all of its files; each rank those that it loads."""
         loads = [f"{UPCYCLED_TAG}/{name}" for name in files_read_once(self.plan, dims)]
-        check_sound(self.folder, ranks, "upcycle again with --force", loads=loads)
+        check_sound(self.folder, ranks, self.fix, loads=loads)
 
     def load(
         self,

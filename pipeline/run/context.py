@@ -18,6 +18,7 @@ from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.checkpoint import CheckpointIdentity
 from pipeline.records.evaluation import BASE
 from pipeline.records.run_folder import PLAN_FILE, RUN_FILE, RunFolder
+from pipeline.run.imported import ImportedBase
 
 if TYPE_CHECKING:
     import torch
@@ -71,14 +72,15 @@ class RunContext:
         return content_key({file.name: sha256 for file, sha256 in zip(files, hashes, strict=True)})
 
     @cached_property
-    def base(self) -> "RunContext | None":
+    def base(self) -> "RunContext | ImportedBase | None":
         """The run whose model this one expands further; None if it starts from a dense model.
 
         Raises:
             UserError: it is not where its settings say.
         """
-        if self.run.base is None:
-            return None
+        imported = ImportedBase.of(self.run)
+        if self.run.base is None or imported is not None:
+            return imported
         folder = self.run.base.run
         run = load_run(folder / RUN_FILE)
         if run.folder.resolve() != folder.resolve():
@@ -106,6 +108,8 @@ class RunContext:
         base = self.base
         if base is None or self.run.base is None:
             return Scored(BASE, (), {"dense": self.model_hash}, by_own_tokenizer=True)
+        if isinstance(base, ImportedBase):
+            return base.start_model
         label = self.run.base.checkpoint or base.stages[-1]
         folders = {stage: base.folder / stage for stage in base.stages}
         identities = {number: base.identity(number) for number in base.run.stage_numbers}

@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.errors import UserError
+from common.files import read_json
 from pipeline.records.checkpoint import HF_FOLDER, UpcycledManifest
 from pipeline.records.evaluation import BASE, Evaluation
+from pipeline.records.expansion import Expansion
 from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
 from pipeline.run.scoring import models_to_score
@@ -17,11 +19,14 @@ if TYPE_CHECKING:
 
     from pipeline.export.card import CardFacts
     from pipeline.export.export import Exported
+    from pipeline.export.form import Form
     from pipeline.export.native.form import NativeForm
+    from pipeline.export.origin import Origin
 
 FOLDER = "export"
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp16": "float16"}
 NATIVE = ("auto", "mixtral", "qwen2_moe", "qwen3_moe", "ernie4_5_moe")
+SERVE = ("vllm-fused",)
 
 
 def export_run(
@@ -30,6 +35,7 @@ def export_run(
     dtype: str | None,
     to: Path | None,
     native: str | None = None,
+    serve: str | None = None,
     instruct: str | None = None,
 ) -> None:
     """Export a checkpoint, and say how far its logits are from those of the model in training.
@@ -40,6 +46,7 @@ def export_run(
         dtype: of the weights, one of ``DTYPES``; the run's own without it.
         to: the folder to make; ``export/`` in the run's folder without it.
         native: one of ``NATIVE``, an architecture of transformers that loads without code of the folder.
+        serve: one of ``SERVE``, a program that is to serve it by a faster path of its own.
         instruct: a folder or hub id of the dense model after instruction tuning, whose difference is added.
 
     Raises:
@@ -52,6 +59,7 @@ def export_run(
     from pipeline.evaluation.checkpoints import load_scored
     from pipeline.export.card import model_card
     from pipeline.export.export import export
+    from pipeline.export.native.form import NativeForm
     from pipeline.model.backbone import ONE_RANK
 
     target = to or context.folder / FOLDER
@@ -63,22 +71,25 @@ def export_run(
     if label in context.stages:
         context.folder.manifest(label)  # which is written when the stage is done
     scored = models_to_score(context, label)[-1]
-    model = load_scored(scored, context.dense, context.dtype, alone("cpu"), ONE_RANK)
-    template = None if instruct is None else _graft(context, model, instruct)
     of = getattr(torch, DTYPES[dtype]) if dtype else context.dtype
-    form = _native_form(context, model, native)
+    model = load_scored(scored, context.dense, _loading_dtype(context, of), alone("cpu"), ONE_RANK)
+    template = None if instruct is None else _graft(context, model, instruct)
+    form = _form(context, model, native, serve)
     card = str(model_card(_facts(context, label, of, form, instruct)))
     hf = context.dense if context.run.method.is_dense else context.upcycled / HF_FOLDER
-    found = export(model, context.plan, hf, target, of, parity_samples(context), card, form, template)
+    is_base = instruct is None and not context.run.method.is_dense  # which a further round can start from
+    origin = _origin(context, label, model, of, form) if is_base else None
+    found = export(model, context.plan, hf, target, of, parity_samples(context), card, form, template, origin)
     print(
         f"export: {label} as {target}, {found.parameters / 1e6:.1f} M parameters, {found.bytes / 1e9:.2f} GB; its "
         f"logits differ by at most {found.difference:.2g} (logits up to {found.largest:.0f}) on {found.tokens} tokens "
         f"from the {'trained' if instruct is None else 'grafted'} model's, fp32",
         flush=True,
     )
-    if form is not None:
+    trusts = "" if context.run.method.is_dense else ", trust_remote_code=True"
+    if isinstance(form, NativeForm):
         print(_native_line(form, found, of), flush=True)
-    trusts = "" if context.run.method.is_dense or form is not None else ", trust_remote_code=True"
+        trusts = ""
     print(f'load it: AutoModelForCausalLM.from_pretrained("{target}"{trusts})', flush=True)
 
 
@@ -102,26 +113,72 @@ def _graft(context: RunContext, model: "PreTrainedModel", instruct: str) -> str 
     return chat_template(folder)
 
 
-def _native_form(context: RunContext, model: "PreTrainedModel", native: str | None) -> "NativeForm | None":
-    """The architecture that is asked for; None for none.
+def _loading_dtype(context: RunContext, written: "torch.dtype") -> "torch.dtype":
+    """What the model is loaded in: the run's, but fp32 where weights of another dtype are to be written in fp32."""
+    import torch
+
+    if context.run.method.is_dense or written != torch.float32:
+        return context.dtype
+    same = _manifest(context).dtype == str(context.dtype).removeprefix("torch.")
+    return context.dtype if same else torch.float32
+
+
+def _manifest(context: RunContext) -> UpcycledManifest:
+    from pipeline.checkpoint.store import read_manifest
+
+    return read_manifest(context.upcycled, UpcycledManifest)
+
+
+def _origin(context: RunContext, label: str, model: "PreTrainedModel", dtype: "torch.dtype", form: "Form") -> "Origin":
+    """What an import needs to know besides the weights."""
+    from pipeline.export.origin import Origin
+    from pipeline.export.own_code import mixture_config
+
+    known, config = _manifest(context), mixture_config(model, context.plan)
+    config_file = read_json(context.upcycled / HF_FOLDER / "config.json")
+    expansion = Expansion(
+        run=context.run.name,
+        checkpoint=label,
+        form=form.name,
+        config={key: value for key, value in config_file.items() if key != "_name_or_path"},
+        upcycled=known.model_copy(update={"files": {}, "plan": context.plan.model_dump(mode="json")}),
+        has_classifiers=bool(config["classifier_layers"]),
+        selection_biases=config["selection_biases"],
+        training_dtype=str(context.dtype).removeprefix("torch."),
+        written_dtype=str(dtype).removeprefix("torch."),
+    )
+    return Origin(expansion, None if known.new_rows is None else context.dense)
+
+
+def _form(context: RunContext, model: "PreTrainedModel", native: str | None, serve: str | None) -> "Form":
+    """What the folder is written as.
 
     Raises:
         UserError: it can't say the mixture, or the model is dense.
     """
-    from pipeline.export.native.choose import AUTO, choose_form
+    from pipeline.export.native.choose import choose_form
     from pipeline.export.native.mixture import Mixture
+    from pipeline.export.own_code import OwnCode, VllmFused
 
-    if native is None:
-        return None
-    method = context.run.method
-    if method.is_dense and native != AUTO:
+    if native is None and serve is None:
+        return OwnCode()
+    option = f"--native {native}" if native else f"--serve {serve}"
+    if native and serve:
         raise UserError(
-            f"export --native {native}: method {method.name} trains a dense model, not a mixture; leave it out"
+            f"export --native {native} --serve {serve}: the second is for a folder with own code; give one"
         )
+    method = context.run.method
+    if method.is_dense and native not in (None, NATIVE[0]):
+        raise UserError(f"export {option}: method {method.name} trains a dense model, not a mixture; leave it out")
     if method.is_dense:
-        print(f"export: --native is not needed: method {method.name}'s model is dense, which transformers knows")
-        return None
-    return choose_form(native, Mixture(model, context.plan))
+        print(f"export: {option} is not needed: method {method.name}'s model is dense, which transformers knows")
+        return OwnCode()
+    if native:
+        return choose_form(native, Mixture(model, context.plan))
+    reason = VllmFused.why_not(model, context.plan)
+    if reason is not None:
+        raise UserError(f"export {option}: vLLM's fused path can't serve this model: {reason}; leave --serve out")
+    return VllmFused()
 
 
 def _native_line(form: "NativeForm", found: "Exported", dtype: "torch.dtype") -> str:
@@ -141,14 +198,12 @@ def _native_line(form: "NativeForm", found: "Exported", dtype: "torch.dtype") ->
     )
 
 
-def _facts(
-    context: RunContext, label: str, dtype: "torch.dtype", form: "NativeForm | None", instruct: str | None
-) -> "CardFacts":
+def _facts(context: RunContext, label: str, dtype: "torch.dtype", form: "Form", instruct: str | None) -> "CardFacts":
     """What the card says of this checkpoint."""
-    from pipeline.checkpoint.store import read_manifest
     from pipeline.export.card import CardFacts
+    from pipeline.export.native.form import NativeForm
 
-    rows = None if context.run.method.is_dense else read_manifest(context.upcycled, UpcycledManifest).new_rows
+    rows = None if context.run.method.is_dense else _manifest(context).new_rows
     path = context.folder / EVALUATION_FILE if label in context.stages else context.folder.evaluation_of(label)
     is_folder = Path(context.run.model.path).is_dir()
     return CardFacts(
@@ -159,6 +214,6 @@ def _facts(
         base_model=None if is_folder else context.run.model.path,
         dtype=str(dtype).removeprefix("torch."),
         new_tokens=0 if rows is None else rows.count,
-        native=None if form is None else form.architecture,
         instruct=None if instruct is None else Path(instruct).name if Path(instruct).is_dir() else instruct,
+        native=form.architecture if isinstance(form, NativeForm) else None,
     )

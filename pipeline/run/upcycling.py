@@ -62,7 +62,7 @@ def upcycle_model(context: RunContext, _ranks: object) -> Result:
     context.folder.link_upcycled(target)
     manifest = read_manifest(target, UpcycledManifest)
     parity = manifest.parity
-    start = "dense model" if context.base is None else f"model of {context.base.run.folder}"
+    start = "dense model" if run.base is None else f"model of {run.base.run}"
     rows = "" if context.base is None else "; the routers' new rows are random, so some tokens take new experts"
     print(
         f"upcycle: largest logit difference to the {start} {parity['max_abs_logit_difference']:.2g} "
@@ -85,7 +85,7 @@ def _write_upcycled(context: RunContext, target: Path) -> None:
     from pipeline.checkpoint.store import read_manifest
 
     run, samples = context.run, parity_samples(context, by_own_tokenizer=context.base is None)
-    if context.base is None:
+    if context.base is None or run.base is None:
         from pipeline.method.expert_init import ExpertInit
         from pipeline.method.upcycle import upcycle
 
@@ -106,7 +106,7 @@ def _write_upcycled(context: RunContext, target: Path) -> None:
     manifest = read_manifest(upcycled, UpcycledManifest)
     if manifest.new_rows is not None and manifest.new_rows.tokenizer != context.planned.tokenizer_key:
         raise UserError(
-            f"model.tokenizer: {run.model.tokenizer} has changed since {context.base.run.folder} was upcycled with "
+            f"model.tokenizer: {run.model.tokenizer} has changed since {run.base.run} was upcycled with "
             "it; put the old one back"
         )
     dtype = getattr(torch, manifest.dtype)

@@ -1,5 +1,6 @@
 """The verb export on a trained run. Run: pytest tests/distributed/test_export.py"""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,12 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import UserError
 from pipeline.export.card import CardFacts, model_card
+from pipeline.export.own_code import VllmFused
 from pipeline.model.backbone import load_dense
 from pipeline.records.evaluation import Change, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
 from pipeline.run.exporting import export_run
 from tests.distributed.test_expansion import Model
+from tests.export.test_folder import FIRST, mixture
 from tests.helpers.tiny import parse_run
 
 IDS = torch.arange(30).view(2, 15) * 7 % 290
@@ -64,6 +67,29 @@ def test_as_an_architecture_of_transformers_it_needs_no_code_and_gives_the_logit
     with pytest.raises(UserError, match="export --native mixtral: can't say this mixture: it has as many experts in"):
         export_run(context, None, None, tmp_path / "other", "mixtral")
     assert not (tmp_path / "other").exists()
+
+
+def test_for_vllm_s_kernel_the_folder_is_the_same_but_for_a_key(trained: dict[str, Any], tmp_path: Path) -> None:
+    context = context_of(trained)
+    export_run(context, None, None, tmp_path / "plain")
+    export_run(context, None, None, tmp_path / "fused", None, "vllm-fused")
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("plain", "fused")]
+    configs = [json.loads(one.pop("config.json")) for one in files]
+    expansions = [json.loads(one.pop("expansion.json")) for one in files]
+    assert files[0] == files[1]
+    assert configs[1] == configs[0] | {"num_experts": 4} and "num_experts" not in configs[0]
+    assert expansions[1] == expansions[0] | {"form": "vllm-fused"}
+    with pytest.raises(UserError, match="--serve vllm-fused: the second is for a folder with own code; give one"):
+        export_run(context, None, None, tmp_path / "both", "auto", "vllm-fused")
+
+
+def test_vllm_s_kernel_is_for_silu_and_for_classifiers_of_tokens(tmp_path: Path) -> None:
+    sequences = FIRST.model_copy(update={"classifier": "sequence"})
+    llama, gemma = (mixture(tmp_path / family, family, FIRST) for family in ("llama", "gemma"))
+    assert VllmFused.why_not(llama, FIRST) is None
+    assert "this model classifies whole sequences" in str(VllmFused.why_not(llama, sequences))
+    wanted = "its kernel computes SiLU, and gemma's MLPs compute gelu_pytorch_tanh"
+    assert VllmFused.why_not(gemma, FIRST) == wanted
 
 
 def test_without_options_the_last_stage_goes_to_the_run_s_folder_in_its_own_dtype(trained: dict[str, Any]) -> None:
