@@ -3,17 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from common.files import content_key
+from pipeline.evaluation.begins import Begins
 from pipeline.evaluation.checkpoints import Scored
 from pipeline.records.evaluation import Continued
-
-if TYPE_CHECKING:
-    from pipeline.evaluation.task_scores import Begins
 
 FORMAT = 1  # raised when the same weights and prompts go on otherwise
 
@@ -32,7 +30,7 @@ class Continuations:
 
     prompts: dict[str, str]
     new_tokens: int
-    begins: "Callable[[Scored], Begins]"
+    begins: Callable[[Scored], Begins]
     folder: Path
     dtype: torch.dtype
 

@@ -12,6 +12,7 @@ import torch
 from common.files import content_key
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
+from pipeline.evaluation.begins import Begins
 from pipeline.evaluation.checkpoints import Scored, load_scored
 from pipeline.evaluation.evaluate import agreed
 from pipeline.evaluation.ratio import ratio_with_error
@@ -21,21 +22,6 @@ from pipeline.records.task_score import Figure, TaskScore, TaskScores
 FORMAT = 1  # raised when the same weights and task give other scores
 DRAWS = 100_000  # of lm-eval's bootstrap, for metrics whose standard error has no formula
 Missing = dict[str, list[str]]  # by label, names of tasks
-
-
-@dataclass(frozen=True)
-class Begins:
-    """How a model's text begins and ends.
-
-    Attributes:
-        tokenizer: the model's.
-        beginning: the token that a document begins with: BOS, or without one the document separator.
-        separator: the token that ends a document.
-    """
-
-    tokenizer: Any
-    beginning: int
-    separator: int
 
 
 @dataclass(frozen=True)

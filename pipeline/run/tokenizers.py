@@ -7,8 +7,8 @@ from pipeline.records.checkpoint import HF_FOLDER
 from pipeline.run.context import RunContext
 
 if TYPE_CHECKING:
+    from pipeline.evaluation.begins import Begins
     from pipeline.evaluation.checkpoints import Scored
-    from pipeline.evaluation.task_scores import Begins
 
 
 def tokenizer_of(context: RunContext, scored: "Scored") -> Any:
@@ -33,7 +33,7 @@ def beginning_of(context: RunContext, tokenizer: Any) -> int:
 
 def begins_of(context: RunContext, scored: "Scored") -> "Begins":
     """A model's tokenizer, and what its documents begin and end with; text that spells a special token stays text."""
-    from pipeline.evaluation.task_scores import Begins
+    from pipeline.evaluation.begins import Begins
 
     tokenizer = tokenizer_of(context, scored)
     tokenizer.split_special_tokens = True  # as in training

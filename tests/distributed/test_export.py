@@ -186,8 +186,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(trained: dict[str, Any], tmp_p
     shutil.copytree(trained["output_dir"], tmp_path / "runs", symlinks=True)
     folder = tmp_path / "runs" / "tiny"
     cases = [
-        ((None, None, target, None, str(tmp_path / "no")), f"--graft: {tmp_path / 'no'} does not exist; name a"),
-        ((None, None, target, None, trained["model"]["path"]), "there is nothing to add; name another model"),
+        ((None, None, target, None, None, str(tmp_path / "no")), f"--graft: {tmp_path / 'no'} does not exist; name a"),
+        ((None, None, target, None, None, trained["model"]["path"]), "there is nothing to add; name another model"),
         ((None, None, tmp_path / "there"), "there exists; name another folder with --to, or replace it with --force"),
         (("base", None, target), "--checkpoint base: is the model that the run starts from; name a stage"),
         (("stage3", None, target), "--checkpoint stage3: unknown"),
