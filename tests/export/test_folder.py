@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from pipeline.export.export import Exported, export
 from pipeline.export.remote_code import ROUTER_FILE
@@ -135,6 +136,15 @@ def test_the_config_says_how_many_experts_each_layer_has_and_no_other_number(tri
     assert config["expert_counts"] == list(tried.plan.counts)
     assert "num_experts" not in config
     assert config["old_experts"] == [list(tried.plan.old_experts(layer)) for layer in range(4)]
+
+
+def test_experts_are_computed_as_asked_though_the_dense_model_was_loaded_before(tmp_path: Path) -> None:
+    export_of("llama", FIRST, tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "dense").set_experts_implementation("eager")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    for implementation in ("grouped_mm", "batched_mm", "eager"):
+        model.set_experts_implementation(implementation)
+        assert model.config._experts_implementation == implementation
 
 
 def test_peft_trains_saves_loads_and_merges_lora_on_attention_and_experts(tmp_path: Path) -> None:

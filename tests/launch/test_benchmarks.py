@@ -66,6 +66,21 @@ def test_moe_layer_has_a_row_for_each_contender(tmp_path: Path) -> None:
         assert row["forward_wall_ms"] > 0 and row["both_wall_ms"] > 0
 
 
+@pytest.mark.slow
+def test_generate_has_a_row_for_each_way_to_compute_experts(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    sizes = ("--layers", "2", "--hidden", "24", "--intermediate", "40", "--heads", "2", "--kv-heads", "1",
+             "--vocabulary", "64", "--prompt", "4", "--new-tokens", "3", "--rounds", "1")  # fmt: skip
+    output = command(sys.executable, "-m", "benchmarks.generate", *sizes, "--dtypes", "fp32", "--json", str(path))
+    rows = {row["name"]: row for row in json.loads(path.read_text())["results"]}
+    ways = ("eager", "batched_mm", "grouped_mm")
+    assert list(rows) == ["dense", *(f"{name}, {way}" for name in ("top 2", "expert 0 by classifier") for way in ways)]
+    assert rows["dense"]["wall_ratio"] == rows["dense"]["cpu_ratio"] == 1.0
+    for name, row in rows.items():
+        assert row["step_ms"] > 0 and row["wall_ratio"] > 0
+        assert name in output
+
+
 def test_grouped_mm_has_a_row_for_each_number_of_experts_and_rows(tmp_path: Path) -> None:
     sizes = ["--hidden", "16", "--intermediate", "24", "--experts", "2", "3", "--rows", "4", "9", "--rounds", "1"]
     command(sys.executable, "-m", "benchmarks.grouped_mm", *sizes, "--json", str(tmp_path / "figures.json"))
