@@ -70,8 +70,8 @@ def load_tasks(names: Sequence[str], few_shot: int | None, folders: Sequence[Pat
     for name in wanted:
         if name not in tasks and name not in groups:  # as a group of before asks it
             loaded = _load(manager, name)
-            tasks = {**loaded["tasks"], **tasks}
-            groups = {**loaded["groups"], **groups}
+            tasks |= {task: one for task, one in loaded["tasks"].items() if task not in tasks}
+            groups |= {group: one for group, one in loaded["groups"].items() if group not in groups}
     groups = {name: one for name, one in groups.items() if one.has_aggregation}
     for name, task in tasks.items():
         _check_kind(name, task)

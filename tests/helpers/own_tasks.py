@@ -41,8 +41,10 @@ def write_own_tasks(folder: Path) -> Path:
     asked = {"output_type": "multiple_choice", "test_split": "test", "doc_to_text": "question",
              "doc_to_choice": "choices", "doc_to_target": "answer", "metric_list": [accuracy]}  # fmt: skip
     matches = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
+    similar = {"metric": "chrf", "aggregation": "chrf", "higher_is_better": True}
     spelled = {"output_type": "generate_until", "test_split": "test", "doc_to_text": "text", "doc_to_target": "next",
-               "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}, "metric_list": [matches]}  # fmt: skip
+               "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6},
+               "metric_list": [matches, similar]}  # fmt: skip
     _write(folder, CHOICES, "choices", {**asked, "fewshot_split": "train", "num_fewshot": 1})
     _write(folder, ONE, "single", asked)
     _write(folder, SPELLED, "continuation", spelled)
