@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.method import MethodConfig
 from pipeline.export.export import Exported, export
 from pipeline.export.remote_code import ROUTER_FILE
+from pipeline.method.dense import extend
 from pipeline.model.backbone import install_moe_layers, load_dense, moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import collect_routings, router
@@ -135,3 +137,16 @@ def test_the_config_says_how_many_experts_each_layer_has_and_no_other_number(tri
     assert config["expert_counts"] == list(tried.plan.counts)
     assert "num_experts" not in config
     assert config["old_experts"] == [list(tried.plan.old_experts(layer)) for layer in range(4)]
+
+
+def test_adapters_that_are_merged_in_bf16_are_rounded_and_written(tmp_path: Path) -> None:
+    method = MethodConfig(name="lora", rank=4, alpha=8, dropout=0.0, targets="all")
+    model = extend(load_dense(save_model(tmp_path / "dense"), torch.bfloat16), method, seed=1)
+    torch.manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(0, 0.05)
+    ids = np.arange(48).reshape(2, 24)
+    plan = ExpertPlan.dense(4, old=["en"], new=["el"])
+    said = export(model, plan, tmp_path / "dense", tmp_path / "exported", torch.bfloat16, ids)
+    assert 1e-4 < said.difference < 0.2
