@@ -211,7 +211,7 @@ def _usage(facts: CardFacts) -> str:
     if facts.run.method.is_dense:
         return plain
     if facts.native is not None:
-        return f"{plain} gives a {facts.native}, which computes what was trained."
+        return f"{plain} loads it as a model of transformers' own class {facts.native}."
     return (
         "The folder carries its own code (`modeling_upcycled.py`, `router.py`), for transformers from 5.17 on:\n\n"
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

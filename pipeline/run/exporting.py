@@ -188,7 +188,7 @@ def _native_line(form: "NativeForm", found: "Exported", dtype: "torch.dtype") ->
     name = str(dtype).removeprefix("torch.")
     line = f"native: {form.name}, {found.added / 1e6:.1f} M of the parameters are copies and zeros that it needs"
     if not form.rounds_routers:
-        return line
+        return f"{line}; programs that leave its selection biases out, as vLLM 0.32 on CPUs, compute something else"
     caveat = "routers are computed in the dtype that it is loaded in, so that tokens whose experts score alike"
     if dtype == torch.float32:
         return f"{line}; {caveat} may take others in bf16"

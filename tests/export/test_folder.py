@@ -12,8 +12,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipeline.config.method import MethodConfig
 from pipeline.export.export import Exported, export
 from pipeline.export.remote_code import ROUTER_FILE
+from pipeline.method.dense import extend
 from pipeline.model.backbone import install_moe_layers, load_dense, moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import collect_routings, router
@@ -154,3 +156,16 @@ def test_peft_trains_saves_loads_and_merges_lora_on_attention_and_experts(tmp_pa
     for found in results.values():
         assert found["before"] < 1e-4 and found["losses"][-1] < found["losses"][0] and found["moved"] > 1e-2
         assert found["loaded"] < 1e-4 and found["merged"] < 1e-3
+
+
+def test_adapters_that_are_merged_in_bf16_are_rounded_and_written(tmp_path: Path) -> None:
+    method = MethodConfig(name="lora", rank=4, alpha=8, dropout=0.0, targets="all")
+    model = extend(load_dense(save_model(tmp_path / "dense"), torch.bfloat16), method, seed=1)
+    torch.manual_seed(7)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.data.normal_(0, 0.05)
+    ids = np.arange(48).reshape(2, 24)
+    plan = ExpertPlan.dense(4, old=["en"], new=["el"])
+    said = export(model, plan, tmp_path / "dense", tmp_path / "exported", torch.bfloat16, ids)
+    assert 1e-4 < said.difference < 0.2

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from pipeline.export.form import Contents, Form
@@ -110,12 +109,7 @@ class NativeForm(Form):
         for place, number in enumerate(numbers):
             for kind, weight in mixture.expert(layer, number).items():
                 name = f"{self.names.prefix(layer)}.experts.{place}.{getattr(self.names, kind)}.weight"
-                yield name, Planned(tuple(weight.shape), dtype, partial(copied, weight, dtype))
-
-
-def copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy: tensors of one file must not share memory."""
-    return tensor.detach().to(dtype, copy=True).contiguous()
+                yield name, Planned(tuple(weight.shape), dtype, partial(mixture.take, layer, number, kind, dtype))
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Planned:

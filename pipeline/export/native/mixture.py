@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -82,6 +83,18 @@ class Mixture:
         mlp = self.layers[layer].base_mlp if layer in self.layers else getattr(decoder_layer, find_mlp(decoder_layer))
         weights = (linear.weight.detach() for linear in projections(mlp))
         return dict(zip(("gate_proj", "up_proj", "down_proj"), weights, strict=True))
+
+    def take(self, layer: int, number: int, kind: str, dtype: torch.dtype) -> Tensor:
+        """A copy of one of :meth:`expert`'s weights, once: the model then lets go of it.
+
+        Not of expert 0's, of which there may be several copies. Gate and up are one weight, which goes with up.
+        """
+        taken = self.expert(layer, number)[kind].to(dtype, copy=True).contiguous()
+        if number and kind != "gate_proj":
+            expert = self.layers[layer].local_experts.experts[number - 1]
+            parameter = expert.down_proj if kind == "down_proj" else expert.gate_up_proj
+            parameter.data = parameter.data.new_empty(0)
+        return taken
 
     @property
     def hidden_size(self) -> int:
