@@ -50,7 +50,7 @@ def _upload(api: "HfApi", source: Path, to: str, message: str) -> tuple[str, int
 
     from pipeline.export.card import IN_CARD
 
-    files = {file.name: file for file in sorted(source.iterdir()) if file.is_file()}
+    files = {str(file.relative_to(source)): file for file in sorted(source.rglob("*")) if file.is_file()}
     card = files[CARD].read_text(encoding="utf-8").replace(f'"{IN_CARD}"', f'"{to}"').encode()
     contents = {name: card if name == CARD else str(file) for name, file in files.items()}
     stale = [name for name in api.list_repo_files(to) if name.endswith(OURS) and name not in files]

@@ -37,7 +37,13 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     export_of("llama", FIRST, folder)
     (folder / "exported" / "README.md").write_text(CARD)
+    (folder / "exported" / "own_tokenizer").mkdir()
+    (folder / "exported" / "own_tokenizer" / "tokenizer.json").write_text("{}")
     return folder / "exported"
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    return {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
 
 
 def write_exported_run(folder: Path, exported: Path) -> Path:
@@ -60,8 +66,7 @@ def test_what_was_pushed_is_loaded_from_the_hub_and_is_the_same(hub: Hub, export
     there = hub.files("models", "me/tiny")
     assert there.pop("README.md").decode() == CARD.replace("FOLDER", "me/tiny")
     assert there.pop(".gitattributes"), "which a hub makes itself"
-    here = {file.name: file.read_bytes() for file in exported.iterdir() if file.name != "README.md"}
-    assert there == here
+    assert there == {name: file.read_bytes() for name, file in files_in(exported).items() if name != "README.md"}
     output = command(sys.executable, "-c", LOAD, str(exported), "me/tiny", **variables(hub, tmp_path))
     assert "the same UpcycledLlamaForCausalLM" in output
 
@@ -73,7 +78,7 @@ def test_a_second_push_uploads_what_has_changed_and_takes_away_old_shards(
     hub.created["me/tiny"] = {}
     hub.commit("models", "me/tiny", {"model-00002-of-00002.safetensors": b"old", "mine.txt": b"the owner's"})
     command(*PUSH, str(path), "--to", "me/tiny", **variables(hub, tmp_path))
-    names = sorted([*(file.name for file in exported.iterdir()), "mine.txt"])
+    names = sorted([*files_in(exported), "mine.txt"])
     assert sorted(hub.files("models", "me/tiny")) == names
     assert sum(one.startswith("PUT ") for one in hub.requests) == 1
     folder = tmp_path / "runs" / "tiny" / "export"
