@@ -59,7 +59,7 @@ class NativeForm(Form):
 
     def _reasons(self, mixture: Mixture) -> Iterator[str | None]:
         """What it can't say, a reason each."""
-        rope_type = (mixture.model.config.rope_parameters or {}).get("rope_type")
+        rope_type = (getattr(mixture.model.config, "rope_parameters", None) or {}).get("rope_type")
         if mixture.family not in self.families:
             yield f"it does not compute layers as {mixture.family} does"
         if rope_type not in ROPE_TYPES:
