@@ -219,7 +219,7 @@ stage1: {{tokens: 1024, sequence_length: 16, global_batch_size: 2}}
 """
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_full_disk_is_named_and_the_same_command_goes_on_when_there_is_room(
     save_tokenizer: Any, tmp_path: Path, workers: str
 ) -> None:

@@ -243,7 +243,7 @@ def test_an_export_is_a_plain_model_with_the_logits_of_training(
     with pytest.raises(UserError, match=f"method {method} trains a dense model, not a mixture; leave it out"):
         export_run(context, None, "fp32", tmp_path / "exported", "mixtral")
     export_run(context, None, "fp32", tmp_path / "exported", "auto")
-    assert f"--native is not needed: method {method}'s model is dense" in capsys.readouterr().out
+    assert f"--native auto is not needed: method {method}'s model is dense" in capsys.readouterr().out
     scored = models_to_score(context, "stage1")[-1]
     trained = load_scored(scored, context.dense, torch.float32, Ranks(0, 1, torch.device("cpu")), ONE_RANK)
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()

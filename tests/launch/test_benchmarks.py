@@ -106,10 +106,15 @@ def test_stage1_sets_what_it_holds_beside_the_estimate(tmp_path: Path) -> None:
     ("words", "line"),
     [
         (["--tokens", "33"], "--tokens 33: give a multiple of --sequence 16"),
-        (["--heads", "5"], "--hidden 24: give an even multiple of --heads 5"),
-        (["--experts", "1"], "--experts 1: give at least 2, the floors are two MLPs"),
-        (["--rounds", "0"], "--rounds 0: give at least 1"),
-        (["--ep"], "--ep: start it with deepspeed --num_gpus 2 --module benchmarks.train_step --ep"),
+        *(
+            pytest.param(words, line, marks=pytest.mark.slow)
+            for words, line in (
+                (["--heads", "5"], "--hidden 24: give an even multiple of --heads 5"),
+                (["--experts", "1"], "--experts 1: give at least 2, the floors are two MLPs"),
+                (["--rounds", "0"], "--rounds 0: give at least 1"),
+                (["--ep"], "--ep: start it with deepspeed --num_gpus 2 --module benchmarks.train_step --ep"),
+            )
+        ),
     ],
 )
 def test_a_bad_option_of_train_step_is_one_line(words: list[str], line: str) -> None:
