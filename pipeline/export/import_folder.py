@@ -8,7 +8,7 @@ from pipeline.checkpoint.store import write_manifest
 from pipeline.export.read import plan_of, read_expansion, read_exported
 from pipeline.method.expand import write_experts
 from pipeline.method.upcycle import TOKENIZER_FILES, copy_files, files_of, save_shared
-from pipeline.records.checkpoint import HF_FOLDER, UPCYCLED_TAG
+from pipeline.records.checkpoint import HF_FOLDER, UPCYCLED_TAG, UpcycledManifest
 from pipeline.records.expansion import IMPORTED_FILE, MODEL_FOLDER, OWN_TOKENIZER, Expansion, Imported
 from pipeline.records.run_folder import PLAN_FILE, UPCYCLED
 
@@ -46,7 +46,7 @@ def import_folder(source: Path, target: Path) -> Expansion:
         state = {name: tensor for name, tensor in model.state_dict().items() if ".deepspeed_experts." not in name}
         save_shared(model, state, plan, upcycled / UPCYCLED_TAG)
         write_text(upcycled / "latest", UPCYCLED_TAG)
-        write_manifest(upcycled, expansion.upcycled.model_copy(update={"files": files_of(upcycled)}))
+        write_manifest(upcycled, _manifest(upcycled, expansion))
         plan.save(folder / PLAN_FILE)
         Imported(
             run=expansion.run,
@@ -55,6 +55,11 @@ def import_folder(source: Path, target: Path) -> Expansion:
             extends_tokenizer=extends,
         ).save(folder / IMPORTED_FILE)
     return expansion
+
+
+def _manifest(upcycled: Path, expansion: Expansion) -> UpcycledManifest:
+    changes = {"files": files_of(upcycled), "selection_biases": expansion.selection_biases}
+    return expansion.upcycled.model_copy(update=changes)
 
 
 def _verify(source: Path, expansion: Expansion) -> None:

@@ -37,8 +37,6 @@ def read_expansion(folder: Path) -> Expansion:
             f"import: {folder} was exported as {expansion.form}, which holds experts in another form; export the run "
             "again without --native"
         )
-    if expansion.selection_biases:
-        raise UserError(f"import: {folder} was balanced by biases, which can't be expanded yet")
     if not expansion.holds_all:
         raise UserError(
             f"import: {folder} holds weights in {expansion.written_dtype}, but its run trained in "
@@ -75,7 +73,12 @@ def read_exported(folder: Path, hf: Path, expansion: Expansion) -> PreTrainedMod
     """
     dtype = getattr(torch, expansion.written_dtype)
     model = empty_model(hf, dtype)
-    install_moe_layers(model, plan_of(folder, expansion), classifiers=expansion.has_classifiers)
+    install_moe_layers(
+        model,
+        plan_of(folder, expansion),
+        classifiers=expansion.has_classifiers,
+        selection_biases=expansion.selection_biases,
+    )
     model.tie_weights()
     install_new_rows(model, expansion.upcycled.new_rows)
     files, planned = _Files(folder), planned_tensors(model, dtype)
@@ -153,3 +156,5 @@ def _read_layer(name: str, layer: MoELayer, files: _Files) -> None:
     layer.router.wg.weight.copy_(files.tensor(f"{name}.gate.wg.weight"))
     if layer.router.classifier is not None:
         layer.router.classifier.weight.copy_(files.tensor(f"{name}.gate.classifier.weight"))
+    if layer.router.selection_bias is not None:
+        layer.router.selection_bias.copy_(files.tensor(f"{name}.gate.selection_bias"))

@@ -1,7 +1,8 @@
 """A further expansion: experts for more languages, added to an expanded model (LayerMoE, arXiv 2505.22582, section 4).
 
 All experts that are there freeze. New ones begin as copies of expert 0, as in the first expansion, or of the expert
-that the new languages use most. Routers and classifiers keep their trained rows and get rows for what is new.
+that the new languages use most. Routers and classifiers keep their trained rows and get rows for what is new; new
+experts' selection biases, where there are such, begin at zero.
 """
 
 import shutil
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from common.files import new_folder, write_text
 from pipeline.checkpoint.store import write_manifest
-from pipeline.checkpoint.weights import CLASSIFIER, save_expert
+from pipeline.checkpoint.weights import CLASSIFIER, SELECTION_BIAS, save_expert
 from pipeline.method.losses import routing_statistics
 from pipeline.method.parity import measure_difference
 from pipeline.method.upcycle import files_of, save_shared
@@ -77,10 +78,13 @@ def expand(
         write_experts(model, before, plan, new / UPCYCLED_TAG)
         dtype = getattr(torch, manifest.dtype)
         rows = None if manifest.new_rows is None else manifest.new_rows.model_copy(update={"train": False})
-        shared = _write_shared(model, plan, new, dtype, seed, keep=router == "keep", rows=rows)
+        biased = any(layer.router.selection_bias is not None for layer in moe_layers(model))
+        shared = _write_shared(model, plan, new, dtype, seed, keep=router == "keep", biased=biased, rows=rows)
         _write_copies(model, shared, plan, new / UPCYCLED_TAG, copied or [0] * plan.num_layers, of_mlp=write_copies)
         write_text(new / "latest", UPCYCLED_TAG)
-        parity = measure_difference(model, new, plan, samples, dtype, classifiers=True, new_rows=rows)
+        parity = measure_difference(
+            model, new, plan, samples, dtype, classifiers=True, selection_biases=biased, new_rows=rows
+        )
         expanded = manifest.model_copy(
             update={
                 "files": files_of(new),
@@ -90,6 +94,7 @@ def expand(
                 "copied": copied,
                 "parity": parity.record(),
                 "new_rows": rows,
+                "selection_biases": biased,
             }
         )
         write_manifest(new, expanded)
@@ -112,11 +117,12 @@ def _write_shared(
     seed: int,
     *,
     keep: bool,
+    biased: bool,
     rows: NewRows | None,
 ) -> dict[str, Tensor]:
     """Everything but experts; returns it."""
     expanded = empty_model(folder / HF_FOLDER, dtype)
-    install_moe_layers(expanded, plan, classifiers=True)
+    install_moe_layers(expanded, plan, classifiers=True, selection_biases=biased)
     expanded.tie_weights()
     install_new_rows(expanded, rows)
     generator = torch.Generator().manual_seed(seed)
@@ -129,7 +135,7 @@ def _write_shared(
         found = trained.get(name, trained.get(name.replace(".base_mlp.", ".")))
         if ".deepspeed_experts." in name:
             continue
-        if name.endswith((ROUTER, CLASSIFIER)):
+        if name.endswith((ROUTER, CLASSIFIER, SELECTION_BIAS)):
             state[name] = _with_new_rows(fresh, found, copy_last=name.endswith(CLASSIFIER)) if keep else fresh
         else:
             assert found is not None, name

@@ -70,6 +70,7 @@ def measure_difference(
     dtype: torch.dtype,
     *,
     classifiers: bool = False,
+    selection_biases: bool = False,
     new_rows: NewRows | None = None,
 ) -> Parity:
     """Compare a model's logits with those of the upcycled one, read back from its files, in fp32.
@@ -82,7 +83,7 @@ def measure_difference(
     ids_BL = torch.from_numpy(samples.astype(np.int64))
     expected = logits_in_fp32(model, ids_BL)
     upcycled = empty_model(folder / HF_FOLDER, dtype)
-    install_moe_layers(upcycled, plan, classifiers=classifiers)
+    install_moe_layers(upcycled, plan, classifiers=classifiers, selection_biases=selection_biases)
     upcycled.tie_weights()
     install_new_rows(upcycled, new_rows)
     missing = read_weights(upcycled, folder / UPCYCLED_TAG, reading="mapped")

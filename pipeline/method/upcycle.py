@@ -214,10 +214,11 @@ def load_upcycled(
         UserError: a file is missing or does not hold what the plan says.
     """
     model = empty_model(folder / HF_FOLDER, dtype)
-    biased = selection_biases or any(read_manifest(tag, CheckpointManifest).selection_biases for tag in checkpoints)
+    manifest = read_manifest(folder, UpcycledManifest)
+    trained = any(read_manifest(tag, CheckpointManifest).selection_biases for tag in checkpoints)
+    biased = selection_biases or manifest.selection_biases or trained
     install_moe_layers(model, plan, dims, classifiers=classifiers, selection_biases=biased)
     model.tie_weights()
-    manifest = read_manifest(folder, UpcycledManifest)
     install_new_rows(model, manifest.new_rows)
     tags = (folder / UPCYCLED_TAG, *checkpoints)
     missing = set.intersection(*(read_weights(model, tag, reading=reading) for tag in tags))

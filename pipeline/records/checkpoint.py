@@ -53,6 +53,7 @@ class UpcycledManifest(Manifest):
         new_rows: for new tokens; None where the tokenizer is the model's own.
         new_row_parameters: of all new rows, the head's included where it is not tied.
         copied: of a further expansion whose new experts are copies of the most used one, its number in each layer.
+        selection_biases: of a further expansion, whether its base was balanced by them: routers keep theirs.
     """
 
     model: str
@@ -66,6 +67,7 @@ class UpcycledManifest(Manifest):
     new_rows: NewRows | None = None
     new_row_parameters: int = 0
     copied: list[int] | None = None
+    selection_biases: bool = False
 
     @property
     def holds_experts(self) -> bool:

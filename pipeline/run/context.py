@@ -92,8 +92,6 @@ class RunContext:
                 f"model.tokenizer: {self.run.model.tokenizer} is not {run.model.tokenizer}, which base.run {folder} "
                 "has; a tokenizer can be extended only in the first expansion: leave model out"
             )
-        if run.stage1.balance == "bias":
-            raise UserError(f"base.run: {folder} balances by biases, which can't be expanded yet")
         return RunContext(run)
 
     @cached_property

@@ -390,3 +390,22 @@ def mlp_inputs(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     for handle in handles:
         handle.remove()
     return found
+
+
+def test_a_base_that_was_balanced_by_biases_keeps_them_and_new_experts_begin_without(
+    pools: Pools, tmp_path: Path
+) -> None:
+    first, second = (tree_of(tmp_path, number, ranks=1) for number in (0, 1))
+    first["stage1"] = {**first["stage1"], "balance": "bias", "bias_update_rate": 0.05}
+    base = Model.of(run(pools, first, 1))
+    biases = [layer.router.selection_bias for layer in moe_layers(base.module)]
+    assert all(bias is not None and bias.any() for bias in biases)
+    context = run(pools, second, 1)
+    upcycled = load_upcycled(context.upcycled, context.plan, torch.float32, classifiers=True)
+    for model in (upcycled, Model.of(context).module):  # stage 1 balances by its loss, and leaves them as they are
+        found = [layer.router.selection_bias for layer in moe_layers(model)]
+        old = iter(biases)
+        for layer, bias in zip(context.plan.moe_layers, found, strict=True):
+            before = next(old) if TOTAL[0][layer] > 1 else torch.zeros(0)
+            assert bias is not None and before is not None
+            assert torch.equal(bias[: len(before)], before) and not bias[len(before) :].any()

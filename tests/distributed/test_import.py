@@ -31,6 +31,7 @@ from tests.helpers.tiny import do_steps, parse_run, save_corpus, save_model
 
 Tree = dict[str, Any]
 BF16 = {"deepspeed": "ds_configs/bf16_zero1.json"}
+BALANCED = {"stage1": {"balance": "bias", "bias_update_rate": 0.05}}
 UP_TO_UPCYCLE = ("tokenize", "similarity", "allocate", "upcycle")
 IDS = torch.arange(48).view(2, 24) * 11 % 290
 
@@ -48,6 +49,12 @@ def imported(tree: Tree, folder: Path, label: str | None = None, dtype: str | No
     import_exported(folder / "exported", folder / "imported")
     shutil.rmtree(folder / "exported")
     return folder / "imported"
+
+
+def with_changes(tree: Tree, changes: Tree) -> Tree:
+    """A run's settings with others, sections key by key."""
+    return {**tree, **{key: {**tree[key], **value} if isinstance(value, dict) else value
+                       for key, value in changes.items()}}  # fmt: skip
 
 
 def expanded(tree: Tree) -> RunContext:
@@ -86,6 +93,7 @@ CASES: dict[str, tuple[bool, Tree, str | None, str | None]] = {
     "bf16 from weights in fp32": (False, BF16, None, "fp32"),
     "fp32 from weights in bf16": (True, {}, None, None),
     "a stage 1": (False, {}, "stage1", None),
+    "balanced by biases": (False, BALANCED, None, None),
 }
 
 
@@ -98,9 +106,8 @@ def test_a_second_round_from_an_import_starts_bit_by_bit_as_one_from_the_run(
 ) -> None:
     if is_bf16:
         bf16_model(tmp_path / "model")
-    first = tree_of(tmp_path, 0, ranks=1) | changes
+    first, second = (with_changes(tree_of(tmp_path, number, ranks=1), changes) for number in (0, 1))
     run(pools, first, 1)
-    second = tree_of(tmp_path, 1, ranks=1) | changes
     base = {"run": second["base"], "checkpoint": label or "stage2"}
     folder = imported(first, tmp_path, label, dtype)
     other = second | {"name": "from-import", "base": str(folder)}
@@ -190,7 +197,10 @@ def test_what_can_t_be_imported_is_one_line_and_writes_nothing(exported: Path, t
         (tmp_path / "nowhere", f"holds no {EXPANSION_FILE}"),
         (tmp_path / "native", "native was exported as ernie4_5_moe, which holds experts in another form; export the"),
         (tmp_path / "bf16", "bf16 holds weights in bfloat16, but its run trained in float32 from weights in float32;"),
-        (changed("biases", selection_biases=True), "was balanced by biases, which can't be expanded yet"),
+        (
+            changed("biases", selection_biases=True),
+            "mlp.gate.selection_bias has the shape None, but by expansion.json it has [3];",
+        ),
         (tmp_path / "damaged", "damaged/model.safetensors is damaged or missing; copy or export it again"),
         (tmp_path / "missing", "missing/model.safetensors is damaged or missing"),
         (tmp_path / "other plan", "mlp.experts.gate_up_proj has the shape None, but by expansion.json it has [3, 96,"),
