@@ -1,5 +1,7 @@
-"""Starting ranks on this machine through the real DeepSpeed launcher."""
+"""Starting ranks on this machine through DeepSpeed's launcher."""
 
+import base64
+import json
 import os
 import signal
 import subprocess
@@ -23,11 +25,14 @@ def run_verb(verb: str, run_file: Path, *, force: bool) -> None:
     """Run ``python -m pipeline VERB RUN.yaml`` in a separate process; if it fails, end with its exit code."""
     command = [sys.executable, "-m", "pipeline", verb, str(run_file), *(["--force"] if force else [])]
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    _wait(command, {**os.environ, "PYTHONPATH": path})
+    _wait(command, {**os.environ, "PYTHONPATH": path}, f"{verb} {run_file}")
 
 
 def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -> None:
-    """Run ``deepspeed launch/ENTRY ARGUMENTS`` and wait for it; if it fails, end with its exit code.
+    """Do what ``deepspeed launch/ENTRY ARGUMENTS`` does, and wait for it; if it fails, end with its exit code.
+
+    Of DeepSpeed's two launchers the one that starts a node's ranks is called, without the one that finds nodes: that
+    one would look for a hostfile, and give ranks the first GPUs though others are visible.
 
     Args:
         arguments: of the entry.
@@ -38,15 +43,25 @@ def start_ranks(arguments: list[str], num_ranks: int, entry: str = "train.sh") -
         UserError: they are more than this machine can hold.
     """
     check_room(num_ranks)
+    world = json.dumps({"localhost": devices(num_ranks)}).encode()
     command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks),  # the command's own module
-        "--master_port", str(free_port()), "--log_level", "critical", str(ROOT / "launch" / entry), *arguments,
+        sys.executable, "-u", "-m", "deepspeed.launcher.launch",
+        f"--world_info={base64.urlsafe_b64encode(world).decode()}", "--master_addr=127.0.0.1",
+        f"--master_port={free_port()}", "--log_level=critical", str(ROOT / "launch" / entry), *arguments,
     ]  # fmt: skip
     threads = max(1, (os.cpu_count() or 1) // num_ranks)
     environment = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": device_type(), **os.environ}
     environment[STARTED_BY] = f"{os.getpid()} {psutil.Process().create_time()}"
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    _wait(command, environment)
+    _wait(command, environment, f"{' '.join(arguments)} on {num_ranks} ranks")
+
+
+def devices(num_ranks: int) -> list[int | str]:
+    """What each rank computes on: the GPUs that CUDA_VISIBLE_DEVICES names, in its order, or numbers from 0."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    if device_type() == "cuda" and len(visible) >= num_ranks:
+        return list(visible[:num_ranks])
+    return list(range(num_ranks))
 
 
 def check_room(num_ranks: int) -> None:
@@ -67,8 +82,8 @@ def check_room(num_ranks: int) -> None:
         )
 
 
-def _wait(command: list[str], environment: dict[str, str]) -> None:
-    """Run a command to its end.
+def _wait(command: list[str], environment: dict[str, str], what: str) -> None:
+    """Run a command to its end; ``what`` says what it does.
 
     A signal to stop, Ctrl-C too, is passed to the ranks: those in training save and end, others just end. DeepSpeed's
     launchers would leave them running or kill them. A second signal, or one that finds no ranks, kills everything.
@@ -94,7 +109,7 @@ def _wait(command: list[str], environment: dict[str, str]) -> None:
     if received:
         _end_stopped(code, received[0])
     if code and code != EXIT_CODE:  # for bad input one line has been printed already
-        print(f"error: {' '.join(command)}: ended with code {code}; see above for why", file=sys.stderr, flush=True)
+        print(f"error: {what}: ended with code {code}; see above for why", file=sys.stderr, flush=True)
     if code:
         raise SystemExit(code if code > 0 else 128 - code)  # a shell's code for a signal
 
