@@ -36,7 +36,13 @@ def expected(prepared: Path) -> dict[str, list[float]]:
     return {}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, marks=[pytest.mark.slow] if way in ("deepspeed-openmpi", "deepspeed-pdsh") else [])
+        for way in WAYS
+    ],
+)
 def test_each_way_trains_the_same_on_two_ranks(
     way: str, cluster: Cluster, prepared: Path, expected: dict[str, list[float]]
 ) -> None:

@@ -133,6 +133,7 @@ def pieces_of(ids: list[int], new_tokens: NewTokens) -> list[int]:
     return [piece for one in ids for piece in (new_tokens.pieces[one - first] if one >= first else [one])]
 
 
+@pytest.mark.parametrize("kind", ["byte-level", pytest.param("sentencepiece", marks=pytest.mark.slow)], indirect=True)
 def test_it_writes_the_same_bytes_each_time(tree: dict[str, Any], tmp_path: Path) -> None:
     for name in ("one", "two"):
         assert run_command(tmp_path, tree, "--add", str(ADD), "--to", str(tmp_path / name)) == 0
@@ -140,6 +141,7 @@ def test_it_writes_the_same_bytes_each_time(tree: dict[str, Any], tmp_path: Path
     assert one == two
 
 
+@pytest.mark.parametrize("kind", ["byte-level", pytest.param("sentencepiece", marks=pytest.mark.slow)], indirect=True)
 def test_it_learns_from_no_held_out_text(tree: dict[str, Any], tmp_path: Path, write_rows: Any) -> None:
     planned = plan_preparation(preparation(tree))
     kept = {document.text for document in sample_documents(planned, "el", 10**9)}

@@ -70,6 +70,7 @@ def test_kills_while_a_set_is_added_leave_the_others_alone_and_give_the_same_byt
     assert not list((tmp_path / "cache" / "tokens").glob(".*.work"))
 
 
+@pytest.mark.slow
 def test_jobs_that_add_a_set_side_by_side_give_the_bytes_of_one(tmp_path: Path) -> None:
     run = write_preparation_run(tmp_path, documents=100)
     assert Job(run, "local", 1).wait() == [0], (tmp_path / "log.txt").read_text()

@@ -34,6 +34,8 @@ METHODS: dict[str, Any] = {
     "lora": {"name": "lora", "rank": 4},
     "llama_pro": {"name": "llama_pro", "blocks": 3},
 }
+PRECISIONS = ["fp32_zero1", "bf16_zero1", *(pytest.param(name, marks=pytest.mark.slow)
+                                           for name in ("bf16_zero2", "bf16_offload_zero1"))]  # fmt: skip
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -166,7 +168,7 @@ def test_two_ranks_compute_what_one_does(pools: Pools, tree: Tree, tmp_path: Pat
         torch.testing.assert_close(ours[name], tensor, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("precision", ["fp32_zero1", "bf16_zero1", "bf16_zero2", "bf16_offload_zero1"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @each_method
 def test_6_steps_equal_3_steps_then_resume_then_3_steps(
     pools: Pools, tree: Tree, tmp_path: Path, method: str, precision: str
@@ -185,7 +187,7 @@ def test_6_steps_equal_3_steps_then_resume_then_3_steps(
         assert all(torch.equal(a, b) for a, b in zip(ours["optimizer"], expected["optimizer"], strict=True))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 @pytest.mark.parametrize("ranks", [(2, 1), (1, 4)], ids=["2 to 1", "1 to 4"])
 @each_method
 def test_resumed_on_other_ranks_the_optimizer_is_exact(

@@ -168,8 +168,8 @@ def test_ranks_agree_on_losses_and_on_the_gradient_of_new_rows(
             assert ours["loss"]["next_token"] == pytest.approx(theirs["loss"]["next_token"], rel=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_resumed_they_are_the_same_to_the_bit(
     pools: Pools, tree: Tree, tmp_path: Path, ranks: int, precision: str
 ) -> None:

@@ -122,6 +122,7 @@ def test_it_trains_with_gradient_checkpointing(tried: Tried) -> None:
     assert tried.found["router gradient"] > 0
 
 
+@pytest.mark.slow
 def test_it_compiles_without_a_break(tmp_path: Path) -> None:
     export_of("llama", FIRST, tmp_path)
     assert run_client(tmp_path, "--compile")["compiled"] < 1e-4

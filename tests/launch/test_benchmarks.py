@@ -27,6 +27,7 @@ SIZES = Sizes(layers=2, hidden=24, intermediate=32, heads=3, vocab=50, experts=4
 CPU_DEVICE = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_train_step_has_a_row_for_each_contender_and_part(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "benchmarks.train_step", *TINY, "--rounds", "1", "--dtypes", "bf16"]
     output = command(*words, "--json", str(tmp_path / "figures.json"))
@@ -55,6 +56,7 @@ def test_train_step_compares_ep_sizes_under_deepspeeds_launcher(tmp_path: Path) 
         assert (found["parts"]["1"][part] > 0) == (part not in sent | waits), part
 
 
+@pytest.mark.slow
 def test_moe_layer_has_a_row_for_each_contender(tmp_path: Path) -> None:
     sizes = ["--tokens", "32", "--hidden", "16", "--intermediate", "24", "--rounds", "1", "--dtypes", "fp32"]
     words = [sys.executable, "-m", "benchmarks.moe_layer", *sizes, "--json", str(tmp_path / "figures.json")]
