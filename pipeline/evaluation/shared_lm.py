@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from common.progress import progress
 from pipeline.distributed.process_group import Ranks
+from pipeline.model.backbone import moe_layers
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
 TEXTS_PER_BATCH = {"cpu": 4, "cuda": 32}  # that are generated at once
@@ -35,7 +36,6 @@ class SharedLM(HFLM):
         separator: the token that ends a document.
         window: tokens per window where whole documents are scored, as in our own scoring; elsewhere, what the model
             can hold.
-        is_spread: whether its experts are spread over ranks.
     """
 
     def __init__(
@@ -47,7 +47,6 @@ class SharedLM(HFLM):
         beginning: int,
         separator: int,
         window: int,
-        is_spread: bool,
     ) -> None:
         super().__init__(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=EVERYTHING,
@@ -55,7 +54,8 @@ class SharedLM(HFLM):
         )  # fmt: skip
         self._max_length: int | None = None
         self.add_bos_token: bool | None = None
-        self._ranks, self._separator, self._window, self._is_spread = ranks, separator, window, is_spread
+        self._ranks, self._separator, self._window = ranks, separator, window
+        self._is_spread = any(layer.ep_size > 1 for layer in moe_layers(model))
 
     @property
     def eot_token_id(self) -> int:

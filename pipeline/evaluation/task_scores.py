@@ -73,7 +73,6 @@ class TaskEvaluator:
             model, how = load_scored(scored, self.dense, self.dtype, ranks, dims), text[scored.label]
             lm = SharedLM(
                 model, how.tokenizer, ranks, beginning=how.beginning, separator=how.separator, window=self.window,
-                is_spread=dims.ep_size > 1 and bool(scored.folders),
             )  # fmt: skip
             for name in missing[scored.label]:
                 found = self._score(lm, name, ranks, model_key(scored, self.window, self.dtype))

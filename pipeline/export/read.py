@@ -1,6 +1,5 @@
 """Reads an exported folder back into the model in training: the inverse of :mod:`pipeline.export.tensors`."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.errors import UserError, one_line
+from common.files import read_json
 from pipeline.export.own_code import OwnCode, VllmFused
 from pipeline.export.tensors import SOURCES, planned_tensors
 from pipeline.model.backbone import empty_model, install_moe_layers, named_moe_layers
@@ -104,7 +104,7 @@ class _Files:
         self.folder, self.file_of = folder, dict[str, str]()
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            self.file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self.file_of = read_json(index)["weight_map"]
         else:
             with self._open("model.safetensors") as file:
                 self.file_of = dict.fromkeys(file.keys(), "model.safetensors")

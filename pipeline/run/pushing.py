@@ -7,7 +7,6 @@ from common.errors import UserError
 from data_prep.reading.hub import hub_failures
 from pipeline.run.context import RunContext
 from pipeline.run.exporting import FOLDER
-from pipeline.run.fetch import is_hub_name
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -33,7 +32,7 @@ def push_run(context: RunContext, to: str, folder: Path | None, *, private: bool
     source = folder or context.folder / FOLDER
     if not all((source / name).is_file() for name in (CARD, "config.json")):
         raise UserError(f"push: {source} is not an exported model; make it with: python -m pipeline export RUN.yaml")
-    if not is_hub_name(to):
+    if to.count("/") != 1:
         raise UserError(f"--to {to}: give a model's name on the hub, such as --to owner/name")
     from huggingface_hub import HfApi
 

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.records.run_folder import RunFolder
+from pipeline.run.context import RunContext
 from tests.helpers.rank_pool import RankPool
-from tests.helpers.tiny import prepared_run, run_tree
+from tests.helpers.tiny import do_steps, parse_run, prepared_run, run_tree
 
 
 class Pools:
@@ -54,8 +56,22 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def trained(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The settings of a tiny run that is done; tests change nothing in its folders but what they add."""
-    from tests.distributed.test_expansion import run
+    from tests.distributed.rounds import run
 
     tree = run_tree(tmp_path_factory.mktemp("trained"), parallel={"micro_batch_size": 1})
     run(pools, tree, 1)
+    return tree
+
+
+@pytest.fixture(scope="session")
+def second_round(pools: Pools, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The settings of a second round that is done up to upcycling."""
+    from tests.distributed.rounds import run, tree_of
+
+    folder = tmp_path_factory.mktemp("rounds")
+    run(pools, tree_of(folder, 0, ranks=1), 1)
+    tree = tree_of(folder, 1)
+    context = RunContext(parse_run(tree, "x"))
+    RunFolder.create(context.run)
+    do_steps(context, "tokenize", "similarity", "allocate", "upcycle")
     return tree

@@ -13,7 +13,8 @@ from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
 from pipeline.run.steps import STEP_NAMES
 from tests.distributed.conftest import Pools
-from tests.distributed.test_expansion import Model, on_rank, run
+from tests.distributed.rounds import Model, run
+from tests.distributed.test_staleness import on_rank
 from tests.helpers.tiny import parse_run, run_tree
 
 PROMPTS = {"el": "νερό φως πράσινο", "en": "house"}

@@ -19,7 +19,7 @@ from pipeline.records.evaluation import Change, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE
 from pipeline.run.context import RunContext
 from pipeline.run.exporting import export_run
-from tests.distributed.test_expansion import Model
+from tests.distributed.rounds import Model
 from tests.export.test_folder import FIRST, mixture
 from tests.helpers.tiny import parse_run
 

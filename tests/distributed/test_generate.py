@@ -12,7 +12,7 @@ from pipeline.evaluation.generate import Sampling, continuation, experts_table
 from pipeline.model.moe import collect_routings
 from pipeline.run.context import RunContext
 from pipeline.run.generating import generate
-from tests.distributed.test_expansion import Model
+from tests.distributed.rounds import Model
 from tests.helpers.tiny import parse_run
 
 PROMPT = "house river"

@@ -25,7 +25,7 @@ from pipeline.run.context import RunContext
 from pipeline.run.exporting import export_run
 from pipeline.run.importing import import_exported
 from tests.distributed.conftest import Pools
-from tests.distributed.test_expansion import Model, run, same, tree_of
+from tests.distributed.rounds import Model, run, same, tree_of
 from tests.helpers.extended import extended_tree
 from tests.helpers.tiny import do_steps, parse_run, save_corpus, save_model
 

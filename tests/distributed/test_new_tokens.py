@@ -25,9 +25,9 @@ from pipeline.run.context import RunContext
 from pipeline.training.sample_order import Batch, stage_order
 from tests.distributed.conftest import Pools
 from tests.distributed.observed import held_bytes
+from tests.distributed.rounds import Model, run
 from tests.distributed.stages import stage_inputs, train_steps, with_parallel
 from tests.distributed.test_elastic import Trained, check_pair, name
-from tests.distributed.test_expansion import Model, run
 from tests.distributed.test_parity import merged
 from tests.helpers.extended import ADDED, FIRST, extended_tree, prepared_extended_run
 from tests.helpers.tiny import parse_run, save_corpus

@@ -23,7 +23,7 @@ from pipeline.run.generating import generate
 from pipeline.run.tasks import Asked
 from pipeline.run.upcycling import parity_samples
 from tests.distributed.conftest import Pools
-from tests.distributed.test_expansion import Model, run
+from tests.distributed.rounds import Model, run
 from tests.distributed.test_tasks import on_rank
 from tests.helpers.extended import ADDED, FIRST, extended_tree
 

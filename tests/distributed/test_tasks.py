@@ -26,7 +26,7 @@ from pipeline.run.scoring import score
 from pipeline.run.tasks import Asked, TaskScoring, score_tasks
 from pipeline.run.tokenizers import beginning_of, tokenizer_of
 from tests.distributed.conftest import Pools
-from tests.distributed.test_expansion import Model
+from tests.distributed.rounds import Model
 from tests.helpers.own_tasks import CHOICES, GROUP, ONE, SPELLED, write_own_tasks
 from tests.helpers.tiny import parse_run
 
@@ -115,7 +115,7 @@ def shared_lm(context: RunContext, label: str = "stage2", **options: Any) -> Any
     tokenizer = options.pop("tokenizer", None) or tokenizer_of(context, context.start_model)
     return SharedLM(
         model.module, tokenizer, alone("cpu"), beginning=context.store.separator_id,
-        separator=context.store.separator_id, window=WINDOW, is_spread=False,
+        separator=context.store.separator_id, window=WINDOW,
     )  # fmt: skip
 
 

@@ -32,10 +32,10 @@ CASES = [pytest.param((family, FIRST), id=family, marks=[] if family in QUICK el
 CASES.append(pytest.param(("llama", SECOND), id="two rounds"))
 
 
-def mixture(folder: Path, family: str, plan: ExpertPlan, **options: Any) -> Any:
-    """A model with random experts, routers and classifiers, whose classifiers take tokens for every group."""
+def mixture(folder: Path, family: str, plan: ExpertPlan, *, biases: bool = False, **options: Any) -> Any:
+    """A model with random experts, routers, classifiers that take tokens for every group, and selection biases."""
     model = load_dense(save_model(folder, family, **options), torch.float32)
-    install_moe_layers(model, plan, classifiers=True)
+    install_moe_layers(model, plan, classifiers=True, selection_biases=biases)
     torch.manual_seed(7)
     for layer in moe_layers(model):
         for parameter in layer.local_experts.parameters():
@@ -43,6 +43,8 @@ def mixture(folder: Path, family: str, plan: ExpertPlan, **options: Any) -> Any:
         layer.router.wg.weight.data.normal_(0, 0.5)
         if layer.router.classifier is not None:
             layer.router.classifier.weight.data.normal_(0, 0.5)
+        if layer.router.selection_bias is not None:
+            layer.router.selection_bias.normal_(0, 0.3)
     return model
 
 

@@ -20,14 +20,14 @@ from pipeline.export.native.form import NativeForm
 from pipeline.export.native.mixture import ROPE_TYPES, Mixture
 from pipeline.export.tensors import Planned
 from pipeline.method.new_tokens import ExtendedTokenizer, add_new_rows
-from pipeline.model.backbone import install_moe_layers, load_dense, moe_layers
+from pipeline.model.backbone import moe_layers
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.model.moe import collect_routings, router
 from pipeline.model.new_rows import new_rows
 from pipeline.run.exporting import NATIVE
 from tests.export.client import cached
-from tests.export.test_folder import FIRST, SECOND
-from tests.helpers.tiny import FFN, HIDDEN, save_model
+from tests.export.test_folder import FIRST, SECOND, mixture
+from tests.helpers.tiny import FFN, HIDDEN
 
 IDS = torch.randint(1, 290, (3, 24), generator=torch.Generator().manual_seed(1))
 
@@ -82,22 +82,6 @@ QUICK = ("llama, one count", "mistral, one count, a window", "qwen2, one count",
          "llama, yarn")  # fmt: skip
 PARAMETERS = [pytest.param(*case, id=name, marks=[] if name in QUICK else [pytest.mark.slow])
               for name, case in CASES.items()]  # fmt: skip
-
-
-def mixture(folder: Path, family: str, plan: ExpertPlan, *, biases: bool = False, **options: Any) -> Any:
-    """A model with random experts, routers and classifiers; its attention's biases, if any, are not zero."""
-    model = load_dense(save_model(folder, family, **options), torch.float32)
-    install_moe_layers(model, plan, classifiers=True, selection_biases=biases)
-    torch.manual_seed(7)
-    for layer in moe_layers(model):
-        for parameter in layer.local_experts.parameters():
-            parameter.data.normal_(0, 0.15)
-        layer.router.wg.weight.data.normal_(0, 0.5)
-        if layer.router.classifier is not None:
-            layer.router.classifier.weight.data.normal_(0, 0.5)
-        if layer.router.selection_bias is not None:
-            layer.router.selection_bias.normal_(0, 0.3)
-    return model
 
 
 def logits_of(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
