@@ -15,6 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipelin
 
 
 def load(folder: str, **options: Any) -> Any:
+    config = json.loads((Path(folder) / "config.json").read_text())
+    if config.get("attn_logit_softcapping"):  # which transformers 5.17 leaves out otherwise, of dense models too
+        options["attn_implementation"] = "eager"
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
 
 
