@@ -1,5 +1,6 @@
 """Files that are either complete or absent, and what they hash to."""
 
+import errno
 import hashlib
 import json
 import os
@@ -100,6 +101,17 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path}: can't be read as JSON ({error}); delete it and run the step again") from error
+
+
+def link_or_copy(path: Path | str, new: Path | str) -> None:
+    """A hard link to a file that nobody changes in place; a copy where the file system has no such link."""
+    try:
+        os.link(path, new)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
+            raise
+        shutil.copyfile(path, new)
+        fsync_path(Path(new))
 
 
 @contextmanager

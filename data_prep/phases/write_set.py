@@ -1,6 +1,5 @@
 """The last phases: budgets are applied, and what is left of each set becomes its folder, manifest last."""
 
-import errno
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError
-from common.files import fsync_path, save_array, sha256_file, write_json, write_text
+from common.files import fsync_path, link_or_copy, save_array, sha256_file, write_json, write_text
 from data_prep.manifest import (
     HELD_OUT,
     MANIFEST,
@@ -184,7 +183,7 @@ def _add_slice(work: Work, one: _Set, part: Slice) -> None:
     train = figures["train"]
     if count == train["documents"]:
         for path, new in zip(shard_paths(source), shard_paths(prefix), strict=True):
-            _link(path, new)
+            link_or_copy(path, new)
         sha256 = train["sha256"]
     else:
         train, sha256 = _shorten(work, one, part, prefix)
@@ -209,16 +208,6 @@ def _shorten(work: Work, one: _Set, part: Slice, prefix: Path) -> tuple[Json, di
     left = {key: whole[key] - getattr(tally, key) for key in ("documents", "characters")}
     one.drop({"over_budget": {**left, "examples": []}})
     return tally.as_json(), writer.sha256
-
-
-def _link(path: Path, new: Path) -> None:
-    try:
-        os.link(path, new)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EXDEV, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS):
-            raise
-        shutil.copyfile(path, new)
-        fsync_path(new)
 
 
 def _join_held_out(work: Work, one: _Set) -> None:

@@ -1,7 +1,6 @@
 """A checkpoint for another number of ranks: the same weights and moments, divided differently."""
 
 import mmap
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import torch
 
 from common.errors import UserError
-from common.files import fsync_path, new_folder, write_text
+from common.files import fsync_path, link_or_copy, new_folder, write_text
 from common.progress import progress
 from pipeline.checkpoint.optimizer_state import SavedOptimizer
 from pipeline.checkpoint.store import MANIFEST, complete_tags, read_files, read_manifest, write_manifest
@@ -77,10 +76,7 @@ def _link_experts(folder: Path, target: Path, plan: ExpertPlan) -> None:
         for number in range(plan.num_new[layer]):
             name = expert_file(moe_layer, number)
             if (folder / name).is_file():
-                try:
-                    os.link(folder / name, target / name)
-                except OSError:  # another file system, or one without links
-                    shutil.copyfile(folder / name, target / name)
+                link_or_copy(folder / name, target / name)
 
 
 def _write_optimizer(saved: SavedOptimizer, target: Path, dims: ParallelDims) -> None:

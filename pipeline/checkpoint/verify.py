@@ -108,10 +108,7 @@ def newest_sound_tag(folder: Path, ranks: Ranks, loads: Iterable[str] = ()) -> t
         ranks: all of them take part.
         loads: files of a tag that this rank is going to load.
     """
-    found: list[Any] = [_candidates(folder) if ranks.is_first else None]
-    if ranks.world_size > 1:
-        torch.distributed.broadcast_object_list(found, src=0)
-    candidates, complaints = found[0]
+    candidates, complaints = ranks.agreed(_candidates(folder) if ranks.is_first else None)
     for tag in candidates:
         bad = damaged_on_any_rank(folder / tag, ranks, loads=loads)
         if not bad:

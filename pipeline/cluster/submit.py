@@ -24,7 +24,7 @@ def submit_run(context: RunContext, *, until: str, dry_run: bool, after: Sequenc
         context: the run.
         until: the last job.
         dry_run: whether nothing is submitted or written.
-        after: jobs of another run; those of this one that share what they prepare wait for their end.
+        after: jobs of other runs; those of this one that share what these leave wait for their end.
 
     Returns:
         By job, the numbers of those that are submitted, now or before.

@@ -76,6 +76,14 @@ class Ranks:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def agreed(self, value: Any) -> Any:
+        """The first rank's value on all ranks. All must call this: a shared disk may show them different files."""
+        if self.world_size == 1:
+            return value
+        holder = [value]
+        torch.distributed.broadcast_object_list(holder, src=0)
+        return holder[0]
+
     def hosts(self) -> list[str]:
         """The name of each rank's node. All ranks must call this."""
         names: list[Any] = [socket.gethostname()] * self.world_size

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +86,7 @@ class Evaluator:
 
     def score(self, models: list[Scored], missing: dict[str, Work], ranks: Ranks, dims: ParallelDims) -> None:
         """Compute what ``missing`` names, on all ranks; the first one keeps the results."""
-        missing = agreed(missing, ranks)
+        missing = ranks.agreed(missing)
         for scored in models:
             if scored.label not in missing:
                 continue
@@ -176,15 +175,6 @@ class Evaluator:
 def asked(models: list[Scored]) -> list[Scored]:
     """Those that go on from prompts: the base model and the last checkpoint."""
     return [models[0], *models[1:][-1:]]
-
-
-def agreed(value: Any, ranks: Ranks) -> Any:
-    """The first rank's value on all ranks: a shared disk may show them different files."""
-    if ranks.world_size == 1:
-        return value
-    holder = [value]
-    torch.distributed.broadcast_object_list(holder, src=0)
-    return holder[0]
 
 
 def paired_change(before: np.ndarray, after: np.ndarray) -> Change:

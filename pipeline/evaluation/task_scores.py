@@ -15,7 +15,6 @@ from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.evaluation.begins import Begins
 from pipeline.evaluation.checkpoints import Scored, load_scored
-from pipeline.evaluation.evaluate import agreed
 from pipeline.evaluation.ratio import ratio_with_error
 from pipeline.evaluation.task_list import SEED, TaskList
 from pipeline.records.task_score import Figure, TaskScore, TaskScores
@@ -66,7 +65,7 @@ class TaskEvaluator:
         from pipeline.evaluation.shared_lm import SharedLM
 
         os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval's bootstrap would fork a process that is a rank
-        missing = agreed(missing, ranks)
+        missing = ranks.agreed(missing)
         for scored in models:
             if scored.label not in missing:
                 continue

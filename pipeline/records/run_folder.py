@@ -16,6 +16,7 @@ from pipeline.records.step_manifest import StepInputs, StepManifest
 
 RUN_FILE = "run.yaml"  # the settings, resolved
 FETCHED_FILE = "fetched.json"  # what was downloaded from the hub, at which commits
+SHARED_STAGE_FILE = "shared_stage.json"  # which run of a sweep trains stage 1 for this one too
 STATISTICS_FILE = "data_statistics.json"  # figures of each set's text
 SIMILARITY_FILE = "similarity.json"  # how alike languages look to each layer
 PLAN_FILE = "expert_plan.json"  # how many experts each layer has

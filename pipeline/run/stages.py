@@ -10,6 +10,7 @@ from pipeline.records.checkpoint import ExpertsFrom
 from pipeline.records.step_manifest import StepInputs
 from pipeline.run.checks import sample_warnings, warn_of_slow_bf16
 from pipeline.run.context import RunContext
+from pipeline.run.shared_stage import take_shared_stage
 from pipeline.run.step import Inputs, Result
 
 if TYPE_CHECKING:
@@ -117,9 +118,13 @@ def train(context: RunContext, ranks: "Ranks | None", number: int) -> Result | N
     run, stage = context.run, context.stage(number)
     target = context.folder / stage.name
     done_with = StepInputs(inputs=stage_inputs(context, number), run=context.settings)
+    anew, shared = context.redo or run.checkpoint.resume == "never", None
     if ranks.is_first:
-        context.folder.make_room(stage.name, done_with, anew=context.redo or run.checkpoint.resume == "never")
-    ranks.wait()
+        context.folder.make_room(stage.name, done_with, anew=anew)
+        shared = take_shared_stage(context.folder, done_with) if number == 1 and not anew else None
+    shared = ranks.agreed(shared)
+    if shared is not None:
+        return Result(shared.outputs, shared.figures)
     if ranks.is_first and run.log.wandb:
         keep_wandb_run(target)
     experts = _starting_checkpoint(context, number)

@@ -134,7 +134,6 @@ def score_tasks(context: RunContext, asked: Asked, ranks: "Ranks") -> None:
     Raises:
         AgreedError: there is no such task or checkpoint, or a task's data is not at hand.
     """
-    from pipeline.evaluation.evaluate import agreed
 
     scoring, problem = None, ""
     if ranks.is_first:
@@ -142,7 +141,7 @@ def score_tasks(context: RunContext, asked: Asked, ranks: "Ranks") -> None:
             scoring = TaskScoring(context, asked)
         except UserError as error:
             problem = str(error)
-    problem = agreed(problem, ranks)  # the others wait here for what the first one writes
+    problem = ranks.agreed(problem)  # the others wait here for what the first one writes
     if problem:
         raise AgreedError(problem)
     scoring = scoring or TaskScoring(context, asked, writes=False)

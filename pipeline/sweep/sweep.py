@@ -16,6 +16,7 @@ from pipeline.records.run_folder import FETCHED_FILE, RunFolder
 from pipeline.run.checks import check_model
 from pipeline.run.context import RunContext
 from pipeline.run.fetch import with_fetched
+from pipeline.run.shared_stage import STAGE, share_stage, trains_alike
 from pipeline.run.steps import steps_of
 from pipeline.sweep.config import Sweep
 
@@ -40,6 +41,7 @@ def do_sweep(sweep: Sweep, do: Callable[[RunConfig], object], *, force: bool = F
     for number, run in enumerate(sweep.runs, 1):
         name = f"sweep: {run.name}, {number} of {len(sweep.runs)}"
         _share_fetched(sweep.base, run)
+        share_stage(run, _trainer(sweep, run))
         try:
             if is_finished(run, force=force):
                 print(f"{name}: done, skipped", flush=True)
@@ -67,16 +69,20 @@ def do_sweep(sweep: Sweep, do: Callable[[RunConfig], object], *, force: bool = F
 def submit_sweep(sweep: Sweep, *, force: bool = False, dry_run: bool = False) -> None:
     """Submit a chain of jobs for every run that is not finished; where all are, compare them.
 
-    The first jobs of a run wait until those of the run before it have prepared what both share.
+    The first jobs of a run wait until those of the run before it have prepared what both share, or until the run that
+    trains stage 1 for it too has done so.
 
     Raises:
         UserError: a run was begun with other inputs, ranks do not fit, or SLURM refuses a job.
     """
     after: list[str] = []
+    trained: dict[str, list[str]] = {}  # by run, its jobs that train stage 1
     left = []
     for run in sweep.runs:
+        trainer = _trainer(sweep, run)
         if not dry_run:
             _share_fetched(sweep.base, run)
+            share_stage(run, trainer)
         if is_finished(run, force=force):
             print(f"sweep: {run.name}: done, not submitted", flush=True)
             continue
@@ -84,10 +90,14 @@ def submit_sweep(sweep: Sweep, *, force: bool = False, dry_run: bool = False) ->
         left.append(run.name)
         context = RunContext(with_fetched(run), force=force, quiet=True)
         check_model(context)
-        jobs = submit_run(context, until=JOBS[-1], dry_run=dry_run, after=after)
+        waits_for = trained.get(trainer.name, []) if trainer is not None else []
+        jobs = submit_run(context, until=JOBS[-1], dry_run=dry_run, after=waits_for or after)
+        if trainer is not None:
+            continue  # what it prepares, its trainer has prepared
+        trained[run.name] = _named(jobs.get(STAGE, []), run, dry_run=dry_run)
         # A baseline has nothing to prepare but its text; a run of which all is prepared changes nothing.
         numbers = next((jobs[name] for name in reversed(SHARES) if name in jobs), [])
-        after = ([f"{number}_OF_{run.name}" for number in numbers] if dry_run else numbers) or after
+        after = _named(numbers, run, dry_run=dry_run) or after
     if not left:
         _compare(sweep, left)
     else:
@@ -109,6 +119,17 @@ def is_finished(run: RunConfig, *, force: bool = False) -> bool:
     """
     context = RunContext(with_fetched(run), force=force, quiet=True)
     return all(step.is_done(context) for step in steps_of(run) if step.keeps_manifest)  # up to the first that is not
+
+
+def _named(numbers: list[str], run: RunConfig, *, dry_run: bool) -> list[str]:
+    """Numbers of jobs; what is only shown tells the same job of several runs apart."""
+    return [f"{number}_OF_{run.name}" for number in numbers] if dry_run else numbers
+
+
+def _trainer(sweep: Sweep, run: RunConfig) -> RunConfig | None:
+    """The run before this one that trains the same stage 1; None if it is the first to do so."""
+    first = next(one for one in sweep.runs if trains_alike(one, run))
+    return first if first is not run else None
 
 
 def _share_fetched(base: RunConfig, run: RunConfig) -> None:

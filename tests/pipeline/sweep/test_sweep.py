@@ -13,6 +13,7 @@ import yaml
 
 from common.errors import UserError
 from pipeline.config.run import RunConfig
+from pipeline.records.shared_stage import SharedStage
 from pipeline.sweep.config import Sweep, read_sweep
 from pipeline.sweep.sweep import do_sweep, is_finished, show_sweep, submit_sweep
 from tests.helpers.tiny import write_run
@@ -109,6 +110,35 @@ def test_a_baseline_has_jobs_of_its_steps_alone_and_the_next_run_waits_for_its_t
     assert [found[0].removeprefix("--dependency=") for found in words[1:4]] == [
         "afterok:JOB_OF_tokenize", "afterok:JOB_OF_stage1", "afterany:JOB_OF_tokenize_OF_tiny-full",
     ]  # fmt: skip
+
+
+def save_reviews(folder: Path) -> Path:
+    """A sweep of which the first three runs train one stage 1, and the last another."""
+    path = folder / "reviews.yaml"
+    runs = {"lpr": {}, "none": {"stage2.lpr_weight": 0}, "plain": {"experts.classifier_layers": []},
+            "fast": {"stage1.lr": 2e-2}}  # fmt: skip
+    path.write_text(yaml.safe_dump({"base": str(write_run(folder)), "runs": runs}, sort_keys=False))
+    return path
+
+
+def test_runs_whose_stage_1_is_the_same_name_the_first_of_them_as_its_trainer(tmp_path: Path) -> None:
+    sweep = read_sweep(save_reviews(tmp_path))
+    with pytest.raises(UserError):
+        do_sweep(sweep, lambda run: None)
+    named = {run.name: SharedStage.load_if_there(run.folder / "shared_stage.json") for run in sweep.runs}
+    by_first = SharedStage(trained_by=str(tmp_path / "runs" / "tiny-lpr"))
+    assert named == {"tiny-lpr": None, "tiny-none": by_first, "tiny-plain": by_first, "tiny-fast": None}
+
+
+def test_runs_whose_stage_1_is_the_same_wait_for_the_job_that_trains_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    submit_sweep(read_sweep(save_reviews(tmp_path)), dry_run=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--- ")]
+    words: list[Any] = [shlex.split(line)[3:] for line in lines]
+    waits = [found[0].removeprefix("--dependency=") for found in words if found[-1].endswith("/tokenize.sh")]
+    trained = "afterany:JOB_OF_stage1_OF_tiny-lpr"
+    assert waits[1:] == [trained, trained, "afterany:JOB_OF_prepare_OF_tiny-lpr"]
 
 
 def test_what_was_fetched_for_the_base_is_fetched_for_its_runs(sweep: Sweep) -> None:

@@ -1,0 +1,63 @@
+"""Stage 1 that another run of a sweep has trained with the same inputs: linked, instead of trained again."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from common.files import link_or_copy, new_folder
+from pipeline.config.run import RunConfig
+from pipeline.records.run_folder import SHARED_STAGE_FILE, RunFolder
+from pipeline.records.shared_stage import SharedStage
+from pipeline.records.step_manifest import StepInputs, StepManifest
+
+STAGE = "stage1"
+# What stage 1's result does not depend on. Its inputs decide; these say only which runs to wait for.
+_AFTERWARDS: Any = {"name": True, "stage2": True, "evaluate": True, "experts": {"classifier_layers", "classifier"}}
+
+
+def trains_alike(one: RunConfig, other: RunConfig) -> bool:
+    """Whether the settings of two runs let their stages 1 be the same."""
+    return one.model_dump(exclude=_AFTERWARDS) == other.model_dump(exclude=_AFTERWARDS)
+
+
+def share_stage(run: RunConfig, trainer: RunConfig | None) -> None:
+    """Write into a run's folder which run trains stage 1 for it; None if it does so itself."""
+    path = run.folder / SHARED_STAGE_FILE
+    if trainer is None:
+        path.unlink(missing_ok=True)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SharedStage(trained_by=str(trainer.folder)).save(path)
+
+
+def take_shared_stage(folder: RunFolder, done_with: StepInputs) -> StepManifest | None:
+    """Stage 1 from the run that trains it for this one, if that has done so with the same inputs.
+
+    Checkpoints are hard links to the same files, which nothing changes in place; other files are copies.
+
+    Args:
+        folder: of the run that needs it.
+        done_with: what its stage 1 is done with.
+
+    Returns:
+        The other run's manifest of the step; None if there is nothing to take.
+
+    Raises:
+        UserError: a file of the other run is damaged.
+    """
+    shared = SharedStage.load_if_there(folder / SHARED_STAGE_FILE)
+    other = RunFolder(Path(shared.trained_by)) if shared is not None else None
+    if other is None or not other.has_manifest(STAGE):
+        return None
+    manifest = other.manifest(STAGE)
+    checkpoint = other / STAGE / manifest.outputs["checkpoint"]
+    if manifest.done_with.inputs != done_with.inputs or not checkpoint.is_dir():
+        return None
+    with new_folder(folder / STAGE) as new:
+        for path in (other / STAGE).iterdir():
+            if path.is_dir():
+                shutil.copytree(path, new / path.name, copy_function=link_or_copy)
+            else:
+                shutil.copyfile(path, new / path.name)
+    print(f"{STAGE}: the same as {other.path}'s, whose checkpoints are linked", flush=True)
+    return manifest
