@@ -26,7 +26,8 @@ class PlaceConfig(CapsConfig):
 
     ``hub`` takes ``config``, ``split``, ``revision`` (a commit, so that the text stays the same) and ``data_files``
     (those of the split that are read; without it, all). ``text_field`` is the field or column with the text. A
-    ``.txt`` file is one document, or one per line with ``text_unit: line``.
+    ``.txt`` file is one document, or one per line with ``text_unit: line``. ``license`` is named in the model card; a
+    hub dataset's own is, once it is fetched, where none is given.
     """
 
     path: str | None = None
@@ -37,6 +38,7 @@ class PlaceConfig(CapsConfig):
     data_files: list[str] | None = None
     text_field: str = "text"
     text_unit: Literal["file", "line"] = "file"
+    license: str | None = None
 
 
 class SourceConfig(PlaceConfig):

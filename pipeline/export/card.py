@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from common.text_table import markdown_table
+from data_prep.config import SetConfig
 from pipeline.config.run import RunConfig
 from pipeline.evaluation.task_table import shown_tasks, task_rows
 from pipeline.model.expert_plan import ExpertPlan
@@ -76,10 +77,18 @@ def _metadata(facts: CardFacts) -> ModelCardData:
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=facts.base_model,
+        datasets=_datasets(facts.run) or None,
         tags=["mixture-of-experts", "moe-lpr", "layermoe"],
         model_name=facts.run.name,
         eval_results=[*_eval_results(facts), *_results_of_tasks(facts)] or None,
     )
+
+
+def _datasets(run: RunConfig) -> list[str]:
+    """The hub's datasets that it was trained on."""
+    sources = [one for sets in (run.data.old, run.data.new) for entry in sets.values() for one in entry.source_list]
+    names = [one.hub for one in sources if one.hub is not None and not Path(one.hub).exists()]
+    return list(dict.fromkeys(names))
 
 
 def _eval_results(facts: CardFacts) -> list[EvalResult]:
@@ -244,6 +253,15 @@ def _training(facts: CardFacts) -> str:
         )
     for group in ("old", "new"):
         for name, entry in getattr(run.data, group).items():
-            source = ", ".join(str(one.hub or Path(str(one.path)).name) for one in entry.source_list)
-            lines.append(f"- text, {group}: {name} ({entry.language}) from {source}; its licence is not recorded")
+            lines.append(f"- text, {group}: {name} ({entry.language}) from {_sources(entry)}")
     return "\n".join(lines)
+
+
+def _sources(entry: SetConfig) -> str:
+    """Where a set's text comes from, each source with its licence."""
+    found: dict[str, str] = {}
+    for one in entry.source_list:
+        license = one.license or entry.license
+        name = str(one.hub or Path(str(one.path)).name)
+        found[name] = f"{name} ({license})" if license else f"{name} (licence not recorded)"
+    return ", ".join(found.values())

@@ -1,7 +1,7 @@
 """The datasets of a run on the hub: at one commit, and only those files of a split that the run's budgets need."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.files import content_key
 from common.progress import progress
@@ -22,6 +22,9 @@ from data_prep.reading.hub import (
 )
 from data_prep.slices_to_read import LEAST, first_slices, limits_of, slices_to_read
 from pipeline.config.run import RunConfig
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import DatasetInfo
 
 CARD_FILES = ("README.md", ".gitattributes", "dataset_infos.json")  # they say which files a config has
 
@@ -44,7 +47,8 @@ def fetch_dataset(source: HubSource, run: RunConfig) -> dict[str, Any]:
         run: the run, with its model and tokenizer in folders.
 
     Returns:
-        The "commit"; the number of "files"; and the "data_files" that were chosen, or None for all of the split.
+        The "commit"; the number of "files"; the "data_files" that were chosen, or None for all of the split; and the
+        "license" that the dataset's card names, or None.
 
     Raises:
         UserError: the hub can't be reached, or does not give it.
@@ -65,7 +69,18 @@ def fetch_dataset(source: HubSource, run: RunConfig) -> dict[str, Any]:
         chosen = _needed_files(pinned, run, every, sizes)
         _download(pinned, chosen, sizes)
     is_part = source.data_files is not None or len(chosen) < len(every)
-    return {"commit": info.sha, "files": len(chosen) + len(names), "data_files": chosen if is_part else None}
+    return {
+        "commit": info.sha,
+        "files": len(chosen) + len(names),
+        "data_files": chosen if is_part else None,
+        "license": _license(info),
+    }
+
+
+def _license(info: "DatasetInfo") -> str | None:
+    """What the card's metadata names: one licence, or several."""
+    named = None if info.card_data is None else info.card_data.get("license")
+    return ", ".join(map(str, named)) if isinstance(named, list) else named
 
 
 def _download(source: HubSource, names: list[str], sizes: dict[str, int], *, show: bool = True) -> None:
@@ -137,10 +152,11 @@ def with_commits(run: RunConfig, fetched: dict[str, dict[str, Any]]) -> dict[str
         if source.hub is None:
             return source
         entry = fetched.get(entry_name(hub_source(source)))
-        return (
-            source
-            if entry is None
-            else source.model_copy(update={"revision": entry["commit"], "data_files": entry["data_files"]})
+        if entry is None:
+            return source
+        license = source.license or entry.get("license")
+        return source.model_copy(
+            update={"revision": entry["commit"], "data_files": entry["data_files"], "license": license}
         )
 
     def pinned_set(entry: SetConfig) -> SetConfig:

@@ -1,5 +1,6 @@
 """The verb export on a trained run. Run: pytest tests/distributed/test_export.py"""
 
+import copy
 import json
 import re
 import shutil
@@ -119,6 +120,18 @@ def test_the_card_says_what_came_of_it_and_what_the_hub_asks_for(trained: dict[s
     worse = evaluation.forgotten("stage2")
     assert ("No known language got worse" in card.text) == (not worse)
     assert str(tmp_path.parent) not in card.text and str(Path(trained["cache_dir"]).parent) not in card.text
+
+
+def test_the_card_says_which_licence_text_has_and_which_datasets_it_is_from(trained: dict[str, Any]) -> None:
+    tree = copy.deepcopy(trained)
+    tree["data"]["new"]["hu"] = {"sources": [{"hub": "owner/text", "license": "cc-by-4.0"}, {"path": "own/hu.jsonl"}]}
+    tree["data"]["new"]["el"]["license"] = "mpl-2.0"
+    facts = CardFacts(parse_run(tree, "x"), context_of(trained).plan, "stage2", None, None, "float32")
+    card = model_card(facts)
+    assert card.data.datasets == ["owner/text"]
+    assert "- text, old: en (en) from en.jsonl (licence not recorded)" in card.text
+    assert "- text, new: el (el) from el.jsonl (mpl-2.0)" in card.text
+    assert "- text, new: hu (hu) from owner/text (cc-by-4.0), hu.jsonl (licence not recorded)" in card.text
 
 
 def test_the_card_names_what_was_forgotten(trained: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 from tests.helpers.hub_uploads import Uploads
 
 
@@ -102,6 +104,7 @@ class _Handler(Uploads):
         else:
             siblings = [{"rfilename": names[path], "size": path.stat().st_size} for path in files]
             answer = {"id": name, "modelId": name, "sha": folder.name, "siblings": siblings, "private": False}
+            answer["cardData"] = _card_data(folder / "README.md")
         return 200, {"Content-Type": "application/json"}, json.dumps(answer).encode()
 
     def _tree(self, folder: Path, path: str) -> list[dict[str, Any]]:
@@ -123,6 +126,13 @@ class _Handler(Uploads):
             return 404, {"X-Error-Code": "EntryNotFound"}, b""
         file = folder / path
         return 200, {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": folder.name}, file.read_bytes()
+
+
+def _card_data(card: Path) -> dict[str, Any]:
+    """The metadata between the lines of a card's head."""
+    if not card.is_file() or not card.read_text().startswith("---"):
+        return {}
+    return yaml.safe_load(card.read_text().split("---")[1]) or {}
 
 
 def _etag(path: Path) -> str:

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.config.load import load_run
+from pipeline.run.fetch_datasets import with_commits
 from tests.helpers.hub_server import Hub, running_hub
 from tests.helpers.tiny import write_run
 from tests.launch.test_commands import command
@@ -47,7 +49,7 @@ def test_after_fetch_every_step_runs_with_the_network_cut_off(hub: Hub, tmp_path
     if not can_cut_off():
         pytest.skip("cutting off the network needs root and namespaces")
     configs = [f"- {{config_name: {name}, data_files: {name}/*.jsonl}}" for name in ("el", "hu")]
-    card = "\n".join(["---", "configs:", *configs, "---", ""]).encode()
+    card = "\n".join(["---", "license: cc-by-4.0", "configs:", *configs, "---", ""]).encode()
     path = write_hub_run(tmp_path, data={"new": {name: {"hub": "tiny/text", "config": name} for name in ("el", "hu")}})
     commit = hub.commit("models", "tiny/model", files_of(tmp_path / "model"))
     texts = {f"{name}/{name}.jsonl": (tmp_path / "text" / f"{name}.jsonl").read_bytes() for name in ("el", "hu")}
@@ -56,6 +58,8 @@ def test_after_fetch_every_step_runs_with_the_network_cut_off(hub: Hub, tmp_path
     assert f"fetch: tiny/model at {commit}: " in output
     assert f"fetch: tiny/text@:el:train at {first}: 2 files" in output
     assert not list((tmp_path / "hf").rglob("big.jsonl"))
+    fetched = json.loads((tmp_path / "runs" / "tiny" / "fetched.json").read_text())["datasets"]
+    assert [entry.license for entry in with_commits(load_run(path), fetched)["new"].values()] == ["cc-by-4.0"] * 2
     hub.commit("datasets", "tiny/text", {"README.md": card})
     asked = len(hub.requests)
     output = command(*CUT_OFF, *PIPELINE, "run", str(path), **variables(hub, tmp_path))
