@@ -60,12 +60,14 @@ class SetConfig(PlaceConfig):
 
     ``language`` is the set's name unless given; ``language_label`` is what a language identifier calls it, where that
     differs. ``weight`` is the set's share of a stage's tokens. The caps are the set's own, over all its sources.
+    ``held_out_fraction`` is in the place of ``held_out.fraction`` for this set, such as a small one.
     """
 
     sources: list[SourceConfig] = []
     language: str = ""
     language_label: str = ""
     weight: float = Field(default=1.0, gt=0)
+    held_out_fraction: Fraction | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "SetConfig":
@@ -90,8 +92,9 @@ class HeldOutConfig(Section):
 
     Documents that share the field's value (a page and its translations) fall on the same side;
     ``by: document`` uses the text itself. The fraction is lowered where it would hold out more than ``max_megabytes``
-    of the run's files. Training documents that contain or nearly copy a held-out or benchmark text are dropped: that
-    is, hold ``near_copy_threshold`` of its word triples (null: none is dropped).
+    of the run's files. A set may have its own (``held_out_fraction``), which is not lowered; where it is larger,
+    translations of its held-out pages are trained on in other sets. Training documents that contain or nearly copy a
+    held-out or benchmark text are dropped: that is, hold ``near_copy_threshold`` of its word triples (null: none is).
     """
 
     by: str = "document"
@@ -227,6 +230,8 @@ class DataConfig(Section):
             caps = [*entry.caps[1:], *(cap for source in entry.sources for cap in source.caps)]
             if any(cap is not None for cap in caps):
                 raise ValueError(f"watch.{name}: of a watch set, only max_documents of the whole set can be given")
+            if entry.held_out_fraction is not None:
+                raise ValueError(f"watch.{name}.held_out_fraction: a watch set is held out whole; leave it out")
         for name, source in self.benchmarks.items():
             if any(cap is not None for cap in source.caps):
                 raise ValueError(f"benchmarks.{name}: budgets are for training text; a benchmark is compared whole")

@@ -87,11 +87,14 @@ def with_keys(
         data: the run's settings of text.
         sets: the sets, benchmarks last.
         seed: the run's.
-        fraction: the share of pages that is held out.
+        fraction: the share of pages that is held out, unless a set has its own.
         encoding: what the ids depend on: the tokenizer's key and the dtype.
         replay: by old set, its part of the run's replay.
     """
-    corpora = [text_settings(data, one.group, one.entry, one.files, seed, fraction) for one in sets]
+    corpora = [
+        text_settings(data, one.group, one.entry, one.files, seed, one.entry.held_out_fraction or fraction)
+        for one in sets
+    ]
     texts = [corpus | _part(one, seed) for one, corpus in zip(sets, corpora, strict=True)]
     text_keys = [content_key(text) for text in texts]
     trained = [key for key, text in zip(text_keys, texts, strict=True) if text["kind"] == "train"]

@@ -59,11 +59,14 @@ def filters_of(work: Work, part: Slice) -> Filters:
 
 
 def holds_out(seed: int, fraction: float, one: SetPlan, document: Document) -> bool:
-    """Whether a document of a set, as its source has it, is held out; of training sets this fraction of pages is."""
+    """Whether a document of a set, as its source has it, is held out.
+
+    Of training sets this fraction of pages is, unless a set has its own.
+    """
     if not one.trains:
         return True
     key = document.text if document.page is None else document.page
-    return is_held_out(key, seed, fraction)
+    return is_held_out(key, seed, one.entry.held_out_fraction or fraction)
 
 
 def watched_documents(plan: Plan, part: Slice) -> int | None:

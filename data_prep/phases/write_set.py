@@ -230,6 +230,8 @@ def _check_not_empty(plan: Plan, one: _Set) -> None:
     lost = ", ".join(f"{found.documents} {reason}" for reason, found in sorted(one.dropped.items()))
     lost = f" ({lost} dropped)" if lost else ""
     bad = f", {one.bad_rows.rows} bad rows skipped" if one.bad_rows.rows else ""
+    own = one.plan.entry.held_out_fraction
+    fraction = f"{where}.held_out_fraction={own:g}" if own else f"data.held_out.fraction={plan.fraction:g}"
     if one.plan.trains and not one.taken:
         raise UserError(
             f"{where}: not one document fits its budgets (data.replay, max_tokens){lost}{bad}; give it larger ones"
@@ -238,14 +240,14 @@ def _check_not_empty(plan: Plan, one: _Set) -> None:
         if not one.plan.trains:
             raise UserError(f"{where}: no document with text{lost}{bad}; name another path")
         raise UserError(
-            f"{where}: none of {one.train.documents} documents is held out at data.held_out.fraction="
-            f"{plan.fraction:g}{lost}{bad}; raise the fraction or give more documents"
+            f"{where}: none of {one.train.documents} documents is held out at {fraction}{lost}{bad}; "
+            f"raise the fraction ({where}.held_out_fraction is this set's alone) or give more documents"
         )
     if one.plan.trains and not one.train.documents:
         raise UserError(
             f"{where}: no document is left to train on, {one.held_out.documents} are held out at "
-            f"data.held_out.fraction={plan.fraction:g}{lost}{bad}; lower the fraction, give more documents or larger "
-            "budgets (data.replay, max_tokens)"
+            f"{fraction}{lost}{bad}; lower the fraction, give more documents or larger budgets (data.replay, "
+            "max_tokens)"
         )
 
 

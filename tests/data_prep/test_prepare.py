@@ -58,6 +58,16 @@ def test_a_page_and_its_translations_are_held_out_together(two_languages, tokeni
     assert [document.page for document in other.held_out_documents("en")] != pages
 
 
+def test_a_set_may_hold_out_more_than_the_others(two_languages, tokenizer, tmp_path: Path) -> None:
+    store = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
+    more = changed(two_languages, new__el__held_out_fraction=0.6)
+    other = prepare(more, tokenizer, 300, tmp_path / "cache", seed=17)
+    pages = {name: [page.page for page in other.held_out_documents(name)] for name in ("en", "el")}
+    assert pages["en"] == [document.page for document in store.held_out_documents("en")]
+    assert {*pages["en"]} < {*pages["el"]} and len(pages["el"]) > 20
+    assert len(texts(other, tokenizer, "el", "held_out")) == len(pages["el"])
+
+
 def test_held_out_documents_are_described_in_the_order_of_the_shard(two_languages, tokenizer, tmp_path: Path) -> None:
     store = prepare(two_languages, tokenizer, 300, tmp_path / "cache", seed=17)
     for name in store.sets:

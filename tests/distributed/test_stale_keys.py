@@ -61,6 +61,7 @@ FLIPS = [
     Flip("data.*.data_files", ["b-train.jsonl"], WATCH, "data.watch.hub.data_files"),
     Flip("data.*.text_field", "page", NEW, "data.new.hu.text_field"),
     Flip("data.*.text_unit", "line", WATCH, "data.watch.lines.text_unit"),
+    Flip("data.*.held_out_fraction", 0.3, NEW, "data.new.hu.held_out_fraction"),
     Flip("data.*.license", "mit", set(), "data.new.hu.license"),
     Flip("data.*.sources", [{"path": "more/el.jsonl"}], NEW, "data.new.el.sources"),
     Flip("data.*.max_documents", 30, {T, S2}, "data.old.en.max_documents"),

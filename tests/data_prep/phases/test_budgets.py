@@ -143,6 +143,13 @@ def test_a_budget_on_a_watch_set_is_refused() -> None:
         DataConfig.model_validate({"new": {"el": {"path": "x"}}, "watch": {"w": {"path": "y", "max_tokens": 5}}})
 
 
+def test_a_share_of_a_watch_set_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"watch\.w\.held_out_fraction: a watch set is held out whole"):
+        DataConfig.model_validate(
+            {"new": {"el": {"path": "x"}}, "watch": {"w": {"path": "y", "held_out_fraction": 0.1}}}
+        )
+
+
 def test_taking_stops_at_the_first_document_that_does_not_fit() -> None:
     lengths = {1: np.array([5, 50, 1]), 2: np.array([9]), 3: np.array([2, 2])}
     totals = {n: {"documents": len(v), "tokens": int(v.sum()), "characters": 0} for n, v in lengths.items()}
