@@ -23,7 +23,7 @@ from data_prep.statistics.show_samples import inspect_sets, open_sets
 from data_prep.statistics.tally import Tally, fertility_warning, part_statistics
 from data_prep.store import TokenStore
 from tests.data_prep.conftest import pages
-from tests.helpers.preparation import prepare
+from tests.helpers.preparation import changed, prepare
 from tests.helpers.preparation_jobs import ROOT
 
 
@@ -80,6 +80,16 @@ def test_a_warning_says_where_the_tokenizer_hardly_knows_a_language(text: str, t
     assert (warning is not None) is warns
     if warning is not None:
         assert "hardly knows Greek" in warning
+
+
+def test_a_watch_set_is_warned_of_where_no_set_of_its_language_is_trained_on(
+    store: TokenStore, two_languages: DataConfig, save_tokenizer: Any, tmp_path: Path
+) -> None:
+    warnings = {name: entry.warning for name, entry in store.statistics.sets.items()}
+    assert warnings["en"] and two_languages.sets["seen"].language == "en" and warnings["seen"] is None
+    other = changed(two_languages, watch__seen__language="fr")
+    alone = prepare(other, save_tokenizer(), 300, tmp_path / "cache", seed=17)
+    assert "hardly knows fr" in (alone.statistics.sets["seen"].warning or "")
 
 
 def test_the_page_shows_every_set_and_loads_nothing_from_elsewhere(store: TokenStore) -> None:
