@@ -34,9 +34,9 @@ def met_by_all() -> Iterator[None]:
         raise AgreedError(*error.args) from error
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
-    """What an exception says, as one line of at most so many characters."""
-    return " ".join(str(error).split())[:most]
+def one_line(said: object, most: int | None = 200) -> str:
+    """A text, or what an exception says, as one line of at most so many characters."""
+    return " ".join(str(said).split())[:most]
 
 
 def exit_on_user_error(main: Callable[[], int]) -> int:

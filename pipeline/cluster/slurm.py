@@ -5,7 +5,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.errors import UserError
+from common.errors import UserError, one_line
 
 ACTIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "STOPPED")
 
@@ -43,7 +43,7 @@ def submit(options: list[str], script: Path) -> str:
     """
     done = subprocess.run(sbatch_command(options, script), capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"{script}: sbatch refuses it: {_one_line(done.stderr)}; change the run's cluster section")
+        raise UserError(f"{script}: sbatch refuses it: {one_line(done.stderr, 300)}; change the run's cluster section")
     return done.stdout.strip().split(";")[0]
 
 
@@ -64,10 +64,6 @@ def job_states(numbers: list[str]) -> dict[str, JobState]:
     words = ["squeue", "--noheader", "--me", "--states=all", "--format=%i|%T|%r|%L"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(f"squeue: {_one_line(done.stderr)}; ask again on a login node")
+        raise UserError(f"squeue: {one_line(done.stderr, 300)}; ask again on a login node")
     rows = [JobState(*line.split("|", 3)) for line in done.stdout.splitlines() if line.count("|") == 3]
     return {row.number: row for row in rows if row.number in numbers}
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]

@@ -10,8 +10,8 @@ from typing import Any
 from common.hosts import free_port
 
 SECONDS = 240.0
-# Ranks are forks of a server that has imported everything, in which nothing has run: importing takes 5 s of a core.
-_CONTEXT = mp.get_context("forkserver")
+# On CPUs ranks are forks of a server that has only imported everything, which takes 5 s of a core; CUDA forbids that.
+_CONTEXT: Any = mp.get_context("forkserver" if os.environ.get("DS_ACCELERATOR") == "cpu" else "spawn")
 _CONTEXT.set_forkserver_preload(["tests.distributed.observed"])
 
 
