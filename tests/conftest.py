@@ -8,8 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-TOGETHER = ("cluster", "distributed", "gpu")  # folders whose tests share what takes long to start
-IN_HALVES = {"distributed": "test_f"}  # folders that are half of all the work: files before this name, and the others
+TOGETHER = ("cluster", "gpu")  # folders whose tests share what takes long to start
 APART = ("launch", "faults")  # each test starts its own processes
 
 
@@ -23,6 +22,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("xdist_group") is not None:
             continue
         folder = item.path.relative_to(item.config.rootpath / "tests").parts[0]
-        together = f"{folder} {item.path.name >= IN_HALVES[folder]}" if folder in IN_HALVES else folder
-        group = together if folder in TOGETHER else item.name if folder in APART else item.path.name
+        group = folder if folder in TOGETHER else item.name if folder in APART else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))

@@ -24,7 +24,7 @@ def submit_run(context: RunContext, *, until: str, dry_run: bool, after: Sequenc
         context: the run.
         until: the last job.
         dry_run: whether nothing is submitted or written.
-        after: jobs of other runs; those of this one that share what these leave wait for their end.
+        after: jobs of other runs, whose end the first one of this run waits for.
 
     Returns:
         By job, the numbers of those that are submitted, now or before.
@@ -53,7 +53,7 @@ def submit_run(context: RunContext, *, until: str, dry_run: bool, after: Sequenc
             print(f"{job.name}: is submitted already, job {' '.join(known)}", flush=True)
             before = numbers[job.name] = known
             continue
-        waits_for = list(after) if job.name in SHARES and not before else []
+        waits_for = [] if before else after
         before = numbers[job.name] = _hand_over(job, before, _show if dry_run else _submit, waits_for)
         if not dry_run:
             submitted[job.name] = before

@@ -13,10 +13,12 @@ import yaml
 
 from common.errors import UserError
 from pipeline.config.run import RunConfig
+from pipeline.records.run_folder import RunFolder
 from pipeline.records.shared_stage import SharedStage
+from pipeline.run.context import RunContext
 from pipeline.sweep.config import Sweep, read_sweep
 from pipeline.sweep.sweep import do_sweep, is_finished, show_sweep, submit_sweep
-from tests.helpers.tiny import write_run
+from tests.helpers.tiny import do_steps, write_run
 
 
 @pytest.fixture
@@ -139,6 +141,23 @@ def test_runs_whose_stage_1_is_the_same_wait_for_the_job_that_trains_it(
     waits = [found[0].removeprefix("--dependency=") for found in words if found[-1].endswith("/tokenize.sh")]
     trained = "afterany:JOB_OF_stage1_OF_tiny-lpr"
     assert waits[1:] == [trained, trained, "afterany:JOB_OF_prepare_OF_tiny-lpr"]
+
+
+def test_stage_1_waits_for_the_run_that_trains_it_where_all_is_prepared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_reviews(tmp_path)
+    for run in read_sweep(path).runs[:2]:
+        RunFolder.create(run)
+        do_steps(RunContext(run, quiet=True), "tokenize", "similarity", "allocate", "upcycle")
+    capsys.readouterr()
+    submit_sweep(read_sweep(path), dry_run=True)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--- ")]
+    words: list[Any] = [shlex.split(line)[3:] for line in lines]
+    first, second = (found for found in words if found[-1].endswith("/stage1.sh") and "tiny-fast" not in found[-1]
+                     and "tiny-plain" not in found[-1])  # fmt: skip
+    assert first[:-1] == []
+    assert second[0] == "--dependency=afterany:JOB_OF_stage1_OF_tiny-lpr"
 
 
 def test_what_was_fetched_for_the_base_is_fetched_for_its_runs(sweep: Sweep) -> None:
