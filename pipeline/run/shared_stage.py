@@ -6,7 +6,7 @@ from typing import Any
 
 from common.files import link_or_copy, new_folder
 from pipeline.config.run import RunConfig
-from pipeline.records.run_folder import SHARED_STAGE_FILE, RunFolder
+from pipeline.records.run_folder import SHARED_STAGE_FILE, VALIDATION_BASE_FILE, RunFolder
 from pipeline.records.shared_stage import SharedStage
 from pipeline.records.step_manifest import StepInputs, StepManifest
 
@@ -59,5 +59,7 @@ def take_shared_stage(folder: RunFolder, done_with: StepInputs) -> StepManifest 
                 shutil.copytree(path, new / path.name, copy_function=link_or_copy)
             else:
                 shutil.copyfile(path, new / path.name)
+    if (other / VALIDATION_BASE_FILE).is_file():  # its key says of what, and stage 1 alone could write it
+        shutil.copyfile(other / VALIDATION_BASE_FILE, folder / VALIDATION_BASE_FILE)
     print(f"{STAGE}: the same as {other.path}'s, whose checkpoints are linked", flush=True)
     return manifest

@@ -19,7 +19,7 @@ Tree = dict[str, Any]
 @pytest.fixture
 def trees(tmp_path: Path, pools: Pools) -> tuple[Tree, Tree]:
     """A run that is done, and one that reviews otherwise and has no classifiers, for which it trains stage 1."""
-    first = run_tree(tmp_path, similarity={"tokens": 300})
+    first = run_tree(tmp_path, similarity={"tokens": 300}, validate={"every_tokens": 768})
     run(pools, first)
     second = copy.deepcopy(first) | {"name": "second"}
     second["stage2"]["lpr_weight"] = 0.0
@@ -51,6 +51,8 @@ def test_checkpoints_of_the_other_run_are_linked_and_what_comes_after_is_the_run
     assert all(sha256_file(theirs[name]) == sha256_file(ours[name]) for name in ours)
     manifests = [folder_of(tree).manifest("stage1") for tree in trees]
     assert manifests[0].outputs == manifests[1].outputs and manifests[0].figures == manifests[1].figures
+    base, validated = ((folder_of(tree) / "validation_base.json").read_bytes() for tree in trees)
+    assert base == validated, "what stage 2's validations are compared with"
     assert len(entries(first, "scores") - scores) == len(["en", "el", "hu"]), "of stage 2 alone"
     assert run(pools, second) == []
 
