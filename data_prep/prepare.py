@@ -9,13 +9,14 @@ from pathlib import Path
 from common.errors import UserError
 from common.files import content_key, read_json
 from common.locks import locked
-from data_prep.config import DataConfig, PreparationConfig
+from data_prep.config import DataConfig, PreparationConfig, SourceConfig
 from data_prep.executor.launch import Backend, open_executor
 from data_prep.executor.pool import PoolExecutor
 from data_prep.filters import Filters
 from data_prep.make_plan import Planned, check_tokenizer, make_plan, plan_of
 from data_prep.phases.order import run_phases
 from data_prep.plan import Plan
+from data_prep.reading.hub import is_folder
 from data_prep.reading.sources import source_files, unread_line
 from data_prep.statistics.summary import print_short_caps, print_summary
 from data_prep.store import TokenStore
@@ -87,13 +88,20 @@ def _workers(data: DataConfig, wanted: int | None) -> int | None:
     if wanted is not None:
         return wanted
     sources = [source for entry in data.sets.values() for source in entry.source_list]
-    if any(source.hub is not None for source in sources):
+    if any(source.hub is not None and not is_folder(source.hub) for source in sources):
         return None
     try:
-        size = sum(file.stat().st_size for source in sources for file in source_files(source))
+        size = sum(file.stat().st_size for source in sources for file in _files(source))
     except UserError:
         return 1  # it will be met again, and named, when the plan is made
     return 1 if size < SMALL_BYTES else None
+
+
+def _files(source: SourceConfig) -> list[Path]:
+    """Of a dataset in a folder all that lie there, since its card says which are read."""
+    if source.hub is None:
+        return source_files(source)
+    return [path for path in Path(source.hub).rglob("*") if path.is_file()]
 
 
 def _work_out(planned: Planned, executor: PoolExecutor) -> bool:

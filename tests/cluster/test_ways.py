@@ -39,7 +39,7 @@ def expected(prepared: Path) -> dict[str, list[float]]:
 @pytest.mark.parametrize(
     "way",
     [
-        pytest.param(way, marks=[pytest.mark.slow] if way in ("deepspeed-openmpi", "deepspeed-pdsh") else [])
+        pytest.param(way, marks=[pytest.mark.slow] if way.startswith("deepspeed") or way == "srun" else [])
         for way in WAYS
     ],
 )

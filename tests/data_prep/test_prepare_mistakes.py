@@ -80,7 +80,7 @@ def test_the_command_tokenizes_a_run_and_turns_a_mistake_into_one_line(
     assert "el.jsonl, row 1: no text field 'content'" in failed.stderr
 
 
-@pytest.mark.parametrize(("backend", "ranks"), [("local", 2), ("mpi", 2)])
+@pytest.mark.parametrize(("backend", "ranks"), [("local", 2), pytest.param("mpi", 2, marks=pytest.mark.slow)])
 def test_files_of_a_folder_that_are_not_read_are_named_once_where_its_set_is_prepared(
     backend: str, ranks: int, tmp_path: Path
 ) -> None:
