@@ -13,7 +13,7 @@ from pipeline.report.summary import duration, short, tone
 MISSING = "–"
 SETS = (("new", "NEW"), ("old", "OLD"), ("watch", "WATCH"))
 TITLES = {
-    "changes": "Change of bits per character against the dense model, in percent: lower is better",
+    "changes": "Change of bits per character against the base model, in percent: lower is better",
     "cost": "Parameters, tokens and work of training",
     "tasks": "Tasks of lm-eval; ± is one standard error, or of several seeds their standard deviation",
 }

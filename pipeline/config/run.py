@@ -98,7 +98,7 @@ class Stage2Config(StageConfig):
 class ValidateConfig(Section):
     """During training, every ``every_tokens``: bits per character on the head of each held-out set.
 
-    A set of an old language that has become worse than the dense model, beyond its interval, is named; where that is
+    A set of an old language that has become worse than the base model, beyond its interval, is named; where that is
     by more than ``stop_if_forgetting`` percent, training saves and stops.
     """
 

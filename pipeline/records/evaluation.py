@@ -52,7 +52,7 @@ class ValidationBase(Record):
 
 
 class Change(Record):
-    """Bits per character against the dense model's.
+    """Bits per character against the base model's: the dense one's, or the run's that was expanded further.
 
     Attributes:
         percent: the change of the total bits.
@@ -64,7 +64,7 @@ class Change(Record):
 
     @property
     def is_worse(self) -> bool:
-        """Whether it takes more bits than the dense model, beyond the interval and beyond rounding."""
+        """Whether it takes more bits than the base model, beyond the interval and beyond rounding."""
         return self.interval is not None and self.percent > max(self.interval, ROUNDING)
 
 
@@ -163,7 +163,7 @@ class Evaluation(Record):
     continuations: list[Continuation] = []
 
     def forgotten(self, checkpoint: str) -> dict[str, Change]:
-        """The sets of old languages, watched ones too, that a checkpoint scores worse than the dense model."""
+        """The sets of old languages, watched ones too, that a checkpoint scores worse than the base model."""
         old = {result.language for result in self.sets.values() if result.group == "old"}
         return {
             name: result.change[checkpoint]

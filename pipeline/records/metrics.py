@@ -73,7 +73,7 @@ class ValidationRow(Record):
         sets: bits per character by set.
         mean: over the new and old sets.
         best: whether no validation before it was as good.
-        forgotten: by set of an old language that is worse than the dense model, beyond its interval, the percent.
+        forgotten: by set of an old language that is worse than the base model, beyond its interval, the percent.
     """
 
     step: int

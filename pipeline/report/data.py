@@ -85,6 +85,11 @@ class RunData:
         return str(_section(self.settings, "model").get("path", "not named"))
 
     @property
+    def base_run(self) -> str:
+        """The run that was expanded further; empty where a dense model was."""
+        return str(_section(self.settings, "base").get("run", ""))
+
+    @property
     def baseline(self) -> str:
         """The method by which the dense model itself was trained; empty for a mixture of experts."""
         method = self.settings.get("method", "moe")
@@ -107,8 +112,8 @@ class RunData:
 
 
 def stage_label(name: str) -> str:
-    """A checkpoint's name for people: "base" is the dense model, "stage1" is stage 1."""
-    return {"base": "dense", "stage1": "stage 1", "stage2": "stage 2"}.get(name, name)
+    """A checkpoint's name for people: "stage1" is stage 1; "base", what training started from, is base."""
+    return {"stage1": "stage 1", "stage2": "stage 2"}.get(name, name)
 
 
 def read_run(folder: RunFolder, steps: Sequence[str]) -> RunData:

@@ -112,7 +112,7 @@ def _experts(data: RunData) -> Section:
                 charts.experts_by_layer(data.plan),
                 "Experts by layer",
                 f"Each layer's experts, {new} of them new: most should be where the languages are least alike; "
-                "a diamond marks a layer where a classifier sends old-language tokens straight to expert 0.",
+                "a diamond marks a layer where a classifier leaves old-language tokens to the experts of their time.",
             )
         )
         section.notes.extend(_ancestry(data.plan))

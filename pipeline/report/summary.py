@@ -24,7 +24,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Cell:
-    """Bits per character of one checkpoint, and its change against the dense model."""
+    """Bits per character of one checkpoint, and its change against the base model's."""
 
     value: str
     change: str = ""
@@ -57,7 +57,7 @@ def sentence(data: RunData) -> str:
         return NOT_EVALUATED
     last = evaluation.checkpoints[-1]
     if last == BASE:
-        return "Only the dense model has been scored so far."
+        return "Only the base model has been scored so far."
     parts = []
     for noun in ("new", "old"):
         changes = {name: r.change[last] for name, r in evaluation.sets.items() if r.group == noun and last in r.change}
@@ -82,7 +82,7 @@ def warnings(data: RunData) -> list[str]:
         worse = data.evaluation.forgotten(checkpoint) if data.evaluation else {}
         if worse:
             sets = ", ".join(f"{name} {signed(change.percent)}" for name, change in worse.items())
-            lines.append(f"{stage_label(checkpoint)} is worse than the dense model on languages that it knew: {sets}")
+            lines.append(f"{stage_label(checkpoint)} is worse than the base model on languages that it knew: {sets}")
     return lines
 
 
@@ -113,12 +113,12 @@ def tiles(data: RunData) -> list[Tile]:
             changes = [r.change[last] for r in sets]
             mean = mean_percent(changes)
             mean_tone = "good" if mean < 0 else "bad"
-            note = f"bits per character against dense, {_count(len(sets), 'set')}; lower is better"
+            note = f"bits per character against base, {_count(len(sets), 'set')}; lower is better"
             result.append(Tile(title, signed(mean), note, mean_tone if mean_tone in map(tone, changes) else ""))
     parameters = evaluation.parameters if evaluation else {}
     if {"dense", "total", "active"} <= parameters.keys():
         dense, total, active = (short(parameters[key]) for key in ("dense", "total", "active"))
-        result.append(Tile("Parameters", total, f"{dense} before; {active} active for one token"))
+        result.append(Tile("Parameters", total, f"{active} active for one token; the dense model has {dense}"))
     seconds = sum(float(m.figures.get("seconds") or 0) for m in data.manifests if m.step in data.stages)
     tokens = sum(stage.tokens for stage in data.stages.values())
     if tokens:

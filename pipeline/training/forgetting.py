@@ -1,4 +1,4 @@
-"""Whether the languages that the model knew have become worse than they were in the dense model."""
+"""Whether the languages that the model knew have become worse than they were in the base model."""
 
 import numpy as np
 
@@ -14,10 +14,10 @@ def sets_of_old_languages(data: DataConfig) -> list[str]:
 
 
 def forgotten(base: dict[str, SetScore], scores: dict[str, SetScore]) -> dict[str, float]:
-    """By set, by how many percent it takes more bits than the dense model, beyond its 95 % interval over documents.
+    """By set, by how many percent it takes more bits than the base model, beyond its 95 % interval over documents.
 
     Args:
-        base: the dense model's scores of the sets of old languages.
+        base: the base model's scores of the sets of old languages.
         scores: those of now.
     """
     found = {}

@@ -44,7 +44,7 @@ class TrainingState:
         best_value: the lowest mean of bits per character of any validation.
         best_tag: the checkpoint that it was measured on; empty if there is none.
         saved_tag: the newest checkpoint that was read or written; empty if there is none.
-        base_scores: by set of an old language, the dense model's scores; empty where they are not known.
+        base_scores: by set of an old language, the base model's scores; empty where they are not known.
         step_started: when the step that is being taken began, by time.monotonic().
         step_seconds: how long the last step took; None before the first.
     """

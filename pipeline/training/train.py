@@ -107,12 +107,12 @@ def _validate(state: TrainingState, log: MetricsLog, saves: Saves) -> str:
     if not row.forgotten:
         return ""
     worse = ", ".join(f"{name} {percent:+.1f} %" for name, percent in row.forgotten.items())
-    state.say(f"warning: after step {state.step} worse than the dense model, beyond the interval: {worse}")
+    state.say(f"warning: after step {state.step} worse than the base model, beyond the interval: {worse}")
     limit = state.inputs.run.validate_.stop_if_forgetting
     if limit is None or max(row.forgotten.values()) <= limit:
         return ""
     return (
-        f"stage {state.stage.number}: {worse} against the dense model, more than validate.stop_if_forgetting="
+        f"stage {state.stage.number}: {worse} against the base model, more than validate.stop_if_forgetting="
         f"{limit:g}; stopped after step {state.step}, a checkpoint is saved. Lower lr, or raise the limit to resume"
     )
 

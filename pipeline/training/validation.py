@@ -58,7 +58,7 @@ def validate(state: TrainingState) -> ValidationRow:
 
 
 def measure_base(state: TrainingState) -> None:
-    """Note in the state how the untrained mixture, which is the dense model, scores the sets of old languages.
+    """Note in the state how the untrained mixture, which is the base model, scores the sets of old languages.
 
     It is measured once for a run, before its first step, and kept in its folder. Where training began without, there
     is nothing to compare with.
@@ -78,4 +78,4 @@ def measure_base(state: TrainingState) -> None:
         if state.ranks.is_first:
             ValidationBase(key=key, sets=state.base_scores).save(path)
     else:
-        state.say("the dense model was not scored before training, so no validation says what is forgotten")
+        state.say("the base model was not scored before training, so no validation says what is forgotten")

@@ -74,7 +74,7 @@ def test_forgetting_beyond_the_limit_saves_and_stops(pools: Pools, tree: dict[st
     harmful = {**tree, "stage1": {**tree["stage1"], **HARMFUL}, "validate": limited}
     reasons = pools[2].run(train, harmful, 1, tmp_path / "stage1")
     assert reasons[0] == reasons[1]
-    assert "against the dense model, more than validate.stop_if_forgetting=0.5; stopped after step 2" in reasons[0]
+    assert "against the base model, more than validate.stop_if_forgetting=0.5; stopped after step 2" in reasons[0]
     assert complete_tags(tmp_path / "stage1")[0] == "step000002"
 
 

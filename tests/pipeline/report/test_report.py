@@ -11,6 +11,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from common.errors import UserError
+from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.metrics import StepRow
 from pipeline.records.run_folder import RunFolder
 from pipeline.report.curves import MAX_POINTS, running_mean, series
@@ -95,6 +96,18 @@ def test_every_section_is_present_and_every_figure_has_its_place(page: Page) -> 
     assert sum(tag == "figcaption" for tag, _ in page.tags) == pictures == 21
 
 
+def test_a_further_expansion_names_the_run_it_starts_from_and_what_each_round_added(copy: Path) -> None:
+    (copy / "run.yaml").write_text(f"base: {{run: runs/g1}}\n{RUN_YAML}")
+    first = ExpertPlan.load(copy / "expert_plan.json")
+    plan = first.expand([1] * 30, languages=["bn"], classifier_layers=CLASSIFIERS)
+    plan.save(copy / "expert_plan.json")
+    page = Page(write_report(copy))
+    assert "Base run runs/g1" in page.texts["head"] and "against base" in page.texts["head"]
+    assert "characters basestage 1stage 2" in page.texts["results"]
+    assert "Round 1: el, hu, tr; " in page.texts["experts"]
+    assert "Round 2: bn; 30 new experts in 30 layers, copies of the original MLP." in page.texts["experts"]
+
+
 def test_nothing_is_loaded_from_elsewhere(run_folder: Path, page: Page) -> None:
     policies = [attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv") == "Content-Security-Policy"]
     assert policies and str(policies[0]).startswith("default-src 'none';") and "http" not in str(policies[0])
@@ -111,7 +124,7 @@ def test_the_headline_and_the_table_say_what_was_measured(page: Page) -> None:
     assert "Taught el, hu, tr" in head and "Knew en" in head and "inputs/smollm2-135m" in head
     assert "the new languages take 35.3 % fewer bits per character (el −43.9 %, hu −35.6 %, tr −26.4 %)" in head
     assert "the old language en takes 3.5 % fewer bits per character" in head
-    assert "293.8 M" in head and "134.5 M before" in head
+    assert "293.8 M" in head and "the dense model has 134.5 M" in head
     for value in ("2.743", "1.526", "1.539", "−43.9 % ± 1.1", "0.887", "0.856", "3.280", "70,123"):
         assert value in table, value
     assert "−11.6 % ±" not in table  # one document: no interval
