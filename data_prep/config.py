@@ -80,6 +80,10 @@ class SetConfig(PlaceConfig):
             raise ValueError("sources: some have a weight and some have none; give it to all of them, or to none")
         return self
 
+    def held_out_share(self, fraction: float) -> float:
+        """The share of its pages that is held out: its own, or the ``fraction`` of all sets."""
+        return self.held_out_fraction or fraction
+
     @property
     def source_list(self) -> list[SourceConfig]:
         """The sources, also where the set is its only one."""

@@ -28,7 +28,7 @@ def text_settings(data: DataConfig, group: Group, entry: SetConfig, files: list[
         entry: the set's own settings.
         files: its files as its manifest describes them, with sha256 and source.
         seed: of the choice of held-out documents.
-        held: the share of pages that is held out of training sets.
+        held: the share of pages that is held out of training sets, unless a set has its own.
     """
     settings: Json = {
         "format_version": FORMAT_VERSION,
@@ -46,7 +46,8 @@ def text_settings(data: DataConfig, group: Group, entry: SetConfig, files: list[
         "page_field": None if group == "benchmark" else data.held_out.by,
     }
     if settings["kind"] == "train":
-        settings |= {"seed": seed, "held_out_fraction": held, "filters": _filters(data.filters, entry)}
+        share = entry.held_out_share(held)
+        settings |= {"seed": seed, "held_out_fraction": share, "filters": _filters(data.filters, entry)}
     return settings
 
 
@@ -91,10 +92,7 @@ def with_keys(
         encoding: what the ids depend on: the tokenizer's key and the dtype.
         replay: by old set, its part of the run's replay.
     """
-    corpora = [
-        text_settings(data, one.group, one.entry, one.files, seed, one.entry.held_out_fraction or fraction)
-        for one in sets
-    ]
+    corpora = [text_settings(data, one.group, one.entry, one.files, seed, fraction) for one in sets]
     texts = [corpus | _part(one, seed) for one, corpus in zip(sets, corpora, strict=True)]
     text_keys = [content_key(text) for text in texts]
     trained = [key for key, text in zip(text_keys, texts, strict=True) if text["kind"] == "train"]

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -90,18 +90,22 @@ def _workers(data: DataConfig, wanted: int | None) -> int | None:
     sources = [source for entry in data.sets.values() for source in entry.source_list]
     if any(source.hub is not None and not is_folder(source.hub) for source in sources):
         return None
+    size = 0
     try:
-        size = sum(file.stat().st_size for source in sources for file in _files(source))
+        for file in (file for source in sources for file in _files(source)):
+            size += file.stat().st_size
+            if size >= SMALL_BYTES:
+                return None
     except UserError:
-        return 1  # it will be met again, and named, when the plan is made
-    return 1 if size < SMALL_BYTES else None
+        pass  # it will be met again, and named, when the plan is made
+    return 1
 
 
-def _files(source: SourceConfig) -> list[Path]:
+def _files(source: SourceConfig) -> Iterable[Path]:
     """Of a dataset in a folder all that lie there, since its card says which are read."""
     if source.hub is None:
         return source_files(source)
-    return [path for path in Path(source.hub).rglob("*") if path.is_file()]
+    return (path for path in Path(source.hub).rglob("*") if path.is_file())
 
 
 def _work_out(planned: Planned, executor: PoolExecutor) -> bool:

@@ -66,7 +66,7 @@ def holds_out(seed: int, fraction: float, one: SetPlan, document: Document) -> b
     if not one.trains:
         return True
     key = document.text if document.page is None else document.page
-    return is_held_out(key, seed, one.entry.held_out_fraction or fraction)
+    return is_held_out(key, seed, one.entry.held_out_share(fraction))
 
 
 def watched_documents(plan: Plan, part: Slice) -> int | None:

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from common.text_table import markdown_table
 from data_prep.config import SetConfig
+from data_prep.reading.hub import is_folder
 from pipeline.config.run import RunConfig
 from pipeline.evaluation.task_table import shown_tasks, task_rows
 from pipeline.model.expert_plan import ExpertPlan
@@ -87,7 +88,7 @@ def _metadata(facts: CardFacts) -> ModelCardData:
 def _datasets(run: RunConfig) -> list[str]:
     """The hub's datasets that it was trained on."""
     sources = [one for sets in (run.data.old, run.data.new) for entry in sets.values() for one in entry.source_list]
-    names = [one.hub for one in sources if one.hub is not None and not Path(one.hub).exists()]
+    names = [one.hub for one in sources if one.hub is not None and not is_folder(one.hub)]
     return list(dict.fromkeys(names))
 
 

@@ -25,7 +25,7 @@ class ComparedRun(Record):
         folder: its folder.
         seed: its seed.
         group: the name of the runs that differ from it by seed alone, itself included.
-        checkpoint: what is compared with the dense model: its last stage's.
+        checkpoint: what is compared with the base model: its last stage's.
         new: by set of a new language, the change of bits per character against the base model.
         old: the same by set of an old language.
         watch: the same by watched set.

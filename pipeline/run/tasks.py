@@ -134,7 +134,6 @@ def score_tasks(context: RunContext, asked: Asked, ranks: "Ranks") -> None:
     Raises:
         AgreedError: there is no such task or checkpoint, or a task's data is not at hand.
     """
-
     scoring, problem = None, ""
     if ranks.is_first:
         try:

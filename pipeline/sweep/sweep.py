@@ -16,7 +16,7 @@ from pipeline.records.run_folder import FETCHED_FILE, RunFolder
 from pipeline.run.checks import check_model
 from pipeline.run.context import RunContext
 from pipeline.run.fetch import with_fetched
-from pipeline.run.shared_stage import STAGE, share_stage, trains_alike
+from pipeline.run.shared_stage import STAGE, share_stage, trainers
 from pipeline.run.steps import steps_of
 from pipeline.sweep.config import Sweep
 
@@ -37,11 +37,12 @@ def do_sweep(sweep: Sweep, do: Callable[[RunConfig], object], *, force: bool = F
         UserError: runs are left; the lines before say why.
         SystemExit: a signal ended a run.
     """
+    trained_by = trainers(sweep.runs)
     left = []
     for number, run in enumerate(sweep.runs, 1):
         name = f"sweep: {run.name}, {number} of {len(sweep.runs)}"
         _share_fetched(sweep.base, run)
-        share_stage(run, _trainer(sweep, run))
+        share_stage(run, trained_by.get(run.name))
         try:
             if is_finished(run, force=force):
                 print(f"{name}: done, skipped", flush=True)
@@ -76,10 +77,11 @@ def submit_sweep(sweep: Sweep, *, force: bool = False, dry_run: bool = False) ->
         UserError: a run was begun with other inputs, ranks do not fit, or SLURM refuses a job.
     """
     after: list[str] = []
+    trained_by = trainers(sweep.runs)
     trained: dict[str, list[str]] = {}  # by run, its jobs that train stage 1
     left = []
     for run in sweep.runs:
-        trainer = _trainer(sweep, run)
+        trainer = trained_by.get(run.name)
         if not dry_run:
             _share_fetched(sweep.base, run)
             share_stage(run, trainer)
@@ -124,12 +126,6 @@ def is_finished(run: RunConfig, *, force: bool = False) -> bool:
 def _named(numbers: list[str], run: RunConfig, *, dry_run: bool) -> list[str]:
     """Numbers of jobs; what is only shown tells the same job of several runs apart."""
     return [f"{number}_OF_{run.name}" for number in numbers] if dry_run else numbers
-
-
-def _trainer(sweep: Sweep, run: RunConfig) -> RunConfig | None:
-    """The run before this one that trains the same stage 1; None if it is the first to do so."""
-    first = next(one for one in sweep.runs if trains_alike(one, run))
-    return first if first is not run else None
 
 
 def _share_fetched(base: RunConfig, run: RunConfig) -> None:

@@ -1,14 +1,16 @@
 """Stage 1 that one run of a sweep trains for others. Run: pytest tests/distributed/test_shared_stage.py"""
 
 import copy
+import errno
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.errors import UserError
 from common.files import sha256_file
 from pipeline.records.run_folder import RunFolder
-from pipeline.run.shared_stage import share_stage
+from pipeline.run.shared_stage import share_stage, take_shared_stage
 from tests.distributed.conftest import Pools
 from tests.distributed.test_staleness import entries, run
 from tests.helpers.tiny import parse_run, run_tree
@@ -74,6 +76,20 @@ def test_training_it_again_leaves_the_other_run_as_it_was(trees: tuple[Tree, Tre
     assert run(pools, second, force=True) == ["stage1", "stage2", "evaluate"]
     assert {name: sha256_file(path) for name, path in files(first).items()} == before
     assert run(pools, first) == []
+
+
+def test_a_disk_without_room_is_one_line_and_leaves_nothing(
+    trees: tuple[Tree, Tree], pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    first, second = trees
+    run(pools, second, until="upcycle")
+    monkeypatch.setattr("pipeline.run.shared_stage.link_or_copy", no_room)
+    with pytest.raises(UserError, match=r"second/stage1: can't be linked from .*/tiny/stage1 \(.*No space left"):
+        take_shared_stage(folder_of(second), folder_of(first).manifest("stage1").done_with)
+    assert not [path.name for path in folder_of(second).path.iterdir() if "stage1" in path.name]
 
 
 def test_a_run_trains_stage_1_itself_where_the_other_has_not(tmp_path: Path, pools: Pools) -> None:
