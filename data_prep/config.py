@@ -285,7 +285,12 @@ class PreparationConfig(Section):
     data: DataConfig
     seed: int = Field(default=17, ge=0)
     cache_dir: Path = Path("cache")
-    stage1: Stage1Tokens = Stage1Tokens()
+    stage1: Stage1Tokens | None = None
+
+    @property
+    def stage1_tokens(self) -> int | None:
+        """How many tokens stage 1 trains on; None where it is not known, or there is none."""
+        return None if self.stage1 is None else self.stage1.tokens
 
     @property
     def text_seed(self) -> int:

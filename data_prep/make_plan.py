@@ -132,7 +132,7 @@ def make_plan(config: PreparationConfig, executor: Executor, keep: Mapping[str, 
     found = _find(data)
     memory = config.cache_dir / "sources"
     cuts = _cut(found, data.slice_bytes, memory, executor)
-    replay = replay_budgets(data, config.stage1.tokens)
+    replay = replay_budgets(data, config.stage1_tokens)
     sets = []
     for name, group, entry in _entries(data):
         mine = [(one, *cut) for one, cut in zip(found, cuts, strict=True) if (one.name, one.group) == (name, group)]

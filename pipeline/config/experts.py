@@ -57,6 +57,9 @@ class ExpertsConfig(Section):
     sequence`` classifies whole sequences as LayerMoE's reference implementation does, for comparison: see
     :class:`pipeline.model.moe.router.Router` for what it can't do.
 
+    ``keep`` adds no experts to the base's: the run has no stage 1, and its stage 2 reviews the base's model once more,
+    with the experts, routers and classifiers that it has.
+
     In a further expansion (``base``) an allocation adds to each layer one expert less than it gives. ``router: keep``
     keeps the routers' trained rows, ``reset`` draws all anew, as LayerMoE's reference implementation does. New experts
     are copies of the original MLP, or with ``copy_of: most_used`` of the expert of their layer that the new languages'
@@ -69,7 +72,7 @@ class ExpertsConfig(Section):
     published one, of a model with as many layers.
     """
 
-    allocation: Literal["layerwise", "uniform", "mola", "explicit", "none"] = "layerwise"
+    allocation: Literal["layerwise", "uniform", "mola", "explicit", "keep", "none"] = "layerwise"
     num_new: int | None = None
     delta: float | None = None
     counts: list[int] | None = None
@@ -87,6 +90,10 @@ class ExpertsConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ExpertsConfig":
+        fields = type(self).model_fields
+        others = [name for name in fields if name != "allocation" and getattr(self, name) != fields[name].default]
+        if self.allocation == "keep" and others:
+            raise ValueError(f"allocation: keep takes the base's experts as they are; leave {others[0]} out")
         given = [key for key in ("num_new", "delta", "counts") if getattr(self, key) is not None]
         budgets = {"layerwise": ("num_new", "delta"), "uniform": ("num_new",), "explicit": ("counts",)}
         allowed = budgets.get(self.allocation, ())

@@ -205,7 +205,7 @@ class RunConfig(Section):
     data: DataConfig
     similarity: SimilarityConfig = SimilarityConfig()
     experts: ExpertsConfig = NO_EXPERTS
-    stage1: Stage1Config
+    stage1: Stage1Config | None = None
     stage2: Stage2Config | None = None
     validate_: ValidateConfig = Field(default=ValidateConfig(), alias="validate")
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -229,6 +229,7 @@ class RunConfig(Section):
     def _check(self) -> "RunConfig":
         check_one_tokenizer(self.model, self.data)
         self._check_method()
+        self._check_stages()
         if self.base is not None and self.experts.init != "copy":
             raise ValueError("experts.init: a further expansion copies experts; leave it out")
         if self.base is not None and self.experts.noise:
@@ -239,7 +240,7 @@ class RunConfig(Section):
             raise ValueError("experts.rounding: expert_parallel needs a number for parallel.ep_size; give one")
         reasons = {
             "stage2 replays": 2 in self.stage_numbers,
-            "stage1.old_share reads": self.stage1.old_share > 0,
+            "stage1.old_share reads": self.stage1 is not None and self.stage1.old_share > 0,
             "allocation: layerwise compares with": self.experts.allocation == "layerwise"
             and self.experts.similarity is None
             and not self.method.is_dense,
@@ -272,6 +273,23 @@ class RunConfig(Section):
                 "ranks; set it to 1"
             )
 
+    def _check_stages(self) -> None:
+        if self.experts.allocation != "keep":
+            if self.stage1 is None:
+                raise ValueError("stage1: missing; add it, as stage1: {tokens: 100_000_000}")
+            return
+        if self.base is None:
+            raise ValueError("experts.allocation: keep reviews a base's experts, but the run has no base; name it")
+        if self.stage1 is not None:
+            raise ValueError("stage1: given, but experts.allocation keep adds no experts to train; leave it out")
+        if self.stage2 is None:
+            raise ValueError("stage2: missing, and with experts.allocation keep it is the only stage; add it")
+        if self.data.replay is not None and self.data.replay.share is not None:
+            raise ValueError(
+                "data.replay.share: a share of stage 1's tokens, but the run has no stage 1; give data.replay as "
+                "{tokens: 50_000_000}, or null for all"
+            )
+
     def stage(self, number: int) -> Stage1Config | Stage2Config:
         """A stage's settings.
 
@@ -282,12 +300,15 @@ class RunConfig(Section):
             raise UserError(f"stage{number}: method {self.method.name} has stage 1 alone; train --stage 1")
         settings = {1: self.stage1, 2: self.stage2}[number]
         if settings is None:
-            raise UserError(f"stage{number}: the run has no such section; add it, or train --stage 1")
+            others = " or ".join(f"train --stage {one}" for one in self.stage_numbers)
+            raise UserError(f"stage{number}: the run has no such section; add it, or {others}")
         return settings
 
     @property
     def stage_numbers(self) -> list[int]:
         """The stages that the run has, in order."""
+        if self.stage1 is None:
+            return [2]
         return [1, 2] if self.stage2 is not None and not self.method.is_dense else [1]
 
     @property
@@ -298,7 +319,7 @@ class RunConfig(Section):
             data=self.data,
             seed=self.seed,
             cache_dir=self.cache_dir,
-            stage1=Stage1Tokens(tokens=self.stage1.tokens),
+            stage1=Stage1Tokens(tokens=self.stage1.tokens) if self.stage1 is not None else None,
         )
 
     @property

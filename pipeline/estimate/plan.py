@@ -2,7 +2,7 @@
 
 from common.errors import UserError
 from pipeline.config.run import RunConfig
-from pipeline.method.allocation import allocate, clamp_similarity, dense_plan, ep_size_to_share, expert_plan
+from pipeline.method.allocation import allocate, clamp_similarity, dense_plan, ep_size_to_share, expert_plan, kept_plan
 from pipeline.method.given_similarity import given_similarity
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.run_folder import PLAN_FILE, RunFolder
@@ -26,6 +26,8 @@ def find_plan(run: RunConfig, num_layers: int, num_new: int | None = None) -> tu
         plan = ExpertPlan.load(path)
         if plan.num_layers == num_layers:
             return plan, "the run's plan"
+    if run.experts.allocation == "keep":
+        return kept_plan(run), "the base's plan"
     experts, note, similarity = run.experts, "as the run lists them", None
     if experts.allocation == "layerwise" and experts.similarity is not None:
         similarity, note = given_similarity(experts.similarity, num_layers).by_layer, "by experts.similarity"

@@ -187,11 +187,14 @@ class Estimate:
         if self.run.method.is_dense:
             trained = f"{counts['stage1_trained'] / 1e6:,.1f} M train"
             return [f"model: {before} parameters -> {total} with method {self.run.method.name}; {trained}"]
+        review = f"{counts['stage2_trained'] / 1e6:,.2f} M"
+        trained = f"{counts['stage1_trained'] / 1e6:,.1f} M train in stage 1, {review} in 2"
+        if self.run.stage1 is None:
+            trained = f"{review} train in stage 2"
         return [
             f"model: {before} parameters -> {total} with "
             f"{sum(self.plan.num_new)} new experts{self._of_rows()}; "
-            f"{counts['active'] / 1e6:,.1f} M active per token; "
-            f"{counts['stage1_trained'] / 1e6:,.1f} M train in stage 1, {counts['stage2_trained'] / 1e6:,.2f} M in 2",
+            f"{counts['active'] / 1e6:,.1f} M active per token; {trained}",
             f"experts by layer ({self.plan_note}): {' '.join(map(str, self.plan.counts))}",
         ]
 

@@ -230,6 +230,29 @@ def dense_plan(run: RunConfig, num_layers: int) -> ExpertPlan:
     return ExpertPlan.dense(num_layers, old=old, new=sorted({entry.language for entry in run.data.new.values()}))
 
 
+def kept_plan(run: RunConfig) -> ExpertPlan:
+    """The plan of a run that reviews its base's model as it is: the base's.
+
+    Raises:
+        UserError: the run's new languages are not among those that the base learned last, or its old ones are.
+    """
+    assert run.base is not None
+    plan = ExpertPlan.load(run.base.run / PLAN_FILE)
+    learned = plan.rounds[-1].languages
+    for entry in run.data.new.values():
+        if entry.language not in learned:
+            raise UserError(
+                f"data.new: {entry.language} is not one of those that the base learned last, {', '.join(learned)}, "
+                "which experts.allocation keep reviews; leave it out, or name it under old"
+            )
+    for entry in run.data.old.values():
+        if entry.language in learned:
+            raise UserError(
+                f"data.old: {entry.language} is one of those that the base learned last; name it under new"
+            )
+    return plan
+
+
 def expert_plan(run: RunConfig, counts: list[int], similarity: list[float] | None) -> ExpertPlan:
     """The plan of a run: of a dense model's first expansion, or of a further one.
 

@@ -52,7 +52,7 @@ def expand(
     copied: list[int] | None = None,
     write_copies: bool = False,
 ) -> UpcycledManifest:
-    """Write the checkpoint that the next stage 1 starts from, as :func:`pipeline.method.upcycle.upcycle` does.
+    """Write the checkpoint that the next stage starts from, as :func:`pipeline.method.upcycle.upcycle` does.
 
     Experts of earlier expansions have files; new ones that are copies of their layer's MLP have none. Rows of new
     tokens are taken over, and do not train again.
@@ -60,7 +60,7 @@ def expand(
     Args:
         model: the expanded model, whole on one rank, with its classifiers.
         before: its plan.
-        plan: the plan after this expansion.
+        plan: the plan after this expansion; the same one where none is added.
         base: its upcycled checkpoint's folder and manifest; config, tokenizer and sizes are taken from there.
         samples: token ids of real text [B, L] for the receipt.
         target: the folder to make; it appears only when all of it is written.
@@ -80,7 +80,9 @@ def expand(
         rows = None if manifest.new_rows is None else manifest.new_rows.model_copy(update={"train": False})
         biased = any(layer.router.selection_bias is not None for layer in moe_layers(model))
         shared = _write_shared(model, plan, new, dtype, seed, keep=router == "keep", biased=biased, rows=rows)
-        _write_copies(model, shared, plan, new / UPCYCLED_TAG, copied or [0] * plan.num_layers, of_mlp=write_copies)
+        if plan != before:
+            sources = copied or [0] * plan.num_layers
+            _write_copies(model, shared, plan, new / UPCYCLED_TAG, sources, of_mlp=write_copies)
         write_text(new / "latest", UPCYCLED_TAG)
         parity = measure_difference(
             model, new, plan, samples, dtype, classifiers=True, selection_biases=biased, new_rows=rows

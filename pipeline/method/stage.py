@@ -86,7 +86,8 @@ class Stage(ABC):
         uses_zero: whether DeepSpeed's ZeRO-1 runs: the weights that train have fp32 masters, and these and the
             optimizer's moments are divided among the ranks. If not, the weights that train are in fp32 themselves,
             and each rank holds all of the moments.
-        starts_from: the number of the stage whose last checkpoint holds the experts; None if they are as upcycled.
+        starts_from: the number of the stage whose last checkpoint holds the experts, where the run has it; None if
+            they are as upcycled.
     """
 
     settings: StageConfig

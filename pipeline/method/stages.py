@@ -17,6 +17,7 @@ def find_stage(run: RunConfig, number: int) -> Stage:
     """
     if run.method.is_dense:
         run.stage(number)  # it has stage 1 alone
+        assert run.stage1 is not None
         return DenseStage(run.stage1, method=run.method)
     return STAGES[number](run.stage(number))
 

@@ -99,7 +99,7 @@ def _download(source: HubSource, names: list[str], sizes: dict[str, int], *, sho
 def _needed_files(source: HubSource, run: RunConfig, files: list[str], sizes: dict[str, int]) -> list[str]:
     """Those of a split's files that the sets which name it read; how many they are is measured on the first few."""
     data, memory = run.data, run.cache_dir / "sources"
-    replay = replay_budgets(data, run.stage1.tokens)
+    replay = replay_budgets(data, run.preparation.stage1_tokens)
     needed: set[str] = set()
     splits = [hub_split(file_name(source, file), sizes[file] or None, data.slice_bytes) for file in files]
     for set_name, entry, number in _uses(source, data):

@@ -9,7 +9,7 @@ from data_prep.sample import sample_documents
 from data_prep.tokenizer import DocumentEncoder
 from pipeline.config.experts import ExpertsConfig
 from pipeline.config.run import RunConfig
-from pipeline.method.allocation import allocate, clamp_similarity, ep_size_to_share, expert_plan
+from pipeline.method.allocation import allocate, clamp_similarity, ep_size_to_share, expert_plan, kept_plan
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.run_folder import PLAN_FILE, SIMILARITY_FILE, STATISTICS_FILE
 from pipeline.records.similarity import Similarity
@@ -143,6 +143,8 @@ def why_not_measured(run: RunConfig) -> str:
     """Why a run measures no similarities; empty if it does."""
     if run.method.is_dense:
         return f"method {run.method.name} has no experts"
+    if run.experts.allocation == "keep":
+        return "experts.allocation keep adds no experts"
     if not run.data.old or run.experts.similarity is not None:
         return "no old set to compare with, or experts.similarity is given"
     return ""
@@ -171,7 +173,7 @@ def _similarity_hash(context: RunContext) -> str | None:
         from pipeline.method.given_similarity import hash_of_given
 
         return hash_of_given(context.run.experts.similarity)
-    return context.folder.manifest("similarity").outputs["similarity"] if context.run.data.old else None
+    return context.folder.manifest("similarity").outputs["similarity"] if is_measured(context.run) else None
 
 
 def allocate_experts(context: RunContext, _ranks: object) -> Result:
@@ -200,7 +202,7 @@ def known_similarity(context: RunContext, num_layers: int) -> Similarity | None:
         from pipeline.method.given_similarity import given_similarity
 
         return given_similarity(context.run.experts.similarity, num_layers)
-    return Similarity.load_if_there(context.folder / SIMILARITY_FILE) if context.run.data.old else None
+    return Similarity.load_if_there(context.folder / SIMILARITY_FILE) if is_measured(context.run) else None
 
 
 def plan_experts(run: RunConfig, num_layers: int, found: Similarity | None) -> tuple[ExpertPlan, str]:
@@ -214,6 +216,9 @@ def plan_experts(run: RunConfig, num_layers: int, found: Similarity | None) -> t
     Raises:
         UserError: the budget can't be met, or a similarity is not positive.
     """
+    if run.experts.allocation == "keep":
+        plan = kept_plan(run)
+        return plan, f"keep: the {sum(plan.num_new)} experts of {run.base and run.base.run} besides the MLPs"
     measured = similarity = found.by_layer if found is not None else None
     if measured is not None and run.similarity.not_positive == "clamp":
         similarity, changed = clamp_similarity(measured)

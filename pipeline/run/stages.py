@@ -45,10 +45,16 @@ def stage_inputs(context: RunContext, number: int) -> Inputs:
         "bad_steps": run.bad_steps.model_dump(mode="json"),
         "settings": result_settings(stage.settings, routers=not run.method.is_dense),
     }
-    if stage.starts_from is not None:
-        before = f"stage{stage.starts_from}"
+    before = _stage_before(context, number)
+    if before is not None:
         inputs[before] = context.folder.hash_of(before)
     return inputs
+
+
+def _stage_before(context: RunContext, number: int) -> str | None:
+    """The stage of the run whose checkpoint a stage starts from; None if that is what was upcycled."""
+    before = context.stage(number).starts_from
+    return f"stage{before}" if before in context.run.stage_numbers else None
 
 
 def _model_inputs(context: RunContext, stage: "Stage") -> Inputs:
@@ -58,6 +64,11 @@ def _model_inputs(context: RunContext, stage: "Stage") -> Inputs:
         return {"model": context.start, "method": {"name": method.name, **method.options}}
     upcycled = context.folder.manifest("upcycle").outputs["upcycled"]
     return {"upcycled": upcycled, "plan": stage.plan_key(context.plan)}
+
+
+def why_not_taught(run: RunConfig) -> str:
+    """Why a run has no stage 1; empty if it has."""
+    return "" if 1 in run.stage_numbers else "experts.allocation keep adds no experts to train"
 
 
 def why_not_reviewed(run: RunConfig) -> str:
@@ -100,10 +111,9 @@ def check_stage(context: RunContext, number: int) -> None:
 
 def _starting_checkpoint(context: RunContext, number: int) -> Path | None:
     """The checkpoint that holds the experts which the stage starts from; None if they are as upcycled."""
-    starts_from = context.stage(number).starts_from
-    if starts_from is None:
+    before = _stage_before(context, number)
+    if before is None:
         return None
-    before = f"stage{starts_from}"
     return context.folder / before / context.folder.manifest(before).outputs["checkpoint"]
 
 

@@ -8,7 +8,7 @@ from pipeline.config.run import RunConfig
 from pipeline.run import preparation, scoring, stages, upcycling
 from pipeline.run.context import RunContext
 from pipeline.run.reporting import write_report
-from pipeline.run.step import Result, Step, always, nothing_to_say
+from pipeline.run.step import Result, Step
 
 
 def _report(context: RunContext, _ranks: object) -> Result:
@@ -57,7 +57,7 @@ STEPS = (
         writes="upcycled/", job="prepare", alone=True, applies=_has_experts, without=_no_experts,
         inputs=upcycling.upcycle_inputs, work=upcycling.upcycle_model, is_there=upcycling.upcycled_is_there,
     ),
-    _train(1, "stage1", applies=always, without=nothing_to_say),
+    _train(1, "stage1", applies=lambda run: 1 in run.stage_numbers, without=stages.why_not_taught),
     _train(2, "stage2", applies=lambda run: 2 in run.stage_numbers, without=stages.why_not_reviewed),
     Step(
         "evaluate", does="bits per character on held-out text", reads="checkpoints and tokens",

@@ -63,7 +63,8 @@ def upcycle_model(context: RunContext, _ranks: object) -> Result:
     manifest = read_manifest(target, UpcycledManifest)
     parity = manifest.parity
     start = "dense model" if run.base is None else f"model of {run.base.run}"
-    rows = "" if context.base is None else "; the routers' new rows are random, so some tokens take new experts"
+    adds = context.base is not None and run.experts.allocation != "keep"
+    rows = "" if not adds else "; the routers' new rows are random, so some tokens take new experts"
     print(
         f"upcycle: largest logit difference to the {start} {parity['max_abs_logit_difference']:.2g} "
         f"(logits up to {parity['max_abs_logit']:.0f}) on {parity['tokens']} tokens of real text, fp32{rows}",

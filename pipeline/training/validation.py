@@ -72,7 +72,7 @@ def measure_base(state: TrainingState) -> None:
     known = ValidationBase.load_if_there(path)
     if known is not None and known.key == key:
         state.base_scores = known.sets
-    elif state.stage.starts_from is None and state.step == 0:
+    elif state.inputs.stage1_checkpoint is None and state.step == 0:
         is_dense = bool(new_rows(state.engine.module, that_train=True))  # else it has learned all of its rows before
         state.base_scores = score_heads(state, names, by_own_tokenizer=is_dense)
         if state.ranks.is_first:

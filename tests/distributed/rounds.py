@@ -48,7 +48,7 @@ def run(pools: Pools, tree: Tree, ranks: int) -> RunContext:
     context = RunContext(parse_run(tree, "x"), quiet=True)
     RunFolder.create(context.run)
     for step in steps_of(context.run):
-        if step.keeps_manifest:
+        if step.keeps_manifest and step.applies(context.run):
             if step.needs_ranks and step.has_work(context):
                 assert pools[ranks].run(on_rank, tree, step.name, False) == [True] * ranks
             else:

@@ -63,7 +63,8 @@ def test_run_does_everything_on_two_ranks_and_a_second_run_skips_it(tmp_path: Pa
 
 @pytest.mark.slow
 def test_what_was_computed_once_is_not_computed_again(tmp_path: Path) -> None:
-    path, folder = write_run(tmp_path, parallel={"ranks": 2, "ep_size": 2}), tmp_path / "runs" / "tiny"
+    path = write_run(tmp_path, parallel={"ranks": 2, "ep_size": 2}, validate={"every_tokens": 768})
+    folder = tmp_path / "runs" / "tiny"
     command(sys.executable, "-m", "pipeline", "run", str(path), "--until", "stage1")
     assert (folder / "manifests" / "stage1.json").is_file()
     assert not (folder / "stage2").exists()
@@ -117,7 +118,7 @@ def test_a_signal_to_the_command_saves_stops_all_ranks_and_the_next_run_goes_on(
             break
         time.sleep(0.1)
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) >= 4  # two launchers, two ranks
+    assert len(children) >= 3  # the launcher and two ranks
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
