@@ -37,8 +37,8 @@ def python(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_all_that_people_do_with_a_model_works(python: str, family: str, plan: Any, tmp_path: Path) -> None:
     said = export_of(family, plan, tmp_path)
     found = run_client(tmp_path, python=python)
-    assert said.difference < 1e-5
-    assert found["eager"] < 1e-4 and found["grouped_mm"] < 1e-4 and found["batched_mm"] < 1e-4
+    assert said.difference < 1e-5 and found["eager"] < 1e-5
+    assert found["grouped_mm"] < 1e-4 and found["batched_mm"] < 1e-4
     for way in ("without a cache", "static cache", "left padding", "pipeline", "saved and loaded", "saved code",
                 "offloaded"):  # fmt: skip
         assert found[way], way
