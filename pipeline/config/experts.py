@@ -90,8 +90,8 @@ class ExpertsConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ExpertsConfig":
-        fields = type(self).model_fields
-        others = [name for name in fields if name != "allocation" and getattr(self, name) != fields[name].default]
+        defaults = {name: field.default for name, field in type(self).model_fields.items() if name != "allocation"}
+        others = [name for name, default in defaults.items() if getattr(self, name) != default]
         if self.allocation == "keep" and others:
             raise ValueError(f"allocation: keep takes the base's experts as they are; leave {others[0]} out")
         given = [key for key in ("num_new", "delta", "counts") if getattr(self, key) is not None]

@@ -2,7 +2,7 @@
 
 from common.errors import UserError
 from pipeline.config.run import RunConfig
-from pipeline.method.allocation import allocate, clamp_similarity, dense_plan, ep_size_to_share, expert_plan, kept_plan
+from pipeline.method.allocation import allocate, clamp_similarity, dense_plan, ep_size_to_share, expert_plan
 from pipeline.method.given_similarity import given_similarity
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.run_folder import PLAN_FILE, RunFolder
@@ -26,8 +26,6 @@ def find_plan(run: RunConfig, num_layers: int, num_new: int | None = None) -> tu
         plan = ExpertPlan.load(path)
         if plan.num_layers == num_layers:
             return plan, "the run's plan"
-    if run.experts.allocation == "keep":
-        return kept_plan(run), "the base's plan"
     experts, note, similarity = run.experts, "as the run lists them", None
     if experts.allocation == "layerwise" and experts.similarity is not None:
         similarity, note = given_similarity(experts.similarity, num_layers).by_layer, "by experts.similarity"
@@ -42,6 +40,8 @@ def find_plan(run: RunConfig, num_layers: int, num_new: int | None = None) -> tu
         spread = {"num_new": experts.num_new or num_new, "delta": None, "rounding": "largest_remainder"}
         experts = experts.model_copy(update={"allocation": "uniform", **spread})
         note = "spread evenly, as similarities are not measured yet"
+    elif experts.allocation == "keep":
+        note = "the base's plan"
     counts = allocate(experts, num_layers, similarity, ep_size_to_share(run)).counts
     layers = experts.classifier_layers
     if similarity is None and isinstance(layers, int):  # which they are takes similarities; for sizes, any will do

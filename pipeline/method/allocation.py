@@ -48,6 +48,8 @@ def allocate(experts: ExpertsConfig, num_layers: int, similarity: list[float] | 
                 f"experts.counts: {len(counts)} numbers, but the model has {num_layers} layers; give one per layer"
             )
         return Allocation(counts, None, f"explicit: {sum(counts) - num_layers} new experts")
+    if experts.allocation == "keep":
+        return Allocation([1] * num_layers, None, "keep: the base's experts, no new ones")
     if experts.allocation == "mola":
         counts = [MOLA[4 * layer // num_layers] for layer in range(num_layers)]
         return Allocation(counts, None, f"mola: {sum(counts) - num_layers} new experts")
@@ -230,14 +232,8 @@ def dense_plan(run: RunConfig, num_layers: int) -> ExpertPlan:
     return ExpertPlan.dense(num_layers, old=old, new=sorted({entry.language for entry in run.data.new.values()}))
 
 
-def kept_plan(run: RunConfig) -> ExpertPlan:
-    """The plan of a run that reviews its base's model as it is: the base's.
-
-    Raises:
-        UserError: the run's new languages are not among those that the base learned last, or its old ones are.
-    """
-    assert run.base is not None
-    plan = ExpertPlan.load(run.base.run / PLAN_FILE)
+def _kept_plan(run: RunConfig, plan: ExpertPlan) -> ExpertPlan:
+    """The base's plan, for a run that reviews its model; checked that the run's languages fit it."""
     learned = plan.rounds[-1].languages
     for entry in run.data.new.values():
         if entry.language not in learned:
@@ -254,7 +250,7 @@ def kept_plan(run: RunConfig) -> ExpertPlan:
 
 
 def expert_plan(run: RunConfig, counts: list[int], similarity: list[float] | None) -> ExpertPlan:
-    """The plan of a run: of a dense model's first expansion, or of a further one.
+    """The plan of a run: of a dense model's first expansion, of a further one, or the base's where it is kept.
 
     Args:
         run: its settings.
@@ -262,7 +258,7 @@ def expert_plan(run: RunConfig, counts: list[int], similarity: list[float] | Non
         similarity: S_l per layer, where it was measured.
 
     Raises:
-        UserError: top_k is not the expanded model's, or classifier layers do not fit.
+        UserError: top_k is not the expanded model's, classifier layers do not fit, or languages do not.
     """
     new = sorted({entry.language for entry in run.data.new.values()})
     before = None if run.base is None else ExpertPlan.load(run.base.run / PLAN_FILE)
@@ -273,6 +269,8 @@ def expert_plan(run: RunConfig, counts: list[int], similarity: list[float] | Non
             counts, old=old, new=new, top_k=run.experts.top_k, classifier_layers=layers, similarity=similarity,
             classifier=run.experts.classifier,
         )  # fmt: skip
+    if run.experts.allocation == "keep":
+        return _kept_plan(run, before)
     if run.experts.top_k != before.top_k:
         raise UserError(f"experts.top_k: {run.experts.top_k}, but the expanded model has {before.top_k}; give that")
     if before.classifier_layers and run.experts.classifier != before.classifier:

@@ -9,7 +9,7 @@ from data_prep.sample import sample_documents
 from data_prep.tokenizer import DocumentEncoder
 from pipeline.config.experts import ExpertsConfig
 from pipeline.config.run import RunConfig
-from pipeline.method.allocation import allocate, clamp_similarity, ep_size_to_share, expert_plan, kept_plan
+from pipeline.method.allocation import allocate, clamp_similarity, ep_size_to_share, expert_plan
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.run_folder import PLAN_FILE, SIMILARITY_FILE, STATISTICS_FILE
 from pipeline.records.similarity import Similarity
@@ -216,9 +216,6 @@ def plan_experts(run: RunConfig, num_layers: int, found: Similarity | None) -> t
     Raises:
         UserError: the budget can't be met, or a similarity is not positive.
     """
-    if run.experts.allocation == "keep":
-        plan = kept_plan(run)
-        return plan, f"keep: the {sum(plan.num_new)} experts of {run.base and run.base.run} besides the MLPs"
     measured = similarity = found.by_layer if found is not None else None
     if measured is not None and run.similarity.not_positive == "clamp":
         similarity, changed = clamp_similarity(measured)

@@ -45,16 +45,15 @@ def stage_inputs(context: RunContext, number: int) -> Inputs:
         "bad_steps": run.bad_steps.model_dump(mode="json"),
         "settings": result_settings(stage.settings, routers=not run.method.is_dense),
     }
-    before = _stage_before(context, number)
+    before = _stage_before(run, stage)
     if before is not None:
         inputs[before] = context.folder.hash_of(before)
     return inputs
 
 
-def _stage_before(context: RunContext, number: int) -> str | None:
+def _stage_before(run: RunConfig, stage: "Stage") -> str | None:
     """The stage of the run whose checkpoint a stage starts from; None if that is what was upcycled."""
-    before = context.stage(number).starts_from
-    return f"stage{before}" if before in context.run.stage_numbers else None
+    return f"stage{stage.starts_from}" if stage.starts_from in run.stage_numbers else None
 
 
 def _model_inputs(context: RunContext, stage: "Stage") -> Inputs:
@@ -111,7 +110,7 @@ def check_stage(context: RunContext, number: int) -> None:
 
 def _starting_checkpoint(context: RunContext, number: int) -> Path | None:
     """The checkpoint that holds the experts which the stage starts from; None if they are as upcycled."""
-    before = _stage_before(context, number)
+    before = _stage_before(context.run, context.stage(number))
     if before is None:
         return None
     return context.folder / before / context.folder.manifest(before).outputs["checkpoint"]

@@ -63,7 +63,7 @@ def upcycle_model(context: RunContext, _ranks: object) -> Result:
     manifest = read_manifest(target, UpcycledManifest)
     parity = manifest.parity
     start = "dense model" if run.base is None else f"model of {run.base.run}"
-    adds = context.base is not None and run.experts.allocation != "keep"
+    adds = context.base is not None and context.plan != context.base.plan
     rows = "" if not adds else "; the routers' new rows are random, so some tokens take new experts"
     print(
         f"upcycle: largest logit difference to the {start} {parity['max_abs_logit_difference']:.2g} "

@@ -1,5 +1,6 @@
 """Runs that expand one another, and what comes of each."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from pipeline.evaluation.checkpoints import checkpoint_to_score, load_model
 from pipeline.model.backbone import ONE_RANK
 from pipeline.records.run_folder import RunFolder
 from pipeline.run.context import RunContext
+from pipeline.run.exporting import export_run
+from pipeline.run.importing import import_exported
 from pipeline.run.runner import do_step
 from pipeline.run.steps import steps_of
 from tests.distributed.conftest import Pools
@@ -19,6 +22,7 @@ from tests.helpers.tiny import parse_run, run_tree, save_corpus
 
 Tree = dict[str, Any]
 LANGUAGES = ("el", "hu", "tr")
+BALANCED: Tree = {"stage1": {"balance": "bias", "bias_update_rate": 0.05}}
 # Experts that each round's allocation gives; a further one adds one less. Layer 2 is dense at first.
 COUNTS = ([3, 2, 1, 4], [2, 1, 2, 3], [3, 2, 2, 3])
 TOTAL = ([3, 2, 1, 4], [4, 2, 2, 6], [6, 3, 3, 8])
@@ -54,6 +58,20 @@ def run(pools: Pools, tree: Tree, ranks: int) -> RunContext:
             else:
                 do_step(context, step)
     return RunContext(context.run)
+
+
+def imported(tree: Tree, folder: Path, label: str | None = None, dtype: str | None = None) -> Path:
+    """A run's checkpoint, exported and imported."""
+    export_run(RunContext(parse_run(tree, "x")), label, dtype, folder / "exported")
+    import_exported(folder / "exported", folder / "imported")
+    shutil.rmtree(folder / "exported")
+    return folder / "imported"
+
+
+def with_changes(tree: Tree, changes: Tree) -> Tree:
+    """A run's settings with others, sections key by key."""
+    return {**tree, **{key: {**tree[key], **value} if isinstance(value, dict) else value
+                       for key, value in changes.items()}}  # fmt: skip
 
 
 @dataclass(frozen=True)

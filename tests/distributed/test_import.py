@@ -25,13 +25,12 @@ from pipeline.run.context import RunContext
 from pipeline.run.exporting import export_run
 from pipeline.run.importing import import_exported
 from tests.distributed.conftest import Pools
-from tests.distributed.rounds import Model, run, same, tree_of
+from tests.distributed.rounds import BALANCED, Model, imported, run, same, tree_of, with_changes
 from tests.helpers.extended import extended_tree
 from tests.helpers.tiny import do_steps, parse_run, save_corpus, save_model
 
 Tree = dict[str, Any]
 BF16 = {"deepspeed": "ds_configs/bf16_zero1.json"}
-BALANCED = {"stage1": {"balance": "bias", "bias_update_rate": 0.05}}
 UP_TO_UPCYCLE = ("tokenize", "similarity", "allocate", "upcycle")
 IDS = torch.arange(48).view(2, 24) * 11 % 290
 
@@ -41,20 +40,6 @@ def bf16_model(folder: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(save_model(folder), dtype=torch.bfloat16)
     model.save_pretrained(folder)
     return folder
-
-
-def imported(tree: Tree, folder: Path, label: str | None = None, dtype: str | None = None) -> Path:
-    """A run's checkpoint, exported and imported."""
-    export_run(RunContext(parse_run(tree, "x")), label, dtype, folder / "exported")
-    import_exported(folder / "exported", folder / "imported")
-    shutil.rmtree(folder / "exported")
-    return folder / "imported"
-
-
-def with_changes(tree: Tree, changes: Tree) -> Tree:
-    """A run's settings with others, sections key by key."""
-    return {**tree, **{key: {**tree[key], **value} if isinstance(value, dict) else value
-                       for key, value in changes.items()}}  # fmt: skip
 
 
 def expanded(tree: Tree) -> RunContext:

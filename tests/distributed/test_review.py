@@ -13,15 +13,13 @@ from pipeline.cluster.jobs import jobs_of
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.estimate.device import Device
 from pipeline.estimate.report import Estimate
+from pipeline.records.run_folder import VALIDATION_BASE_FILE
 from pipeline.run.context import RunContext
-from pipeline.run.exporting import export_run
-from pipeline.run.importing import import_exported
 from tests.distributed.conftest import Pools
-from tests.distributed.rounds import Model, run, same, tree_of
+from tests.distributed.rounds import BALANCED, Model, imported, run, same, tree_of, with_changes
 from tests.helpers.tiny import parse_run
 
 Tree = dict[str, Any]
-BALANCED = {"balance": "bias", "bias_update_rate": 0.05}
 
 
 def review_of(tree: Tree, base: Any, **changes: Any) -> Tree:
@@ -45,14 +43,9 @@ def two_languages(folder: Path) -> Tree:
     return tree
 
 
-def base_of(tree: Tree, how: str, folder: Path) -> Any:
-    """Stage 1 of a run, by itself or exported and imported."""
-    context = RunContext(parse_run(tree, "x"))
-    if how == "run":
-        return {"run": str(context.run.folder), "checkpoint": "stage1"}
-    export_run(context, "stage1", None, folder / "exported")
-    import_exported(folder / "exported", folder / "imported")
-    return str(folder / "imported")
+def stage1_of(tree: Tree) -> Tree:
+    """Stage 1 of a run as a base."""
+    return {"run": str(RunContext(parse_run(tree, "x")).run.folder), "checkpoint": "stage1"}
 
 
 @pytest.mark.parametrize("how", ["run", "import"])
@@ -62,10 +55,10 @@ def test_reviewing_a_stage_1_is_the_stage_2_of_its_run_bit_by_bit(
 ) -> None:
     tree = first
     if changes:
-        tree = two_languages(tmp_path)
-        tree["stage1"] |= changes
+        tree = with_changes(two_languages(tmp_path), changes)
         run(pools, tree, 1)
-    review = review_of(tree, base_of(tree, how, tmp_path), output_dir=str(tmp_path / "runs"))
+    base = stage1_of(tree) if how == "run" else str(imported(tree, tmp_path, "stage1"))
+    review = review_of(tree, base, output_dir=str(tmp_path / "runs"))
     contexts = [RunContext(parse_run(tree, "x")), run(pools, review, 1)]
     assert contexts[0].plan == contexts[1].plan
     models = [Model.of(context) for context in contexts]
@@ -76,24 +69,29 @@ def test_reviewing_a_stage_1_is_the_stage_2_of_its_run_bit_by_bit(
         assert alone[name]["bits_by_document"] == {"base": bits["stage1"], "stage2": bits["stage2"]}
 
 
-def test_it_is_spread_over_ranks_exported_and_reviewed_again(pools: Pools, first: Tree, tmp_path: Path) -> None:
-    base = str(RunContext(parse_run(first, "x")).run.folder)
-    spread = review_of(first, base, parallel={"ranks": 2, "ep_size": 2}, output_dir=str(tmp_path / "runs"))
+def test_it_is_spread_over_ranks_watched_exported_and_reviewed_again(
+    pools: Pools, first: Tree, tmp_path: Path
+) -> None:
+    changes: Tree = {"output_dir": str(tmp_path / "runs"), "validate": {"every_tokens": 768}}
+    spread = review_of(first, stage1_of(first), parallel={"ranks": 2, "ep_size": 2}, **changes)
     context = run(pools, spread, 2)
+    whole, alone = (
+        read_json(folder / "evaluation.json")["sets"]
+        for folder in (RunContext(parse_run(first, "x")).folder, context.folder)
+    )
+    for name, found in whole.items():
+        bits = found["bits_per_character"]
+        assert alone[name]["bits_per_character"] == pytest.approx(
+            {"base": bits["stage1"], "stage2": bits["stage2"]}, rel=1e-5
+        )
+    watched = read_json(context.folder / VALIDATION_BASE_FILE)["sets"]
+    assert watched.keys() == {"en"}  # forgetting is measured against the model that it started from
     assert main(["report", str(context.folder.run_file)]) == 0
     page = (context.folder / "report.html").read_text(encoding="utf-8")
     assert "This run has no stage 1: stage1 is not in its run.yaml." in page and "no stage 2" not in page
-    again = review_of(first, base_of_last(context, tmp_path), name="again", output_dir=str(tmp_path / "runs"))
-    last = run(pools, again, 1)
-    found = [read_json(one.folder / "evaluation.json")["sets"]["el"]["bits_per_character"] for one in (context, last)]
-    assert found[1]["base"] == pytest.approx(found[0]["stage2"], rel=1e-5)
-
-
-def base_of_last(context: RunContext, folder: Path) -> str:
-    """A run's last stage, exported and imported."""
-    export_run(context, None, None, folder / "exported")
-    import_exported(folder / "exported", folder / "imported")
-    return str(folder / "imported")
+    again = review_of(first, str(imported(spread, tmp_path)), name="again", **changes)
+    last = read_json(run(pools, again, 1).folder / "evaluation.json")["sets"]["el"]
+    assert last["bits_per_character"]["base"] == pytest.approx(alone["el"]["bits_per_character"]["stage2"], rel=1e-5)
 
 
 def test_its_jobs_and_its_estimate_are_of_stage_2_alone(first: Tree) -> None:
