@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.distributed.process_group import Ranks
 from pipeline.model.backbone import moe_layers
-from pipeline.model.moe import MoELayer, layer
+from pipeline.model.moe import MoELayer
 from pipeline.model.moe.dispatch import Exchange
 from pipeline.training.state import TrainingState
 from tests.distributed.conftest import Pools
@@ -67,12 +67,11 @@ def _observe(one: MoELayer, x: torch.Tensor) -> tuple[list[str], int, list[str]]
         return original(tensor)
 
     original = torch.Tensor.tolist
-    whole_blocks = layer.in_whole_blocks
     with (
         patch.object(Exchange, "send", noting("send", Exchange.send)),
         patch.object(Exchange, "arrived", noting("arrived", Exchange.arrived)),
         patch.object(Exchange, "send_back", noting("send back", Exchange.send_back)),
-        patch.object(layer, "in_whole_blocks", noting("base MLP", whole_blocks)),
+        patch.object(one.base_mlp, "forward", noting("base MLP", one.base_mlp.forward)),
         patch.object(torch.Tensor, "tolist", tolist),
         Waits() as waits,
     ):

@@ -10,20 +10,6 @@ from torch import Tensor, nn
 
 from pipeline.model.moe.grouped import can_group, grouped_linear, is_evenly_spaced
 
-ROWS_MULTIPLE = 32
-
-
-def in_whole_blocks(function: Callable[[Tensor], Tensor], x_AD: Tensor) -> Tensor:
-    """``function(x)`` for a function of rows, padded with zeros to a multiple of 32 rows in bf16 on a CPU.
-
-    There a kernel is generated for each new number of rows, which takes longer than the product itself, and stays in
-    memory. Expert batches have a different size every time.
-    """
-    missing = -len(x_AD) % ROWS_MULTIPLE
-    if not missing or x_AD.dtype != torch.bfloat16 or x_AD.device.type != "cpu":
-        return function(x_AD)
-    return function(F.pad(x_AD, (0, 0, 0, missing)))[: len(x_AD)]
-
 
 def projections(mlp: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
     """A gated MLP's gate, up and down projections."""
@@ -64,9 +50,6 @@ class Expert(nn.Module):
 
     def forward(self, x_AD: Tensor) -> Tensor:
         """Shape [A, D] to [A, D]. A may be 0; the weights then get gradients of zero."""
-        return in_whole_blocks(self._forward, x_AD)
-
-    def _forward(self, x_AD: Tensor) -> Tensor:
         gate_AF, up_AF = F.linear(x_AD, self.gate_up_proj, self.gate_up_bias).chunk(2, dim=-1)
         return F.linear(self.act_fn(gate_AF) * up_AF, self.down_proj, self.down_bias)
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from pipeline.distributed.process_group import take_timeout
 from pipeline.model.expert_plan import LayerPlacement
 from pipeline.model.moe.dispatch import Exchange
-from pipeline.model.moe.experts import LocalExperts, in_whole_blocks, projections
+from pipeline.model.moe.experts import LocalExperts, projections
 from pipeline.model.moe.router import Router
-from pipeline.model.moe.rows import Rows, sorted_choices
+from pipeline.model.moe.rows import Rows, block_of_rows, sorted_choices
 
 
 class _RoutedExperts(nn.Module):
@@ -116,15 +116,15 @@ class MoELayer(MoE):
         """Shape [..., D] to [..., D]: y = sum_i w_i E_i(x) (MoE-LPR, arXiv 2408.11396, section 3.1, eq. 2)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.router(x_TD, hidden_states.shape[0] if hidden_states.ndim == 3 else 1)
-        choices_C, counts_E = sorted_choices(routing, self.place_E)
+        choices_C, rows_C, counts_E = sorted_choices(routing, self.place_E, block_of_rows(x_TD))
         exchange, counts = self._exchange(counts_E, x_TD.requires_grad)
-        rows = Rows.of(choices_C, routing.active_TK, sum(counts))
+        rows = Rows.of(choices_C, rows_C, routing.active_TK, sum(counts))
         base_AD, new_AD = rows.take(x_TD).split([counts[0], sum(counts[1:])])
         if exchange is None:
-            outputs = in_whole_blocks(self.base_mlp, base_AD), self.local_experts(new_AD, counts[1:])
+            outputs = self.base_mlp(base_AD), self.local_experts(new_AD, counts[1:])
         else:
             travelling = exchange.send(new_AD)
-            base = in_whole_blocks(self.base_mlp, base_AD)  # while rows travel
+            base = self.base_mlp(base_AD)  # while rows travel
             new = self.local_experts(exchange.arrived(travelling), exchange.slot_counts)
             outputs = base, exchange.send_back(new)
         return rows.sum_by_token(torch.cat(outputs), routing.weights_TK).view(hidden_states.shape)

@@ -8,17 +8,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.model.moe.router import Routing
+
+BLOCK_OF_ROWS = 32
+
+
+def block_of_rows(x_TD: Tensor) -> int:
+    """Each expert's rows are filled up to a multiple of this: 32 in bf16 on a CPU, else 1.
+
+    There a kernel is generated for each new number of rows, which takes longer than the product itself, and stays in
+    memory. Expert batches have a different size every time.
+    """
+    return BLOCK_OF_ROWS if x_TD.dtype == torch.bfloat16 and x_TD.device.type == "cpu" else 1
 
 
 @dataclass(frozen=True)
 class Rows:
     """The choices that are computed, sorted by expert, then token.
 
+    Rows that fill up a block are copies of the last token. Nobody takes their outputs, whose gradients are zero.
+
     Attributes:
-        choice_A: the choice of each row, as token x K + k.
+        choice_A: the choice of each row, as token x K + k; of one that fills up a block, the number of all choices.
         token_A: its token.
         row_TK: the row of each choice; of one that is not computed, the row of the token's first choice.
         active_TK: whether a choice is computed, as 1 or 0, fp32.
@@ -30,14 +44,16 @@ class Rows:
     active_TK: Tensor
 
     @classmethod
-    def of(cls, choices_C: Tensor, active_TK: Tensor, num_rows: int) -> "Rows":
-        """The first ``num_rows`` of :func:`sorted_choices`."""
+    def of(cls, choices_C: Tensor, rows_C: Tensor, active_TK: Tensor, num_rows: int) -> "Rows":
+        """From :func:`sorted_choices`; ``num_rows`` is the sum of its counts."""
         row_C = torch.empty_like(choices_C)
-        row_C[choices_C] = torch.arange(len(choices_C), device=choices_C.device)
+        row_C[choices_C] = rows_C
         row_TK = row_C.view(active_TK.shape)
         row_TK = torch.where(active_TK, row_TK, row_TK[:, :1])  # a token's first choice is always computed
-        choice_A = choices_C[:num_rows]
-        return cls(choice_A, choice_A // active_TK.shape[1], row_TK, active_TK.float())
+        num_choices, (num_tokens, top_k) = len(choices_C), active_TK.shape
+        choice_A = choices_C.new_full((num_rows + num_choices,), num_choices)
+        choice_A = choice_A.index_copy_(0, rows_C, choices_C)[:num_rows]  # inactive choices lie beyond
+        return cls(choice_A, (choice_A // top_k).clamp_(max=num_tokens - 1), row_TK, active_TK.float())
 
     def take(self, x_TD: Tensor) -> Tensor:
         """Each row's token, [A, D]."""
@@ -48,21 +64,30 @@ class Rows:
         return _SumByToken.apply(output_AD, weights_TK, self)
 
 
-def sorted_choices(routing: Routing, place_E: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """All choices, as token x K + k, sorted by expert, then token, with inactive ones last; and the rows by expert.
+def sorted_choices(routing: Routing, place_E: Tensor | None, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All choices, as token x K + k, sorted by expert, then token, with inactive ones last; and where their rows are.
 
     Nothing here waits for the device.
 
     Args:
         routing: of the layer.
         place_E: the place of each expert in the order of the rows; None if it is its number.
+        block: each expert's rows are filled up to a multiple of this.
+
+    Returns:
+        The choices, the row of each, and the number of each expert's rows, those that fill it up included.
     """
     num_experts = routing.scores_TE.shape[1]
     places_TK = routing.ids_TK if place_E is None else place_E[routing.ids_TK]
     expert_C = torch.where(routing.active_TK, places_TK, num_experts).flatten()
     expert_C, choices_C = expert_C.sort(stable=True)
     counts = expert_C.new_zeros(num_experts + 1).index_add_(0, expert_C, torch.ones_like(expert_C))
-    return choices_C, counts[:num_experts]
+    rows_C = torch.arange(len(choices_C), device=choices_C.device)
+    if block > 1:
+        missing = -counts % block
+        rows_C = rows_C + (missing.cumsum(0) - missing)[expert_C]
+        counts = counts + missing
+    return choices_C, rows_C, counts[:num_experts]
 
 
 def _weighted_sum(rows_AD: Tensor, row_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -103,5 +128,6 @@ class _SumByToken(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weights = output_AD.to(torch.float32, copy=True).mul_(gradient_AD).sum(-1)[row_TK] * active_TK
         if ctx.needs_input_grad[0]:
-            of_output = gradient_AD.mul_(weights_TK.flatten()[choice_A].unsqueeze(-1)).to(output_AD.dtype)
+            weights_A = F.pad(weights_TK.flatten(), (0, 1))[choice_A]  # rows that fill up a block have weight 0
+            of_output = gradient_AD.mul_(weights_A.unsqueeze(-1)).to(output_AD.dtype)
         return of_output, of_weights, None

@@ -1,6 +1,8 @@
 """The MoE layer, its classifier, and the losses' edges. Run: pytest tests/pipeline/model/test_moe.py"""
 
+import math
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from pipeline.method.losses import classifier_loss, load_balancing_loss, lpr_los
 from pipeline.model.backbone import install_moe_layers, moe_layers
 from pipeline.model.expert_plan import ExpertPlan, LayerPlacement
 from pipeline.model.moe import MoELayer, Routing, collect_routings
+from pipeline.model.moe import rows as rows_module
 from pipeline.model.moe.router import Router, classify
-from pipeline.model.moe.rows import Rows, sorted_choices
+from pipeline.model.moe.rows import BLOCK_OF_ROWS, Rows, sorted_choices
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -241,7 +244,11 @@ def test_chunked_cross_entropy_equals_torchs(masked: bool) -> None:
     from pipeline.method import losses
 
     losses.BYTES_AT_ONCE = {"cpu": 4 * 300 * 7, "cuda": 0}  # 7 rows at a time, with a shorter last piece
-    ours = next_token_loss(logits, labels, mask)
+    no_gradient = logits.detach().clone()
+    without = next_token_loss(no_gradient, labels, mask)
+    assert torch.equal(no_gradient, logits)
+    ours = next_token_loss(logits * 1.0, labels, mask)
+    assert torch.equal(ours, without)
     (gradient,) = torch.autograd.grad(ours * 0.3, logits)
     each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(3, 50)
     expected = (each if mask is None else each * mask).sum()
@@ -312,8 +319,9 @@ def test_a_selection_bias_of_zeros_changes_no_bit_of_a_layer_and_its_gradients()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_rows_taken_and_summed_have_the_gradients_of_a_plain_sum(top_k: int) -> None:
+def test_rows_taken_and_summed_have_the_gradients_of_a_plain_sum(top_k: int, block: int) -> None:
     torch.manual_seed(2)
     tokens, hidden, num_experts = 11, 5, 4
     scores = torch.randn(tokens, num_experts).softmax(-1)
@@ -325,9 +333,10 @@ def test_rows_taken_and_summed_have_the_gradients_of_a_plain_sum(top_k: int) -> 
     factors = torch.randn(num_experts, hidden, requires_grad=True)
     upstream = torch.randn(tokens, hidden)
 
-    choices, counts = sorted_choices(Routing(scores, scores, ids, weights, active, None))
-    assert counts.tolist() == [int((active & (ids == expert)).sum()) for expert in range(num_experts)]
-    rows = Rows.of(choices, active, int(active.sum()))
+    choices, places, counts = sorted_choices(Routing(scores, scores, ids, weights, active, None), None, block)
+    computed = [int((active & (ids == expert)).sum()) for expert in range(num_experts)]
+    assert counts.tolist() == [block * math.ceil(count / block) for count in computed]
+    rows = Rows.of(choices, places, active, int(counts.sum()))
     output = rows.take(x) * factors.repeat_interleave(counts, dim=0)
     y = rows.sum_by_token(output, weights)
     found = torch.autograd.grad(y, (x, weights, factors), upstream)
@@ -350,28 +359,30 @@ def test_outputs_of_experts_are_kept_once_and_in_their_dtype(model: Any) -> None
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(x)
-    num_rows = int(routing_of(layer, x).active_TK.sum())
+    num_rows = int(sorted_choices(routing_of(layer, x), None, BLOCK_OF_ROWS)[2].sum())
     outputs = [tensor for tensor in kept if tensor.shape == (num_rows, 32)]
     assert [tensor.dtype for tensor in outputs] == [torch.bfloat16]
 
 
-def test_padding_rows_to_whole_blocks_changes_no_result(model: Any) -> None:
-    from pipeline.model.moe.experts import in_whole_blocks
+def test_in_bf16_on_a_cpu_each_experts_rows_fill_whole_blocks_and_results_stay_the_same(model: Any) -> None:
+    layer = moe_layers(model)[2].bfloat16()
+    x = torch.randn(70, 32, dtype=torch.bfloat16, requires_grad=True)
+    upstream = torch.randn(70, 32, dtype=torch.bfloat16)
+    num_active = int(routing_of(layer, x).active_TK.sum())
+    sizes: list[int] = []
+    for expert in (layer.base_mlp, *layer.local_experts.experts):
+        expert.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
 
-    expert = moe_layers(model)[0].local_experts.experts[0].bfloat16()
-    x = torch.randn(70, 32).bfloat16()
-    sizes = []
+    def run() -> list[torch.Tensor]:
+        y = layer(x)
+        trained = [layer.router.wg.weight, *layer.local_experts.parameters()]
+        return [y, *torch.autograd.grad(y, [x, *trained], upstream)]
 
-    def seen(rows: torch.Tensor) -> torch.Tensor:
-        sizes.append(len(rows))
-        return expert._forward(rows)
-
-    y = in_whole_blocks(seen, x)
-    assert sizes == [96]
-    assert y.shape == x.shape
-    torch.testing.assert_close(y, expert._forward(x), rtol=2e-2, atol=2e-2)
-    y.float().sum().backward()
-    padded = expert.down_proj.grad.clone()
-    expert.down_proj.grad = None
-    expert._forward(x).float().sum().backward()
-    torch.testing.assert_close(padded, expert.down_proj.grad, rtol=2e-2, atol=2e-2)
+    filled, num_filled = run(), sizes.copy()
+    sizes.clear()
+    with patch.object(rows_module, "BLOCK_OF_ROWS", 1):
+        plain = run()
+    assert sum(sizes) == num_active
+    assert num_filled == [BLOCK_OF_ROWS * math.ceil(size / BLOCK_OF_ROWS) for size in sizes] != sizes
+    for ours, theirs in zip(filled, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
