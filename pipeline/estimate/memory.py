@@ -188,7 +188,7 @@ def memory_by_kind(
     for kind, there in elsewhere.items():
         stays = kinds[kind] if kind == "gradients" else 0.0
         kinds[kind] = stays if on_gpu else stays + there
-    logits = 2 * batch.tokens * sizes.vocabulary * width  # and their gradient
+    logits = batch.tokens * sizes.vocabulary * width  # their gradient takes the same memory
     to_embedding = sizes.trained_rows(stage) > 0
     kept = _activations(plan, dims, batch, layers, sizes.hidden * width, to_embedding=to_embedding)
     kinds["activations"] = kept + logits

@@ -36,22 +36,22 @@ def token_losses(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
 class _CrossEntropy(torch.autograd.Function):
     """Summed cross-entropy in fp32 that never holds all logits in fp32.
 
-    The forward also computes the gradient, softmax - one-hot, a few rows at a time, in the logits' dtype. That takes
-    one exponential per element instead of two, and the memory of one copy of the logits instead of five.
+    The forward also computes the gradient, softmax - one-hot, a few rows at a time, in the logits' own memory. That
+    takes one exponential per element instead of two, and the memory of the logits alone instead of five times theirs.
     """
 
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
         total = torch.zeros((), device=logits_TV.device)
-        gradient_TV = torch.empty_like(logits_TV)
-        for logits_RV, labels_R, weights_R, gradient_RV in _row_pieces(logits_TV, labels_T, weights_T, gradient_TV):
+        for logits_RV, labels_R, weights_R in _row_pieces(logits_TV, labels_T, weights_T):
             log_probabilities_RV = logits_RV.float().log_softmax(-1)
             index_R1 = labels_R.unsqueeze(-1)
             total -= (log_probabilities_RV.gather(-1, index_R1).squeeze(-1) * weights_R).sum()
-            softmax_RV = log_probabilities_RV.exp_()
-            softmax_RV.scatter_add_(-1, index_R1, -torch.ones_like(index_R1, dtype=softmax_RV.dtype))
-            gradient_RV.copy_(softmax_RV.mul_(weights_R.unsqueeze(-1)))
-        ctx.save_for_backward(gradient_TV)
+            if ctx.needs_input_grad[0]:
+                softmax_RV = log_probabilities_RV.exp_()
+                softmax_RV.scatter_add_(-1, index_R1, -torch.ones_like(index_R1, dtype=softmax_RV.dtype))
+                logits_RV.copy_(softmax_RV.mul_(weights_R.unsqueeze(-1)))
+        ctx.save_for_backward(logits_TV)
         return total
 
     @staticmethod
@@ -64,7 +64,8 @@ def next_token_loss(logits_BLV: Tensor, labels_BL: Tensor, mask_BL: Tensor | Non
     """L_NTP: cross-entropy of the next token, summed over tokens.
 
     Args:
-        logits_BLV: the model's output.
+        logits_BLV: the model's output. If it needs a gradient, it must not be read afterwards: its memory then holds
+            the gradient.
         labels_BL: the next tokens.
         mask_BL: true for tokens that count; None counts all.
     """
