@@ -23,7 +23,14 @@ from pipeline.records.step_manifest import StepManifest
 from pipeline.training.utilization import flops_of_stage
 
 # Keys that change no result, or say which of several runs this is; what else differs makes two runs different.
-NO_DIFFERENCE = ("name", "output_dir", "cache_dir", "seed", "validate", "checkpoint", "parallel", "log", "cluster")
+LICENSE = {"__all__": {"license"}}
+NO_DIFFERENCE: dict[str, Any] = {
+    **dict.fromkeys(
+        ("name", "output_dir", "cache_dir", "seed", "validate_", "checkpoint", "parallel", "log", "cluster"), True
+    ),
+    "data": {"old": LICENSE, "new": LICENSE, "watch": LICENSE},
+    "evaluate": {"prompts": True, "new_tokens": True},
+}
 EVALUATE = "evaluate"
 
 
@@ -48,8 +55,7 @@ class ReadRun:
     @cached_property
     def difference(self) -> str:
         """A key that is the same for runs that differ by seed alone."""
-        settings = self.run.model_dump(mode="json", by_alias=True)
-        return content_key({key: value for key, value in settings.items() if key not in NO_DIFFERENCE})
+        return content_key(self.run.model_dump(mode="json", by_alias=True, exclude=NO_DIFFERENCE))
 
     @cached_property
     def stages(self) -> dict[str, StepManifest]:

@@ -5,6 +5,7 @@ import re
 import shutil
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,10 +37,14 @@ def with_new(el: float, tr: float, en: float) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three runs that differ by seed alone, one of another learning rate, one of other documents and more experts."""
+    """Three runs that differ by seed alone, one of another learning rate, one of other documents and more experts.
+
+    One of the three says more of its data, which changes no result.
+    """
     root = tmp_path_factory.mktemp("runs")
+    said: dict[int, dict[str, Any]] = {18: {"data.new.el.license": "mpl-2.0", "evaluate": {"new_tokens": 8}}}
     for seed, el in ((17, -20.0), (18, -22.0), (19, -24.0)):
-        save_run(root, f"low-seed{seed}", with_new(el, -10.0, 0.5), seed=seed)
+        save_run(root, f"low-seed{seed}", with_new(el, -10.0, 0.5), seed=seed, **said.get(seed, {}))
     save_run(root, "high", with_new(-40.0, -30.0, 2.0), **{"stage1.lr": 1e-3})
     save_run(root, "other", with_new(-30.0, -20.0, -1.0), texts="b", **{"stage1.lr": 1e-2})
     return root
