@@ -1,6 +1,7 @@
 """The page of a comparison: one HTML file that loads nothing from elsewhere."""
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -12,6 +13,7 @@ from pipeline.records.comparison import ComparedGroup, ComparedRun, Comparison
 from pipeline.report.summary import short
 
 LARGEST, SMALLEST = 30.0, 8.0  # pixels of a marker
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star", "hexagon", "triangle-down")
 NO_PICTURE = "Gain against forgetting: the runs were scored on no old set, so nothing can be forgotten."
 
 
@@ -43,6 +45,7 @@ def gain_against_forgetting(comparison: Comparison) -> go.Figure:
     """A marker for each run, its area as its parameters; a cross with deviations for the mean of several seeds."""
     chart = figure(x="bits added on old languages, %", y="bits saved on new languages, %", height=460, zoom=True)
     colors = set_colors([group.name for group in comparison.groups])
+    symbols = _symbols(colors)
     most = max(one.parameters.get("total", 1) for one in comparison.runs)
     for group in comparison.groups:
         runs = [one for one in comparison.runs if one.group == group.name]
@@ -55,6 +58,7 @@ def gain_against_forgetting(comparison: Comparison) -> go.Figure:
             marker={
                 "size": [max(SMALLEST, LARGEST * math.sqrt(one.parameters.get("total", 1) / most)) for one in runs],
                 "color": colors[group.name],
+                "symbol": symbols[group.name],
                 "opacity": 0.65 if len(runs) == 1 else 0.35,  # so that the mean shows on them
             },
             text=[_hover(one) for one in runs],
@@ -66,6 +70,16 @@ def gain_against_forgetting(comparison: Comparison) -> go.Figure:
     chart.update_layout(showlegend=True, legend={"itemsizing": "constant"})
     chart.update_xaxes(showgrid=True)
     return chart
+
+
+def _symbols(colors: dict[str, str]) -> dict[str, str]:
+    """A marker for each name, so that those of one colour differ in it."""
+    used: Counter[str] = Counter()
+    symbols = {}
+    for name, color in colors.items():
+        symbols[name] = SYMBOLS[used[color] % len(SYMBOLS)]
+        used[color] += 1
+    return symbols
 
 
 def _add_mean(chart: go.Figure, group: ComparedGroup, color: str) -> None:

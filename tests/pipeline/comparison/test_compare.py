@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from pipeline.cli.main import command_line
 from pipeline.comparison.compare import compare
-from pipeline.comparison.page import page
+from pipeline.comparison.page import gain_against_forgetting, page
 from pipeline.comparison.read import read_runs
 from pipeline.comparison.table import MISSING, as_text, tables
 from pipeline.comparison.write import default_folder
@@ -265,3 +265,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 1, lines
         assert all(text in lines[0] for text in says), lines[0]
+
+
+def test_groups_of_one_colour_have_other_markers(comparison: Comparison) -> None:
+    runs = [
+        comparison.runs[0].model_copy(update={"name": f"run{number}", "group": f"run{number}"}) for number in range(13)
+    ]
+    groups = [comparison.groups[0].model_copy(update={"name": one.name, "runs": [one.name]}) for one in runs]
+    chart = gain_against_forgetting(comparison.model_copy(update={"runs": runs, "groups": groups}))
+    drawn = [trace.marker for trace in chart.data if trace.showlegend is not False]
+    assert len({marker.color for marker in drawn}) < len(drawn)
+    assert len({(marker.color, marker.symbol) for marker in drawn}) == len(drawn) == 13
