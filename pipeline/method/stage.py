@@ -55,7 +55,7 @@ class MicroBatch:
     """One rank's forward over one micro-batch: what the losses are computed from.
 
     Attributes:
-        logits_BLV: the model's output.
+        logits_BLV: the model's output. The next token's loss takes its memory for the gradient.
         routings: one per MoE layer.
         labels_BL: the next tokens.
         counts_T: false for tokens of samples that only fill up the last micro-step; they count for nothing.
