@@ -22,8 +22,8 @@ from pipeline.records.run_folder import EVALUATION_FILE, PLAN_FILE, UPCYCLED, Ru
 from pipeline.records.step_manifest import StepManifest
 from pipeline.training.utilization import flops_of_stage
 
-# Keys that change no result, or say which of several runs this is; what else differs makes two runs different.
-LICENSE = {"__all__": {"license"}}
+LICENSE = {"__all__": {"license"}}  # of every set
+# Keys that change no score, or say which of several runs this is; what else differs makes two runs different.
 NO_DIFFERENCE: dict[str, Any] = {
     **dict.fromkeys(
         ("name", "output_dir", "cache_dir", "seed", "validate_", "checkpoint", "parallel", "log", "cluster"), True

@@ -9,13 +9,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.distributed.parallel_dims import ParallelDims
+from pipeline.method import losses
 from pipeline.method.losses import classifier_loss, load_balancing_loss, lpr_loss, next_token_loss
 from pipeline.model.backbone import install_moe_layers, moe_layers
 from pipeline.model.expert_plan import ExpertPlan, LayerPlacement
 from pipeline.model.moe import MoELayer, Routing, collect_routings
 from pipeline.model.moe import rows as rows_module
 from pipeline.model.moe.router import Router, classify
-from pipeline.model.moe.rows import BLOCK_OF_ROWS, Rows, sorted_choices
+from pipeline.model.moe.rows import BLOCK_OF_ROWS, Rows, block_of_rows, sorted_choices
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -237,19 +238,20 @@ def test_balance_loss_is_1_when_uniform_and_padding_does_not_count(model: Any) -
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_chunked_cross_entropy_equals_torchs(masked: bool) -> None:
+def test_chunked_cross_entropy_equals_torchs(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(3, 50, 300, dtype=torch.float64).float().requires_grad_()
     labels = torch.randint(300, (3, 50))
     mask = torch.rand(3, 50) < 0.6 if masked else None
-    from pipeline.method import losses
-
-    losses.BYTES_AT_ONCE = {"cpu": 4 * 300 * 7, "cuda": 0}  # 7 rows at a time, with a shorter last piece
+    seven_rows = 4 * 300 * 7  # at a time, with a shorter last piece
+    monkeypatch.setattr(losses, "BYTES_AT_ONCE", {"cpu": seven_rows, "cuda": seven_rows})
     no_gradient = logits.detach().clone()
     without = next_token_loss(no_gradient, labels, mask)
     assert torch.equal(no_gradient, logits)
-    ours = next_token_loss(logits * 1.0, labels, mask)
+    of_the_model = logits * 1.0
+    ours = next_token_loss(of_the_model, labels, mask)
     assert torch.equal(ours, without)
-    (gradient,) = torch.autograd.grad(ours * 0.3, logits)
+    (gradient,) = torch.autograd.grad(ours * 0.3, of_the_model)
+    assert gradient.data_ptr() == of_the_model.data_ptr()  # no second copy of the logits
     each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(3, 50)
     expected = (each if mask is None else each * mask).sum()
     (expected_gradient,) = torch.autograd.grad(expected * 0.3, logits)
@@ -359,7 +361,7 @@ def test_outputs_of_experts_are_kept_once_and_in_their_dtype(model: Any) -> None
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(x)
-    num_rows = int(sorted_choices(routing_of(layer, x), None, BLOCK_OF_ROWS)[2].sum())
+    num_rows = int(sorted_choices(routing_of(layer, x), None, block_of_rows(x))[2].sum())
     outputs = [tensor for tensor in kept if tensor.shape == (num_rows, 32)]
     assert [tensor.dtype for tensor in outputs] == [torch.bfloat16]
 
