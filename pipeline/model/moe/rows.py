@@ -20,7 +20,7 @@ def block_of_rows(x_TD: Tensor) -> int:
     """Each expert's rows are filled up to a multiple of this: 32 in bf16 on a CPU, else 1.
 
     There a kernel is generated for each new number of rows, which takes longer than the product itself, and stays in
-    memory. Expert batches have a different size every time.
+    memory. Expert batches have a different size every time. An expert's rows from several ranks are blocks of each.
     """
     return BLOCK_OF_ROWS if x_TD.dtype == torch.bfloat16 and x_TD.device.type == "cpu" else 1
 
