@@ -4,6 +4,7 @@ Both are gathers, forward and backward, with sums in fp32: on a GPU no atomic ad
 expert's output is kept once, in its own dtype.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from pipeline.model.moe.router import Routing
 
 BLOCK_OF_ROWS = 32
+ROWS_AT_ONCE = 128
 
 
 def block_of_rows(x_TD: Tensor) -> int:
@@ -90,16 +92,25 @@ def sorted_choices(routing: Routing, place_E: Tensor | None, block: int) -> tupl
     return choices_C, rows_C, counts[:num_experts]
 
 
+def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of all tensors, on a CPU so few at a time that fp32 copies of them stay in its cache."""
+    at_once = ROWS_AT_ONCE if tensors[0].device.type == "cpu" else max(1, len(tensors[0]))
+    return zip(*(tensor.split(at_once) for tensor in tensors), strict=True)
+
+
 def _weighted_sum(rows_AD: Tensor, row_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Sum over k of weight x row in fp32, in the order of k, in the rows' dtype."""
-    products = (
-        rows_AD.index_select(0, row_T).float().mul_(w_T1)
-        for row_T, w_T1 in zip(row_TK.unbind(1), weights_TK.split(1, dim=1), strict=True)
-    )
-    sum_TD = next(products)
-    for product_TD in products:
-        sum_TD += product_TD
-    return sum_TD.to(rows_AD.dtype)
+    sum_TD = rows_AD.new_empty(len(row_TK), rows_AD.shape[1])
+    for row_PK, weights_PK, sum_PD in _pieces(row_TK, weights_TK, sum_TD):
+        products = (
+            rows_AD.index_select(0, row_P).float().mul_(w_P1)
+            for row_P, w_P1 in zip(row_PK.unbind(1), weights_PK.split(1, dim=1), strict=True)
+        )
+        exact_PD = next(products)
+        for product_PD in products:
+            exact_PD += product_PD
+        sum_PD.copy_(exact_PD)
+    return sum_TD
 
 
 class _Take(torch.autograd.Function):
@@ -123,11 +134,12 @@ class _SumByToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         output_AD, weights_TK, choice_A, token_A, row_TK, active_TK = ctx.saved_tensors
-        gradient_AD = gradients[0].float().index_select(0, token_A)
-        of_output, of_weights = None, None
-        if ctx.needs_input_grad[1]:
-            of_weights = output_AD.to(torch.float32, copy=True).mul_(gradient_AD).sum(-1)[row_TK] * active_TK
-        if ctx.needs_input_grad[0]:
-            weights_A = F.pad(weights_TK.flatten(), (0, 1))[choice_A]  # rows that fill up a block have weight 0
-            of_output = gradient_AD.mul_(weights_A.unsqueeze(-1)).to(output_AD.dtype)
-        return of_output, of_weights, None
+        # Rows that fill up a block have weight 0.
+        weights_A1 = F.pad(weights_TK.flatten(), (0, 1))[choice_A].unsqueeze(-1)
+        of_output_AD, of_weights_A = torch.empty_like(output_AD), torch.empty_like(weights_A1).squeeze(-1)
+        pieces = _pieces(token_A, output_AD, weights_A1, of_output_AD, of_weights_A)
+        for token_P, output_PD, weights_P1, of_output_PD, of_weights_P in pieces:
+            gradient_PD = gradients[0].index_select(0, token_P).float()
+            torch.sum(output_PD.to(torch.float32, copy=True).mul_(gradient_PD), -1, out=of_weights_P)
+            of_output_PD.copy_(gradient_PD.mul_(weights_P1))
+        return of_output_AD, of_weights_A[row_TK] * active_TK, None
