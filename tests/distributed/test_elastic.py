@@ -78,14 +78,18 @@ def full(optimizer: SavedOptimizer, key: str, field: str) -> torch.Tensor:
     return target
 
 
-def same_optimizer(ours: Path, theirs: Path) -> None:
-    """Weights, masters and both moments are equal, bit by bit, for each parameter under its global number."""
+def same_optimizer(ours: Path, theirs: Path, near: float = 0.0) -> None:
+    """Weights, masters and both moments are equal, bit by bit, for each parameter under its global number.
+
+    With ``near``, masters and moments may differ by this share of a parameter's largest.
+    """
     a, b = saved_optimizer(ours), saved_optimizer(theirs)
     assert set(a.layout.index) == set(b.layout.index)
     for key in b.layout.index:
         for field in ("fp32", "exp_avg", "exp_avg_sq"):
             expected = full(b, key, field)
-            assert torch.equal(full(a, key, field), expected), (key, field)
+            difference = (full(a, key, field) - expected).abs().max()
+            assert difference <= near * expected.abs().max(), (key, field)
             assert expected.abs().sum() > 0, (key, field)
     same_model_files(ours, theirs)
 
@@ -188,10 +192,12 @@ def test_zero_2_gives_what_zero_1_gives_and_resumes_on_other_ranks(
     tree = spread(trained.tree | {"deepspeed": "ds_configs/bf16_zero2.json"}, both)
     rows = pools[2].run(train_steps, tree, 1, tmp_path / "zero2", STEPS, SAVED_AT)[0]["rows"][SAVED_AT:]
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
-    same_optimizer(tmp_path / "zero2" / f"step{SAVED_AT:06d}", folder / f"step{SAVED_AT:06d}")
+    # Their shares of a rank end elsewhere, and torch's fused AdamW rounds the last elements of a share, fewer than a
+    # vector register holds, otherwise than those before.
+    same_optimizer(tmp_path / "zero2" / f"step{SAVED_AT:06d}", folder / f"step{SAVED_AT:06d}", near=1e-6)
     moved = spread(trained.tree | {"deepspeed": "ds_configs/bf16_zero2.json"}, alone)
     pools[1].run(move_and_train, moved, 1, tmp_path / "zero2", tmp_path / "moved", STEPS)
-    same_optimizer(tmp_path / "moved" / f"step{SAVED_AT:06d}", folder / f"step{SAVED_AT:06d}")
+    same_optimizer(tmp_path / "moved" / f"step{SAVED_AT:06d}", tmp_path / "zero2" / f"step{SAVED_AT:06d}")
 
 
 @pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
