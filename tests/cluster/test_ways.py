@@ -16,6 +16,7 @@ WAYS = {
     "srun": "srun --nodes=2 launch/train.sh",
     "sbatch": "sbatch --nodes=2 --output={folder}/sbatch.log launch/train.sh",
 }
+QUICK = ("bash", "mpirun")  # test_submit.py trains by sbatch
 ON_ONE_NODE = ("bash", "deepspeed")
 VARIABLES = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NCCL_DEBUG": "WARN", "MY_OWN": "two words"}
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -38,10 +39,7 @@ def expected(prepared: Path) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize(
     "way",
-    [
-        pytest.param(way, marks=[pytest.mark.slow] if way.startswith("deepspeed") or way == "srun" else [])
-        for way in WAYS
-    ],
+    [pytest.param(way, marks=[] if way in QUICK else [pytest.mark.slow]) for way in WAYS],
 )
 def test_each_way_trains_the_same_on_two_ranks(
     way: str, cluster: Cluster, prepared: Path, expected: dict[str, list[float]]

@@ -31,7 +31,7 @@ from tests.distributed.test_elastic import FEW, Trained, check_pair, name
 from tests.helpers.tiny import do_steps, parse_run, save_model
 
 
-@pytest.mark.parametrize(("ranks", "ep_size"), [(1, 1), pytest.param(2, 2, marks=pytest.mark.slow), (4, 2)])
+@pytest.mark.parametrize(("ranks", "ep_size"), [*(pytest.param(n, n, marks=pytest.mark.slow) for n in (1, 2)), (4, 2)])
 def test_three_expansions_leave_all_that_was_trained_before_as_it_was(
     pools: Pools, tmp_path: Path, ranks: int, ep_size: int
 ) -> None:

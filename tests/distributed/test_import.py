@@ -99,6 +99,7 @@ def test_a_second_round_from_an_import_starts_bit_by_bit_as_one_from_the_run(
     check_same_start(expanded(second | {"base": base}), expanded(other))
 
 
+@pytest.mark.slow  # a second round from an import is tested above
 def test_a_third_round_from_an_import_of_a_second_trains_to_the_same_weights_and_scores(
     pools: Pools, tmp_path: Path
 ) -> None:

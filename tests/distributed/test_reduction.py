@@ -37,7 +37,7 @@ def test_no_gradient_is_summed_in_bf16(pools: Pools, tree: dict[str, Any], tmp_p
         assert summed[torch.float32] >= trained
 
 
-@pytest.mark.parametrize("ep_size", [1, 2])
+@pytest.mark.parametrize("ep_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_adding_gradients_in_fp32_as_they_come_changes_no_bit(
     pools: Pools, tree: dict[str, Any], tmp_path: Path, ep_size: int
 ) -> None:

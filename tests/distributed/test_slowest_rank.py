@@ -63,7 +63,7 @@ def test_a_rank_that_works_longer_is_named_in_most_steps_and_on_all_ranks_alike(
     assert first == second
 
 
-@pytest.mark.parametrize("ep_size", [1, 2])
+@pytest.mark.parametrize("ep_size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_no_rank_is_named_in_most_steps_of_two_that_work_as_long(
     pools: Pools, tree: dict[str, Any], tmp_path: Path, ep_size: int
 ) -> None:

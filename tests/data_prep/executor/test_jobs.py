@@ -73,7 +73,9 @@ def test_thirty_kills_at_random_moments_end_with_the_same_files(prepared: tuple[
     campaign(*prepared, kills=30, seed=2)
 
 
-@pytest.mark.parametrize(("backend", "ranks"), [("local", 2), ("mpi", 2), ("array", 2)])
+@pytest.mark.parametrize(
+    ("backend", "ranks"), [("local", 2), ("mpi", 2), pytest.param("array", 2, marks=pytest.mark.slow)]
+)
 def test_a_bad_row_stops_every_process_with_one_line_and_code_2(backend: str, ranks: int, tmp_path: Path) -> None:
     run = write_preparation_run(tmp_path, documents=100)
     with open(tmp_path / "hu.jsonl", "a", encoding="utf-8") as file:
