@@ -16,7 +16,7 @@ from pipeline.model.expert_plan import ExpertPlan, LayerPlacement
 from pipeline.model.moe import MoELayer, Routing, collect_routings
 from pipeline.model.moe import rows as rows_module
 from pipeline.model.moe.router import Router, classify
-from pipeline.model.moe.rows import BLOCK_OF_ROWS, Rows, block_of_rows, sorted_choices
+from pipeline.model.moe.rows import BLOCK_OF_ROWS, ROWS_AT_ONCE, Rows, block_of_rows, sorted_choices
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4,
@@ -321,11 +321,12 @@ def test_a_selection_bias_of_zeros_changes_no_bit_of_a_layer_and_its_gradients()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("tokens", [11, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE + 5])
 @pytest.mark.parametrize("block", [1, 4])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_rows_taken_and_summed_have_the_gradients_of_a_plain_sum(top_k: int, block: int) -> None:
+def test_rows_taken_and_summed_have_the_gradients_of_a_plain_sum(top_k: int, block: int, tokens: int) -> None:
     torch.manual_seed(2)
-    tokens, hidden, num_experts = 11, 5, 4
+    hidden, num_experts = 5, 4
     scores = torch.randn(tokens, num_experts).softmax(-1)
     active = torch.rand(tokens, top_k) < 0.6
     active[:, 0] = True
