@@ -78,19 +78,22 @@ def full(optimizer: SavedOptimizer, key: str, field: str) -> torch.Tensor:
     return target
 
 
-def same_optimizer(ours: Path, theirs: Path, near: float = 0.0) -> None:
+def same_optimizer(ours: Path, theirs: Path, except_for: int = 0) -> None:
     """Weights, masters and both moments are equal, bit by bit, for each parameter under its global number.
 
-    With ``near``, masters and moments may differ by this share of a parameter's largest.
+    But for so many numbers of masters and moments, which may differ by a millionth of their parameter's largest.
     """
     a, b = saved_optimizer(ours), saved_optimizer(theirs)
     assert set(a.layout.index) == set(b.layout.index)
+    others = 0
     for key in b.layout.index:
         for field in ("fp32", "exp_avg", "exp_avg_sq"):
-            expected = full(b, key, field)
-            within = near * expected.abs().max().item()
-            torch.testing.assert_close(full(a, key, field), expected, rtol=0, atol=within, msg=f"{key} {field}")
+            found, expected = full(a, key, field), full(b, key, field)
+            within = 1e-6 * expected.abs().max().item() if except_for else 0.0
+            torch.testing.assert_close(found, expected, rtol=0, atol=within, msg=f"{key} {field}")
+            others += int((found != expected).sum())
             assert expected.abs().sum() > 0, (key, field)
+    assert others <= except_for
     same_model_files(ours, theirs)
 
 
@@ -193,8 +196,9 @@ def test_zero_2_gives_what_zero_1_gives_and_resumes_on_other_ranks(
     rows = pools[2].run(train_steps, tree, 1, tmp_path / "zero2", STEPS, SAVED_AT)[0]["rows"][SAVED_AT:]
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
     # Their shares of a rank end elsewhere, and torch's fused AdamW rounds the last elements of a share, fewer than a
-    # vector register holds, otherwise than those before.
-    same_optimizer(tmp_path / "zero2" / f"step{SAVED_AT:06d}", folder / f"step{SAVED_AT:06d}", near=1e-6)
+    # vector register's 16, otherwise than those before: masters and moments, experts and routers, two ranks.
+    last_ones = 3 * 2 * 2 * 15
+    same_optimizer(tmp_path / "zero2" / f"step{SAVED_AT:06d}", folder / f"step{SAVED_AT:06d}", except_for=last_ones)
     moved = spread(trained.tree | {"deepspeed": "ds_configs/bf16_zero2.json"}, alone)
     pools[1].run(move_and_train, moved, 1, tmp_path / "zero2", tmp_path / "moved", STEPS)
     same_optimizer(tmp_path / "moved" / f"step{SAVED_AT:06d}", tmp_path / "zero2" / f"step{SAVED_AT:06d}")

@@ -135,9 +135,9 @@ class _SumByToken(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         output_AD, weights_TK, choice_A, token_A, row_TK, active_TK = ctx.saved_tensors
         # Rows that fill up a block have weight 0.
-        weights_A1 = F.pad(weights_TK.flatten(), (0, 1))[choice_A].unsqueeze(-1)
-        of_output_AD, of_weights_A = torch.empty_like(output_AD), torch.empty_like(weights_A1).squeeze(-1)
-        pieces = _pieces(token_A, output_AD, weights_A1, of_output_AD, of_weights_A)
+        weights_A = F.pad(weights_TK.flatten(), (0, 1))[choice_A]
+        of_output_AD, of_weights_A = torch.empty_like(output_AD), torch.empty_like(weights_A)
+        pieces = _pieces(token_A, output_AD, weights_A.unsqueeze(-1), of_output_AD, of_weights_A)
         for token_P, output_PD, weights_P1, of_output_PD, of_weights_P in pieces:
             gradient_PD = gradients[0].index_select(0, token_P).float()
             torch.sum(output_PD.to(torch.float32, copy=True).mul_(gradient_PD), -1, out=of_weights_P)
