@@ -20,17 +20,24 @@ from pipeline.model.moe.router import Routing, classify
 BYTES_AT_ONCE = {"cpu": 4 << 20, "cuda": 256 << 20}  # of fp32 logits held at a time; on a CPU they fit its cache
 
 
-def _row_pieces(logits_TV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """A few rows at a time of the logits and of other tensors with as many rows."""
-    num_rows = max(1, BYTES_AT_ONCE[logits_TV.device.type] // (4 * logits_TV.shape[1]))
-    yield from zip(*(tensor.split(num_rows) for tensor in (logits_TV, *others)), strict=True)
+def _log_probabilities(logits_TV: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Log probabilities in fp32 of a few rows at a time, the rows' logits, and those rows of other tensors.
+
+    Each piece's log probabilities lie where the last one's did: memory used again stays mapped, and in a CPU's cache.
+    """
+    num_tokens, size = logits_TV.shape
+    num_rows = max(1, min(num_tokens, BYTES_AT_ONCE[logits_TV.device.type] // (4 * size)))
+    exact_RV, result_RV = torch.empty(2, num_rows, size, dtype=torch.float32, device=logits_TV.device)
+    for logits_PV, *others_P in zip(*(tensor.split(num_rows) for tensor in (logits_TV, *others)), strict=True):
+        exact_PV = exact_RV[: len(logits_PV)].copy_(logits_PV)
+        yield torch.log_softmax(exact_PV, -1, out=result_RV[: len(logits_PV)]), logits_PV, *others_P
 
 
 @torch.no_grad()
 def token_losses(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     """Cross-entropy of each token in nats, [T] fp32, without gradients: for scoring."""
-    pieces = _row_pieces(logits_TV, labels_T)
-    return torch.cat([F.cross_entropy(logits.float(), labels, reduction="none") for logits, labels in pieces])
+    pieces = _log_probabilities(logits_TV, labels_T)
+    return torch.cat([F.nll_loss(log_PV, labels_P, reduction="none") for log_PV, _, labels_P in pieces])
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -43,14 +50,13 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, labels_T: Tensor, weights_T: Tensor) -> Tensor:
         total = torch.zeros((), device=logits_TV.device)
-        for logits_RV, labels_R, weights_R in _row_pieces(logits_TV, labels_T, weights_T):
-            log_probabilities_RV = logits_RV.float().log_softmax(-1)
-            index_R1 = labels_R.unsqueeze(-1)
-            total -= (log_probabilities_RV.gather(-1, index_R1).squeeze(-1) * weights_R).sum()
+        for log_PV, logits_PV, labels_P, weights_P in _log_probabilities(logits_TV, labels_T, weights_T):
+            index_P1 = labels_P.unsqueeze(-1)
+            total -= (log_PV.gather(-1, index_P1).squeeze(-1) * weights_P).sum()
             if ctx.needs_input_grad[0]:
-                softmax_RV = log_probabilities_RV.exp_()
-                softmax_RV.scatter_add_(-1, index_R1, -torch.ones_like(index_R1, dtype=softmax_RV.dtype))
-                logits_RV.copy_(softmax_RV.mul_(weights_R.unsqueeze(-1)))
+                softmax_PV = log_PV.exp_()
+                softmax_PV.scatter_add_(-1, index_P1, -torch.ones_like(index_P1, dtype=softmax_PV.dtype))
+                logits_PV.copy_(softmax_PV.mul_(weights_P.unsqueeze(-1)))
         ctx.save_for_backward(logits_TV)
         return total
 
