@@ -38,14 +38,15 @@ PARTS = {
     "LocalExperts.forward": "new experts",
     "Exchange.send_back": "combine: rows sent back",
     "MoELayer.forward": "gathering rows, adding outputs",
-    "_AllToAll.backward": "backward: rows exchanged",
+    "_Arrive.backward": "backward: gradients begun to be sent",
+    "_Depart.backward": "backward: until all gradients are here",
     "DeepSpeedEngine.backward": "backward: all else",
     "DeepSpeedEngine.step": "optimizer step",
     REST: "attention, head, losses, metrics",
 }
 # Functions that wait for other ranks, and the function by whose call a rank lets the others go on.
-WAITS = {name: name for name in ("Exchange.plan", "Exchange.send_back", "_AllToAll.backward")}
-WAITS["Exchange.arrived"] = "Exchange.send"
+WAITS = {name: name for name in ("Exchange.plan", "Exchange.send_back")}
+WAITS |= {"Exchange.arrived": "Exchange.send", "_Depart.backward": "_Arrive.backward"}
 
 
 @dataclass

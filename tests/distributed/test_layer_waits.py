@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pipeline.distributed.process_group import Ranks
 from pipeline.model.backbone import moe_layers
 from pipeline.model.moe import MoELayer
-from pipeline.model.moe.dispatch import Exchange
+from pipeline.model.moe.dispatch import Exchange, Trip
 from pipeline.training.state import TrainingState
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import stage_inputs, with_parallel
@@ -77,6 +77,44 @@ def _observe(one: MoELayer, x: torch.Tensor) -> tuple[list[str], int, list[str]]
     ):
         one(x)
     return waits.found, len(reads), order
+
+
+def trips(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) -> list[list[str]]:
+    """In which order each layer's forward and backward send rows, wait, and compute the base MLP's backward."""
+    state = TrainingState.start(stage_inputs(tree, number, folder, ranks), ranks)
+    found = [_observe_trips(one) for one in moe_layers(state.engine.module)]
+    state.close()
+    return found
+
+
+def _observe_trips(one: MoELayer) -> list[str]:
+    order: list[str] = []
+    begin, wait = Trip.begin, Trip.wait
+
+    def beginning(trip: Trip, rows: torch.Tensor, *, back: bool = False) -> torch.Tensor:
+        order.append("gradients leave" if back else "rows leave")
+        return begin(trip, rows, back=back)
+
+    def waiting(trip: Trip) -> None:
+        order.append("have come")
+        wait(trip)
+
+    one.base_mlp.register_full_backward_pre_hook(lambda *_: order.append("base MLP"))
+    with patch.object(Trip, "begin", beginning), patch.object(Trip, "wait", waiting):
+        one(torch.randn(24, HIDDEN, requires_grad=True)).sum().backward()
+    return order
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2"])
+def test_the_backward_computes_that_of_the_base_mlp_while_gradients_travel(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path, number: int
+) -> None:
+    forward = ["rows leave", "have come", "rows leave", "have come"]
+    # Those of the outputs come first: experts need them. While those of the rows travel, there is time.
+    backward = ["gradients leave", "have come", "gradients leave", "base MLP", "have come"]
+    for found in pools[2].run(trips, with_parallel(tree, ranks=2, ep_size=2), number, tmp_path):
+        for num_new, order in zip((2, 1, 3), found, strict=True):
+            assert order == (["base MLP"] if num_new == 1 else forward + backward)  # every rank has the only expert
 
 
 @pytest.mark.parametrize("number", [1, 2], ids=["stage1", "stage2 with classifiers"])

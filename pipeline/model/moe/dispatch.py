@@ -11,8 +11,46 @@ from pipeline.distributed.own_time import OWN_TIME
 from pipeline.model.moe.recompute import exchanged
 
 
-class _AllToAll(torch.autograd.Function):
-    """all_to_all_single with unequal splits, begun; the backward sends the gradients the other way.
+@dataclass
+class Trip:
+    """Rows' way to other ranks, and later that of their gradients back. At most one of the two is under way.
+
+    Attributes:
+        sent: rows to each rank of the group.
+        received: rows from each rank of the group.
+        group: the process group.
+        handle: of what is under way.
+        leaving: what is sent; it must not be freed meanwhile.
+        coming: the rows of other ranks; they may be read after :meth:`wait`.
+    """
+
+    sent: list[int]
+    received: list[int]
+    group: Any
+    handle: Any = None
+    leaving: Tensor | None = None
+    coming: Tensor | None = None
+
+    def begin(self, rows: Tensor, *, back: bool = False) -> Tensor:
+        """Begin to send rows, or gradients back; returns what may be read after :meth:`wait`."""
+        sent, received = (self.received, self.sent) if back else (self.sent, self.received)
+        self.leaving = rows.contiguous()
+        coming = rows.new_empty(sum(received), *rows.shape[1:])
+        self.handle = dist.all_to_all_single(coming, self.leaving, received, sent, group=self.group, async_op=True)
+        return coming
+
+    def wait(self) -> None:
+        """Wait until all that is under way has come."""
+        if self.handle is not None:
+            with OWN_TIME.waiting():
+                self.handle.wait()
+        self.handle = self.leaving = None
+
+
+class _Depart(torch.autograd.Function):
+    """Rows begin their trip; the backward waits for their gradients, which :class:`_Arrive` has begun to send.
+
+    The result only ties the two together: it has the rows' shape, and so its gradient has too.
 
     ``anchor`` is a scalar that requires a gradient if the backward reaches this layer, which all ranks of the group
     know alike. Without it autograd would skip the backward on a rank whose rows need no gradient (it holds no expert
@@ -20,42 +58,49 @@ class _AllToAll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, anchor: Tensor, sent: list[int], received: list[int], group: Any, handles: list[Any]
-    ) -> Tensor:
-        ctx.splits = sent, received, group
-
-        def begin() -> Tensor:
-            output = rows.new_empty(sum(received), *rows.shape[1:])
-            handle = dist.all_to_all_single(output, rows.contiguous(), received, sent, group=group, async_op=True)
-            handles.append(handle)
-            return output
-
-        return exchanged(begin).detach()  # what is kept must not hold the graph
+    def forward(ctx: Any, rows: Tensor, anchor: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        trip.coming = exchanged(lambda: trip.begin(rows))
+        return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        sent, received, group = ctx.splits
-        gradient = gradients[0].contiguous()
-        output = gradient.new_empty(sum(sent), *gradient.shape[1:])
-        with OWN_TIME.waiting():
-            dist.all_to_all_single(output, gradient, sent, received, group=group)
-        return output, torch.zeros((), device=gradient.device), None, None, None, None
+        ctx.trip.wait()
+        return gradients[0], torch.zeros((), device=gradients[0].device), None
+
+
+class _Arrive(torch.autograd.Function):
+    """Rows have come; the backward begins to send their gradients back.
+
+    Until :class:`_Depart`'s backward autograd computes that of what was computed between the two forwards.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, departed: Tensor, trip: Trip) -> Tensor:
+        ctx.trip = trip
+        trip.wait()
+        coming, trip.coming = trip.coming, None
+        assert coming is not None
+        return coming.detach()  # what a recomputation keeps must not hold the graph
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        coming = ctx.trip.begin(gradients[0], back=True)
+        if torch.is_anomaly_enabled():  # autograd reads each gradient at once
+            ctx.trip.wait()
+        return coming, None
 
 
 @dataclass(frozen=True)
 class Travelling:
-    """Rows on their way. They may be read when :meth:`wait` has returned; without handles they have come before."""
+    """Rows on their way."""
 
-    rows: Tensor
-    handles: list[Any]
+    departed: Tensor
+    trip: Trip
 
-    def wait(self) -> Tensor:
-        """The rows, arrived."""
-        with OWN_TIME.waiting():
-            for handle in self.handles:
-                handle.wait()
-        return self.rows
+    def arrived(self) -> Tensor:
+        """Those that come from other ranks, when all are here."""
+        return _Arrive.apply(self.departed, self.trip)
 
 
 @dataclass(frozen=True)
@@ -69,7 +114,7 @@ class Exchange:
         by_slot: the order that sorts received rows by slot; they arrive sorted by rank, then slot.
         by_rank: its inverse.
         group: the process group.
-        anchor: see :class:`_AllToAll`.
+        anchor: see :class:`_Depart`.
     """
 
     sent: list[int]
@@ -126,13 +171,12 @@ class Exchange:
 
     def arrived(self, travelling: Travelling) -> Tensor:
         """The rows for this rank, sorted by slot, when all have come."""
-        return travelling.wait().index_select(0, self.by_slot)
+        return travelling.arrived().index_select(0, self.by_slot)
 
     def send_back(self, rows: Tensor) -> Tensor:
         """Send results back; returns them in the order in which the rows were sent."""
-        return self._begin(rows.index_select(0, self.by_rank), self.received, self.sent).wait()
+        return self._begin(rows.index_select(0, self.by_rank), self.received, self.sent).arrived()
 
     def _begin(self, rows: Tensor, sent: list[int], received: list[int]) -> Travelling:
-        handles: list[Any] = []
-        output = _AllToAll.apply(rows, self.anchor, sent, received, self.group, handles)
-        return Travelling(output, handles)
+        trip = Trip(sent, received, self.group)
+        return Travelling(_Depart.apply(rows, self.anchor, trip), trip)
