@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from common.files import content_key
 from pipeline.evaluation.begins import Begins
 from pipeline.evaluation.checkpoints import Scored
+from pipeline.model.backbone import padding_matters
 from pipeline.records.evaluation import Continued
 
 FORMAT = 1  # raised when the same weights and prompts go on otherwise
@@ -55,9 +56,7 @@ class Continuations:
             name: [begins.beginning, *begins.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
             for name, prompt in self.prompts.items()
         }
-        # Padding on the left changes nothing of a token's own routing; one class for a whole sequence it would.
-        alone = scored.plan is not None and scored.plan.classifier == "sequence"
-        batches = [[name] for name in starts] if alone else [list(starts)]
+        batches = [[name] for name in starts] if padding_matters(model) else [list(starts)]
         texts: dict[str, str] = {}
         for names in batches:
             new_ids = likeliest(model, [starts[name] for name in names], self.new_tokens, padding=begins.separator)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed
+from torch import nn
 
 from data_prep.store import TokenStore
 from pipeline.config.run import RunConfig
@@ -15,7 +16,7 @@ from pipeline.evaluation.checkpoints import Scored, load_scored
 from pipeline.evaluation.continuations import Continuations
 from pipeline.evaluation.ratio import ratio_with_error
 from pipeline.evaluation.score_cache import ScoreCache
-from pipeline.evaluation.scoring import score_set
+from pipeline.evaluation.scoring import score_sets
 from pipeline.model.expert_plan import ExpertPlan
 from pipeline.records.evaluation import (
     BASE,
@@ -91,20 +92,26 @@ class Evaluator:
             if scored.label not in missing:
                 continue
             model = load_scored(scored, self.dense, self.dtype, ranks, dims)
-            for name in missing[scored.label].sets:
-                plan = scored.plan
-                group = plan.round_of(self.run.data.sets[name].language) if plan is not None else None
-                found = score_set(
-                    model, self.store, name, ranks,
-                    window=self.run.evaluate.window, group=group, by_own_tokenizer=scored.by_own_tokenizer,
-                )  # fmt: skip
-                ranks.say(f"evaluate: {scored.label:12} {name:12} {found.bits_per_character:.4f} bits/char")
-                if ranks.is_first:
-                    self.cache.save(scored.weights, self.texts[name], found)
+            self._score_sets(scored, model, missing[scored.label].sets, ranks)
             if missing[scored.label].continues:
                 ranks.at("continuing prompts")
                 self.continuations.make(scored, model, saves=ranks.is_first)
             del model
+
+    def _score_sets(self, scored: Scored, model: nn.Module, names: list[str], ranks: Ranks) -> None:
+        languages = {name: self.run.data.sets[name].language for name in names}
+        plan = scored.plan
+        found = score_sets(
+            model, self.store, names, ranks,
+            window=self.run.evaluate.window,
+            groups={name: plan.round_of(language) for name, language in languages.items()} if plan else None,
+            by_own_tokenizer=scored.by_own_tokenizer,
+            title=f"evaluate {scored.label}",
+        )  # fmt: skip
+        for name, score in found.items():
+            ranks.say(f"evaluate: {scored.label:12} {name:12} {score.bits_per_character:.4f} bits/char")
+            if ranks.is_first:
+                self.cache.save(scored.weights, self.texts[name], score)
 
     def result(self, models: list[Scored], parameters: dict[str, int]) -> Evaluation:
         """Everything that ``evaluation.json`` holds, from the cache alone; the base model is the first of the models.

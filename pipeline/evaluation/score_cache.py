@@ -6,7 +6,7 @@ from typing import Any
 from common.files import content_key
 from pipeline.records.evaluation import SetScore
 
-FORMAT = 2  # raised when the same weights and text give other scores
+FORMAT = 3  # raised when the same weights and text give other scores
 
 
 class ScoreCache:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from common.progress import progress
 from pipeline.distributed.process_group import Ranks
-from pipeline.model.backbone import moe_layers
+from pipeline.model.backbone import moe_layers, padding_matters
 
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 8192}
 TEXTS_PER_BATCH = {"cpu": 4, "cuda": 32}  # that are generated at once
@@ -116,7 +116,7 @@ class SharedLM(HFLM):
             return min(len(context) + len(continuation) - 1, self.max_length)
 
         batches: list[list[int]] = []
-        most = TOKENS_PER_BATCH[self._ranks.device.type]
+        most = 0 if padding_matters(self.model) else TOKENS_PER_BATCH[self._ranks.device.type]
         for of_one_token in (True, False):
             rows, longest = 0, 0
             found = [numbers for numbers in alike.values() if _is_one_token(requests[numbers[0]]) == of_one_token]
@@ -161,7 +161,7 @@ class SharedLM(HFLM):
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(number)
-        size = TEXTS_PER_BATCH[self._ranks.device.type]
+        size = 1 if padding_matters(self.model) else TEXTS_PER_BATCH[self._ranks.device.type]
         batches = []
         for numbers in alike.values():
             numbers.sort(key=lambda number: -len(requests[number].args[0]))

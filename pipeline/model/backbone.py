@@ -204,6 +204,11 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     return list(named_moe_layers(model).values())
 
 
+def padding_matters(model: nn.Module) -> bool:
+    """Whether padding changes what other tokens of its sequence get: where routers classify whole sequences."""
+    return any(layer.router.classifies_sequences for layer in moe_layers(model))
+
+
 def train_only(model: nn.Module, *, experts: bool, classifiers: bool) -> None:
     """Freeze all of the model except its routers.
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from common.files import content_key
 from pipeline.config.run import ValidateConfig
 from pipeline.evaluation.score_cache import FORMAT
-from pipeline.evaluation.scoring import score_set
+from pipeline.evaluation.scoring import score_sets
 from pipeline.model.new_rows import new_rows
 from pipeline.records.evaluation import SetScore, ValidationBase
 from pipeline.records.metrics import ValidationRow
@@ -23,21 +23,18 @@ def validation_is_due(settings: ValidateConfig, step: int, num_steps: int, batch
 
 
 def score_heads(state: TrainingState, names: Iterable[str], *, by_own_tokenizer: bool = False) -> dict[str, SetScore]:
-    """Score the heads of some held-out sets; see :func:`pipeline.evaluation.scoring.score_set`."""
+    """Score the heads of some held-out sets; see :func:`pipeline.evaluation.scoring.score_sets`."""
     run, model = state.inputs.run, state.engine.module
     model.eval()
-    scores = {
-        name: score_set(
-            model,
-            state.inputs.store,
-            name,
-            state.ranks,
-            window=run.evaluate.window,
-            max_tokens=run.validate_.max_tokens_per_set,
-            by_own_tokenizer=by_own_tokenizer,
-        )
-        for name in names
-    }
+    scores = score_sets(
+        model,
+        state.inputs.store,
+        names,
+        state.ranks,
+        window=run.evaluate.window,
+        max_tokens=run.validate_.max_tokens_per_set,
+        by_own_tokenizer=by_own_tokenizer,
+    )
     model.train()
     return scores
 

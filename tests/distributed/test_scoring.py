@@ -1,6 +1,7 @@
 """Bits per character are the model's, whatever the ranks. Run: pytest tests/distributed/test_scoring.py"""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -15,24 +16,30 @@ from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.evaluation.checkpoints import Scored, check_weights, load_model
 from pipeline.evaluation.evaluate import paired_change
-from pipeline.evaluation.scoring import document_windows, score_set
+from pipeline.evaluation.scoring import LENGTH_MULTIPLE, document_windows, score_sets
 from pipeline.model.backbone import load_dense
 from pipeline.records.evaluation import Change
 from pipeline.run.context import RunContext
 from tests.distributed.conftest import Pools
 from tests.distributed.stages import train_steps, with_parallel
-from tests.helpers.tiny import parse_run
+from tests.helpers.tiny import parse_run, prepared_run
 
 WINDOW = 16
+LONG = 1024  # longer than a document
 
 
-def score_moe(ranks: Ranks, tree: dict[str, Any], ep_size: int) -> dict[str, Any]:
+def score_moe(ranks: Ranks, tree: dict[str, Any], ep_size: int, *, together: bool = True) -> dict[str, Any]:
     run = parse_run({**tree, "parallel": {"ranks": ranks.world_size, "ep_size": ep_size}}, "x")
     steps = RunContext(run)
     dims = ParallelDims(ranks.world_size, ep_size, ranks.rank)
     untrained = Scored("untrained", (), {})
     model = load_model(untrained, steps.untrained, torch.float32, dims, ranks.device)
-    return {name: score_set(model, steps.store, name, ranks, window=WINDOW) for name in run.data.sets}
+    names, groups = list(run.data.sets), {name: steps.plan.round_of(name) for name in run.data.sets}
+    return {
+        name: score
+        for part in ([names] if together else [[name] for name in names])
+        for name, score in score_sets(model, steps.store, part, ranks, window=WINDOW, groups=groups).items()
+    }
 
 
 def test_scores_are_the_same_on_one_and_two_ranks(pools: Pools, tree: dict[str, Any]) -> None:
@@ -45,11 +52,41 @@ def test_scores_are_the_same_on_one_and_two_ranks(pools: Pools, tree: dict[str, 
                 np.testing.assert_allclose(score.probability_0, expected[name].probability_0, rtol=1e-5)
 
 
+def test_sets_that_share_batches_score_as_each_alone(pools: Pools, tree: dict[str, Any]) -> None:
+    together = pools[2].run(score_moe, tree, 2)[0]
+    alone = pools[2].run(partial(score_moe, together=False), tree, 2)[0]
+    assert list(together) == list(alone) and len(together) > 2
+    for name, score in together.items():
+        assert score.characters == alone[name].characters
+        np.testing.assert_allclose(score.bits, alone[name].bits, rtol=1e-5)
+        for shares in ("expert_0_share", "probability_0", "classified_old", "own_experts"):
+            np.testing.assert_allclose(getattr(score, shares), getattr(alone[name], shares), rtol=1e-5)
+    assert len({tuple(score.probability_0) for score in together.values()}) == len(together)
+
+
+@pytest.mark.parametrize("classifier", ["token", "sequence"])
+def test_sequences_that_are_classified_whole_are_scored_without_padding(tmp_path: Path, classifier: str) -> None:
+    experts = {"allocation": "explicit", "counts": [3, 2, 1, 4], "classifier_layers": [0, 3], "classifier": classifier}
+    run = prepared_run(tmp_path, experts=experts)
+    context = RunContext(run)
+    model = context.untrained.load(torch.float32, ParallelDims(1, 1, 0), classifiers=True).eval()
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(
+        lambda _model, _inputs, options: shapes.append(tuple(options["input_ids"].shape)), with_kwargs=True
+    )
+    score_sets(model, context.store, run.data.sets, Ranks(0, 1, torch.device("cpu")), window=LONG)
+    lengths = [window.end for name in run.data.sets for window in document_windows(context.store, name, LONG)]
+    if classifier == "sequence":
+        assert sorted(shapes) == sorted((1, length) for length in lengths)
+    else:
+        assert len(shapes) < len(lengths) and all(length % LENGTH_MULTIPLE == 0 for _, length in shapes)
+
+
 def test_every_character_of_whole_documents_is_scored_once(tree: dict[str, Any]) -> None:
     steps = RunContext(parse_run(tree, "x"))
     store = steps.store
     model = load_dense(steps.dense, torch.float32)
-    score = score_set(model, store, "el", Ranks(0, 1, torch.device("cpu")), window=WINDOW)
+    score = score_sets(model, store, ["el"], Ranks(0, 1, torch.device("cpu")), window=WINDOW)["el"]
     shard = store.held_out("el")
     assert len(score.bits) == shard.num_documents
     assert sum(score.characters) == sum(d.characters for d in store.held_out_documents("el"))

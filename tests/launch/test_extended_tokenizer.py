@@ -16,7 +16,7 @@ from data_prep.prepare import prepare
 from data_prep.statistics.charts import OF_OWN
 from pipeline.distributed.process_group import alone
 from pipeline.estimate.report import estimate_of
-from pipeline.evaluation.scoring import score_set
+from pipeline.evaluation.scoring import score_sets
 from pipeline.model.backbone import load_dense
 from pipeline.records.checkpoint import UpcycledManifest
 from pipeline.records.evaluation import Evaluation, ValidationBase
@@ -69,7 +69,7 @@ def test_the_dense_model_is_scored_by_its_own_tokenizer_as_in_any_other_run(
     result = Evaluation.load(run.folder / EVALUATION_FILE)
     validated = ValidationBase.load(run.folder / VALIDATION_BASE_FILE)
     for name in ("en", "el", "hu"):
-        expected = score_set(model, store, name, ranks, window=run.evaluate.window)
+        expected = score_sets(model, store, [name], ranks, window=run.evaluate.window)[name]
         bits = result.sets[name].bits_by_document
         assert bits["base"] == [pytest.approx(value, abs=1e-2) for value in expected.bits]
         assert result.sets[name].characters == sum(expected.characters)
