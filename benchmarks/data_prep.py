@@ -19,6 +19,7 @@ from benchmarks.data_reads import measure_reads
 from benchmarks.text import fetch_text
 from common.errors import UserError, exit_on_user_error
 from data_prep.executor.pool import num_cores
+from pipeline.distributed.device import cpu_name
 
 ELSEWHERE = ("datatrove",)  # packages that may live in another Python
 
@@ -89,7 +90,7 @@ def main() -> int:
     options = parser.parse_args()
     files = sorted(options.text.glob("*.jsonl")) or fetch_text(options.text)
     size = sum(file.stat().st_size for file in files)
-    print(f"{size / 1e6:.1f} MB in {len(files)} files, {platform.processor() or platform.machine()}, Python "
+    print(f"{size / 1e6:.1f} MB in {len(files)} files, {cpu_name()}, Python "
           f"{platform.python_version()}, {num_cores()} cores", flush=True)  # fmt: skip
     figures: dict[str, Any] = {"bytes": size, "cores": num_cores()}
     wanted = options.measure.split(",")

@@ -25,11 +25,11 @@ from benchmarks.measuring import (
     check_options,
     in_turns,
     milliseconds,
-    processor,
     ratio,
 )
 from common.files import write_json
 from common.text_table import aligned
+from pipeline.distributed.device import device_name
 from pipeline.export.export import export
 from pipeline.model.backbone import install_moe_layers, load_dense, moe_layers
 from pipeline.model.expert_plan import ExpertPlan
@@ -197,7 +197,7 @@ def main() -> int:
         arguments.layers, arguments.hidden, arguments.intermediate, arguments.heads, arguments.kv_heads,
         arguments.vocabulary, arguments.experts, arguments.batch, arguments.prompt, arguments.new_tokens,
     )  # fmt: skip
-    where = processor(device)
+    where = device_name(device)
     print(f"{sizes}\n{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds")
     print("Time of a step of the batch, prompt included, as a multiple of the dense model's; weights are random.")
     results = []

@@ -15,9 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measuring import WALL, Turn, check_options, in_turns, milliseconds, processor, ratio
+from benchmarks.measuring import WALL, Turn, check_options, in_turns, milliseconds, ratio
 from common.files import write_json
 from common.text_table import aligned
+from pipeline.distributed.device import device_name
 
 SPREAD = 0.02  # of random weights
 UNEVEN = 0.3  # how far an expert's rows are from the mean, at most
@@ -140,13 +141,14 @@ def main() -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     device = torch.device(arguments.device)
     print(
-        f"{processor(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds"
+        f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"{arguments.rounds} rounds"
     )
     print(f"bf16, hidden {arguments.hidden}, intermediate {arguments.intermediate}")
     results = [measure(num, rows, arguments, device) for num in arguments.experts for rows in arguments.rows]
     print(show(results))
     if arguments.json:
-        conditions = {"device": processor(device), "torch": torch.__version__, "hidden": arguments.hidden}
+        conditions = {"device": device_name(device), "torch": torch.__version__, "hidden": arguments.hidden}
         write_json(arguments.json, {**conditions, "results": [asdict(r) for r in results]})
     return 0
 

@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import platform
 import sys
 import threading
 import time
@@ -110,13 +109,6 @@ def anonymous_memory() -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0
-
-
-def processor(device: torch.device) -> str:
-    """What it is measured on, for people."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return platform.processor() or platform.machine()
 
 
 def add_options(parser: argparse.ArgumentParser, rounds: int) -> None:

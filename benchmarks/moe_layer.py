@@ -26,9 +26,9 @@ from benchmarks.measuring import (
     check_options,
     in_turns,
     milliseconds,
-    processor,
     ratio,
 )
+from pipeline.distributed.device import device_name
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def main() -> int:
     ranks = join()
     device = ranks.device
     sizes = Sizes(arguments.tokens, arguments.hidden, arguments.intermediate, arguments.experts, arguments.top_k)
-    where = processor(device)
+    where = device_name(device)
     print(f"{sizes}\n{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, {arguments.rounds} rounds")
     print("Time as a multiple of two dense MLP calls on the same tokens; every router is random.")
     print("In ours, expert 0 is the dense model's own MLP: frozen in stage 1, where the new experts train.")

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.measuring import DTYPES, PeakMemory, add_options, anonymous_memory, processor
+from benchmarks.measuring import DTYPES, PeakMemory, add_options, anonymous_memory
 from benchmarks.step_models import SMOLLM2, Sizes, check_sizes
 from benchmarks.step_run import run_config, start_stage1, write_upcycled
 from common.errors import exit_on_user_error
 from common.files import write_json
 from common.text_table import aligned
+from pipeline.distributed.device import device_name
 from pipeline.distributed.process_group import join, leave, peak_memory_bytes
 from pipeline.estimate.device import Device
 from pipeline.estimate.report import Estimate
@@ -124,7 +125,7 @@ def main() -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the process group's backend follows what is visible
     sizes = Sizes(**{name: getattr(arguments, name) for name in Sizes.__dataclass_fields__})
     device = torch.device(arguments.device)
-    print(f"{sizes}\n{processor(device)}, torch {torch.__version__}, {arguments.rounds} steps after {WARM_UP}")
+    print(f"{sizes}\n{device_name(device)}, torch {torch.__version__}, {arguments.rounds} steps after {WARM_UP}")
     found: list[Found] = []
     for dtype in arguments.dtypes:
         with TemporaryDirectory() as name:
@@ -133,7 +134,7 @@ def main() -> int:
                 found.append(apart(measure, sizes, dtype, Path(name), arguments.rounds, checkpointing))
     print(f"\n{show(found)}")
     if arguments.json:
-        conditions = {"sizes": asdict(sizes), "device": processor(device), "torch": torch.__version__}
+        conditions = {"sizes": asdict(sizes), "device": device_name(device), "torch": torch.__version__}
         write_json(arguments.json, {**conditions, "results": [asdict(one) for one in found]})
     return 0
 

@@ -25,7 +25,6 @@ from benchmarks.measuring import (
     add_options,
     in_turns,
     milliseconds,
-    processor,
     ratio,
 )
 from benchmarks.step_engine import Memory, memory, step_times
@@ -35,6 +34,7 @@ from benchmarks.step_run import run_config, start_stage1, write_upcycled
 from common.errors import exit_on_user_error
 from common.files import write_json
 from common.text_table import aligned
+from pipeline.distributed.device import device_name
 from pipeline.distributed.process_group import Ranks, environment_world_size, join, leave
 from pipeline.method.stages import find_stage
 
@@ -133,7 +133,7 @@ def several_ranks(arguments: argparse.Namespace, sizes: Sizes) -> dict[str, Any]
 
 def say_conditions(arguments: argparse.Namespace, sizes: Sizes, ranks: Ranks) -> None:
     """What is measured, and on what."""
-    where, threads = processor(ranks.device), torch.get_num_threads()
+    where, threads = device_name(ranks.device), torch.get_num_threads()
     ranks.say(f"{sizes}\n{where}, {threads} threads, torch {torch.__version__}, {arguments.rounds} rounds")
 
 
@@ -171,7 +171,7 @@ def main() -> int:
     report = several_ranks(arguments, sizes) if arguments.ep else one_rank(arguments, sizes)
     ranks = join()
     if arguments.json and ranks.is_first:
-        conditions = {"sizes": asdict(sizes), "device": processor(ranks.device), "threads": torch.get_num_threads()}
+        conditions = {"sizes": asdict(sizes), "device": device_name(ranks.device), "threads": torch.get_num_threads()}
         write_json(arguments.json, {**conditions, "torch": torch.__version__, "results": report})
     leave()
     return 0
