@@ -56,7 +56,7 @@ def describe_rank(ranks: Ranks) -> dict[str, str]:
     is_gpu = ranks.device.type == "cuda"
     description = {
         "node": socket.gethostname(),
-        "device": device_name(ranks.device),
+        "device": device_name(ranks.device) if is_gpu else f"{platform.machine()} CPU",  # models may differ
         "backend": dist.get_backend(),
         "threads": os.environ.get("OMP_NUM_THREADS", "-"),
         "python": platform.python_version(),

@@ -92,8 +92,10 @@ class Evaluator:
             if scored.label not in missing:
                 continue
             model = load_scored(scored, self.dense, self.dtype, ranks, dims)
-            self._score_sets(scored, model, missing[scored.label].sets, ranks)
-            if missing[scored.label].continues:
+            work = missing[scored.label]
+            if work.sets:
+                self._score_sets(scored, model, work.sets, ranks)
+            if work.continues:
                 ranks.at("continuing prompts")
                 self.continuations.make(scored, model, saves=ranks.is_first)
             del model
