@@ -1,7 +1,7 @@
 """A layer's rows: a token and one of its experts each. They are taken from tokens, and their outputs summed by token.
 
-Both are gathers, forward and backward, with sums in fp32: on a GPU no atomic additions, and for the backward an
-expert's output is kept once, in its own dtype.
+Both are gathers, forward and backward, with sums in fp32 that are rounded once: on a GPU no atomic additions, and for
+the backward an expert's output is kept once, in its own dtype. Torch's ``embedding_bag`` gathers and adds at once.
 """
 
 from collections.abc import Iterator
@@ -99,18 +99,22 @@ def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _weighted_sum(rows_AD: Tensor, row_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Sum over k of weight x row in fp32, in the order of k, in the rows' dtype."""
-    sum_TD = rows_AD.new_empty(len(row_TK), rows_AD.shape[1])
-    for row_PK, weights_PK, sum_PD in _pieces(row_TK, weights_TK, sum_TD):
-        products = (
-            rows_AD.index_select(0, row_P).float().mul_(w_P1)
-            for row_P, w_P1 in zip(row_PK.unbind(1), weights_PK.split(1, dim=1), strict=True)
-        )
-        exact_PD = next(products)
-        for product_PD in products:
-            exact_PD += product_PD
-        sum_PD.copy_(exact_PD)
-    return sum_TD
+    """Sum over k of weight x row, each in fp32, [T, D]. The weights have the rows' dtype."""
+    return F.embedding_bag(row_TK, rows_AD.detach(), mode="sum", per_sample_weights=weights_TK.detach())
+
+
+def _exactly_weighted_sum(rows_AD: Tensor, row_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """As :func:`_weighted_sum`, with fp32 weights for rows of any dtype.
+
+    ``embedding_bag`` wants weights of the rows' dtype: in bf16 each weight is given as three numbers, 8 bits each.
+    """
+    if rows_AD.dtype == torch.float32:
+        return _weighted_sum(rows_AD, row_TK, weights_TK)
+    parts, rest_TK = [], weights_TK
+    for _ in range(3):
+        parts.append(rest_TK.to(rows_AD.dtype))
+        rest_TK = rest_TK - parts[-1].float()
+    return _weighted_sum(rows_AD, row_TK.repeat(1, 3), torch.cat(parts, dim=1))
 
 
 class _Take(torch.autograd.Function):
@@ -122,24 +126,23 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         row_TK, active_TK = ctx.saved_tensors
-        return _weighted_sum(gradients[0], row_TK, active_TK), None
+        return _weighted_sum(gradients[0], row_TK, active_TK.to(gradients[0].dtype)), None
 
 
 class _SumByToken(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, output_AD: Tensor, weights_TK: Tensor, rows: Rows) -> Tensor:
         ctx.save_for_backward(output_AD, weights_TK, rows.choice_A, rows.token_A, rows.row_TK, rows.active_TK)
-        return _weighted_sum(output_AD, rows.row_TK, weights_TK)
+        return _exactly_weighted_sum(output_AD, rows.row_TK, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         output_AD, weights_TK, choice_A, token_A, row_TK, active_TK = ctx.saved_tensors
         # Rows that fill up a block have weight 0.
         weights_A = F.pad(weights_TK.flatten(), (0, 1))[choice_A]
-        of_output_AD, of_weights_A = torch.empty_like(output_AD), torch.empty_like(weights_A)
-        pieces = _pieces(token_A, output_AD, weights_A.unsqueeze(-1), of_output_AD, of_weights_A)
-        for token_P, output_PD, weights_P1, of_output_PD, of_weights_P in pieces:
+        of_output_AD = _exactly_weighted_sum(gradients[0], token_A.unsqueeze(-1), weights_A.unsqueeze(-1))
+        of_weights_A = torch.empty_like(weights_A)
+        for token_P, output_PD, of_weights_P in _pieces(token_A, output_AD, of_weights_A):
             gradient_PD = gradients[0].index_select(0, token_P).float()
-            torch.sum(output_PD.to(torch.float32, copy=True).mul_(gradient_PD), -1, out=of_weights_P)
-            of_output_PD.copy_(gradient_PD.mul_(weights_P1))
+            torch.sum(gradient_PD.mul_(output_PD), -1, out=of_weights_P)
         return of_output_AD, of_weights_A[row_TK] * active_TK, None

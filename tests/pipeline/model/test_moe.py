@@ -351,6 +351,35 @@ def test_rows_taken_and_summed_have_the_gradients_of_a_plain_sum(top_k: int, blo
         torch.testing.assert_close(ours, theirs)
 
 
+def test_in_bf16_weighted_sums_are_rounded_once() -> None:
+    torch.manual_seed(3)
+    tokens, hidden = 300, 8
+    scores = torch.rand(tokens, 4)
+    weights, ids = scores.topk(2)
+    active = torch.ones(tokens, 2, dtype=torch.bool)
+    choices, places, counts = sorted_choices(Routing(scores, scores, ids, weights, active, None), None, 1)
+    rows = Rows.of(choices, places, active, int(counts.sum()))
+    output = torch.randn(2 * tokens, hidden).bfloat16().requires_grad_()
+    upstream = torch.randn(tokens, hidden).bfloat16()
+    y = rows.sum_by_token(output, weights)
+    (of_output,) = torch.autograd.grad(y, output, upstream)
+    terms = output.detach().double()[rows.row_TK] * weights.double().unsqueeze(-1)
+    assert_rounded_once(y, terms.sum(1), terms.abs().sum(1))
+    weights_A = weights.double().flatten()[rows.choice_A].unsqueeze(-1)
+    assert_rounded_once(of_output, upstream.double()[rows.token_A] * weights_A)
+    of_rows = torch.randn(2 * tokens, hidden).bfloat16()
+    x = torch.randn(tokens, hidden).bfloat16().requires_grad_()
+    (of_x,) = torch.autograd.grad(rows.take(x), x, of_rows)
+    assert_rounded_once(of_x, of_rows.double()[rows.row_TK].sum(1))
+
+
+def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor, size: torch.Tensor | None = None) -> None:
+    """Whether bf16 numbers are as near to exact ones as they can be, but for fp32's error in sums of such a size."""
+    in_fp32 = 2**-23 * (exact.abs() if size is None else size)
+    half_a_step = 2.0 ** (exact.frexp().exponent - 9)
+    assert ((found.double() - exact).abs() <= half_a_step + in_fp32).all()
+
+
 def test_outputs_of_experts_are_kept_once_and_in_their_dtype(model: Any) -> None:
     layer = moe_layers(model)[2].bfloat16()
     x = torch.randn(64, 32, dtype=torch.bfloat16, requires_grad=True)
