@@ -10,7 +10,7 @@ FORMAT = 3  # raised when the same weights and text give other scores
 
 
 class ScoreCache:
-    """A file per (weights, text, window, dtype).
+    """A file per (weights, text, window, dtype). In bf16 a score's last digits depend on what shared its batches.
 
     Args:
         folder: where the files lie.
