@@ -17,6 +17,7 @@ from pipeline.comparison.read import read_runs
 from pipeline.comparison.table import as_text
 from pipeline.distributed.process_group import Ranks, alone
 from pipeline.evaluation.task_table import task_table
+from pipeline.model.backbone import moe_layers
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE, REPORT_FILE
 from pipeline.report.page import write_page
@@ -150,6 +151,26 @@ def test_answers_are_those_of_lm_eval_s_own_class(trained: Tree) -> None:
     settings = {"until": ["\n"], "max_gen_toks": 5}
     prompts = requests_of("generate_until", ("house", settings), ("house river stone", settings), ("φως", settings))
     assert ours.generate_until(prompts) == plain.generate_until(prompts, disable_tqdm=True)
+
+
+def test_sequences_that_are_classified_whole_are_batches_of_their_own(trained: Tree) -> None:
+    ours = shared_lm(context_of(trained))
+    rows: list[int] = []
+    ours.model.register_forward_pre_hook(
+        lambda _model, _inputs, options: rows.append(len(options["input_ids"])), with_kwargs=True
+    )
+
+    def ask() -> set[int]:
+        rows.clear()
+        ours.loglikelihood(requests_of("loglikelihood", ("house river", " stone"), ("house", " bread water light")))
+        settings = {"until": ["\n"], "max_gen_toks": 2}
+        ours.generate_until(requests_of("generate_until", ("house", settings), ("house river", settings)))
+        return set(rows)
+
+    assert ask() == {2}
+    for layer in moe_layers(ours.model):
+        layer.router.classifies_sequences = True
+    assert ask() == {1}
 
 
 def test_a_tokenizer_s_own_bos_does_not_stand_before_a_document_twice(trained: Tree) -> None:
