@@ -17,9 +17,9 @@ from typing import Any
 from benchmarks.data_prep_rivals import RIVALS
 from benchmarks.data_reads import measure_reads
 from benchmarks.text import fetch_text
+from common.cpu import cpu_name
 from common.errors import UserError, exit_on_user_error
 from data_prep.executor.pool import num_cores
-from pipeline.distributed.device import cpu_name
 
 ELSEWHERE = ("datatrove",)  # packages that may live in another Python
 

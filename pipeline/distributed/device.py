@@ -1,7 +1,6 @@
 """What ranks compute on: a GPU or the CPU, whether that is what was meant, and whether all ranks have the same."""
 
 import os
-import platform
 import re
 import socket
 from collections.abc import Mapping
@@ -12,9 +11,9 @@ import psutil
 import torch
 from torch.distributed.distributed_c10d import Store
 
+from common.cpu import cpu_name
 from common.errors import AgreedError, OwnError, UserError
 
-CPU_FILE = Path("/proc/cpuinfo")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 # Variables by which SLURM says how many GPUs a job has on this node, as "4" or "h100:4", and which.
 SLURM_COUNTS = ("SLURM_GPUS_ON_NODE", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
@@ -45,13 +44,6 @@ def num_gpus() -> int:
 def device_name(device: torch.device) -> str:
     """What a rank computes on, for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
-def cpu_name(file: Path = CPU_FILE) -> str:
-    """The CPU's model where the system says it, else its architecture."""
-    text = file.read_text(errors="replace") if file.is_file() else ""
-    found = re.search(r"^model name\s*:\s*(.+?)\s*$", text, re.MULTILINE)
-    return found[1] if found else f"{platform.machine()} CPU"
 
 
 def device_memory(device: torch.device) -> int:

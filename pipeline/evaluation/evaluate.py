@@ -103,11 +103,10 @@ class Evaluator:
     def _score_sets(self, scored: Scored, model: nn.Module, names: list[str], ranks: Ranks) -> None:
         languages = {name: self.run.data.sets[name].language for name in names}
         plan = scored.plan
+        groups = None if plan is None else {name: plan.round_of(language) for name, language in languages.items()}
         found = score_sets(
             model, self.store, names, ranks,
-            window=self.run.evaluate.window,
-            groups={name: plan.round_of(language) for name, language in languages.items()} if plan else None,
-            by_own_tokenizer=scored.by_own_tokenizer,
+            window=self.run.evaluate.window, groups=groups, by_own_tokenizer=scored.by_own_tokenizer,
             title=f"evaluate {scored.label}",
         )  # fmt: skip
         for name, score in found.items():

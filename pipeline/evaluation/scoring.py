@@ -86,7 +86,7 @@ class Batch:
     """Windows of one forward pass, the longest first, each filled up to the same length.
 
     Attributes:
-        windows: at least one.
+        windows: none where a rank has no batch left.
         length: inputs of each, padding included.
     """
 

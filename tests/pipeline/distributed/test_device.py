@@ -1,6 +1,5 @@
 """A GPU that is missing is named before anything waits. Run: pytest tests/pipeline/distributed/test_device.py"""
 
-import platform
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch.distributed import HashStore
 
 from common.errors import AgreedError, OwnError, UserError
 from pipeline.distributed import device
-from pipeline.distributed.device import agree_on_device, check_gpu, choose_gpu, cpu_name, driver_version, gpu_asked_for
+from pipeline.distributed.device import agree_on_device, check_gpu, choose_gpu, driver_version, gpu_asked_for
 
 DRIVER = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: 12\n"
 NONE = Path("/nowhere")
@@ -107,11 +106,3 @@ def test_ranks_on_different_devices_learn_it_before_they_wait_for_each_other(mon
     said = compare(["cuda (nccl)", "cuda (nccl)", "cpu (gloo)"])
     assert len(set(said)) == 1
     assert "cuda (nccl) on node7; cpu (gloo) on node7" in said[0]
-
-
-def test_a_cpu_is_named_by_its_model_where_the_system_says_it(tmp_path: Path) -> None:
-    file = tmp_path / "cpuinfo"
-    file.write_text("processor\t: 0\nmodel name\t: AMD EPYC 9B14\nflags\t\t: fpu\nmodel name\t: B\n")
-    assert cpu_name(file) == "AMD EPYC 9B14"
-    file.write_text("processor\t: 0\nBogoMIPS\t: 243.75\n")
-    assert cpu_name(file) == cpu_name(tmp_path / "none") == f"{platform.machine()} CPU"
