@@ -32,8 +32,10 @@ from tests.pipeline.model.test_moe import (  # noqa: F401
     test_losses_of_mixed_groups_are_those_of_a_plain_loop,
     test_lpr_pulls_old_tokens_towards_expert_0_and_leaves_others_alone,
     test_outputs_of_experts_are_kept_once_and_in_their_dtype,
-    test_rows_taken_and_summed_have_the_gradients_of_a_plain_sum,
     third_round,
+)
+from tests.pipeline.model.test_rows import (  # noqa: F401
+    test_rows_taken_and_summed_have_the_gradients_of_a_plain_sum,
 )
 
 if not torch.cuda.is_available():
