@@ -19,6 +19,7 @@ from benchmarks.measuring import WALL, Turn, check_options, in_turns, millisecon
 from common.files import write_json
 from common.text_table import aligned
 from pipeline.distributed.device import device_name
+from pipeline.model.moe.linear import linear, two_linear
 
 SPREAD = 0.02  # of random weights
 UNEVEN = 0.3  # how far an expert's rows are from the mean, at most
@@ -59,8 +60,8 @@ class Experts:
         """One expert after another."""
         outputs = []
         for x, gate_up, down in zip(x_AD.split(counts), self.gate_up_NGD, self.down_NDF, strict=True):
-            gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
-            outputs.append(F.linear(F.silu(gate) * up, down))
+            gate, up = two_linear(x, gate_up)
+            outputs.append(linear(F.silu(gate) * up, down))
         return torch.cat(outputs)
 
     def grouped(self, x_AD: Tensor, ends_N: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def experts_both_ways(ranks: Ranks, hidden: int, intermediate: int, counts: list
     assert can_group(x_AD, [expert.gate_up_proj for expert in local.experts])
     found = []
     for module, rows in ((local, x_AD.requires_grad_()), (exact, x_AD.detach().float().requires_grad_())):
-        output = module(rows, counts)
+        output = torch.cat(module(rows.split(module.batch_sizes(rows, counts)), counts))
         gradients = torch.autograd.grad(output, (rows, *module.parameters()), upstream_AD.to(rows.dtype))
         found.append([tensor.detach().float().cpu() for tensor in (output, *gradients)])
     return list(zip(*found, strict=True))

@@ -17,6 +17,10 @@ from tests.pipeline.method.test_golden import (  # noqa: F401
     test_stage_1_step_of_a_two_layer_model_equals_the_reference,
     test_top_1_chooses_as_the_reference_and_renormalises_its_weight_to_1,
 )
+from tests.pipeline.model.test_linear import (  # noqa: F401
+    test_a_weight_gradient_in_bf16_is_summed_in_fp32_and_rounded_once,
+    test_outputs_and_gradients_are_torchs,
+)
 from tests.pipeline.model.test_moe import (  # noqa: F401
     model,
     test_a_fresh_classifier_changes_nothing,

@@ -1,14 +1,14 @@
 """The new experts that this rank holds."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.model.moe.grouped import can_group, grouped_linear, is_evenly_spaced
+from pipeline.model.moe.linear import linear, two_linear
 
 
 def projections(mlp: nn.Module) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
@@ -50,8 +50,8 @@ class Expert(nn.Module):
 
     def forward(self, x_AD: Tensor) -> Tensor:
         """Shape [A, D] to [A, D]. A may be 0; the weights then get gradients of zero."""
-        gate_AF, up_AF = F.linear(x_AD, self.gate_up_proj, self.gate_up_bias).chunk(2, dim=-1)
-        return F.linear(self.act_fn(gate_AF) * up_AF, self.down_proj, self.down_bias)
+        gate_AF, up_AF = two_linear(x_AD, self.gate_up_proj, self.gate_up_bias)
+        return linear(self.act_fn(gate_AF) * up_AF, self.down_proj, self.down_bias)
 
 
 def fused_weights(mlp: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,27 +100,44 @@ class LocalExperts(nn.Module):
         """The experts, without empty slots."""
         return [expert for expert in self.deepspeed_experts if isinstance(expert, Expert)]
 
-    def forward(self, x_AD: Tensor, counts: list[int]) -> Tensor:
-        """Compute rows that are sorted by slot.
+    def batch_sizes(self, x_AD: Tensor, counts: list[int]) -> list[int]:
+        """How many rows are computed at a time: all of them, or each expert's.
+
+        Args:
+            x_AD: any rows of their device and dtype.
+            counts: rows of each slot.
+        """
+        together = not self.num_local or self._can_group(x_AD, sum(counts))
+        return [sum(counts)] if together else counts[: self.num_local]
+
+    def forward(self, batches: Sequence[Tensor], counts: list[int]) -> list[Tensor]:
+        """Compute rows that are sorted by slot, in batches of :meth:`batch_sizes`; outputs are batches too.
 
         An expert without rows is called too: DeepSpeed reduces gradients in hooks, which must run on all ranks.
 
         Args:
-            x_AD: the rows.
+            batches: the rows.
             counts: rows of each slot.
         """
-        experts, counts = self.experts, counts[: self.num_local]
+        experts = self.experts
         if not experts:
-            return x_AD
-        gate_up: list[Tensor] = [expert.gate_up_proj for expert in experts]
-        down: list[Tensor] = [expert.down_proj for expert in experts]
-        has_bias = experts[0].gate_up_bias is not None or experts[0].down_bias is not None
-        if not has_bias and can_group(x_AD, gate_up) and can_group(x_AD, down):
-            return self._grouped(x_AD, counts, gate_up, down)
-        return torch.cat([expert(piece) for expert, piece in zip(experts, x_AD.split(counts), strict=True)])
+            return list(batches)
+        if len(batches) == 1 < len(experts):
+            return [self._grouped(batches[0], counts[: self.num_local])]
+        return [expert(batch) for expert, batch in zip(experts, batches, strict=True)]
 
-    def _grouped(self, x_AD: Tensor, counts: list[int], gate_up: list[Tensor], down: list[Tensor]) -> Tensor:
+    def _can_group(self, x_AD: Tensor, num_rows: int) -> bool:
+        experts = self.experts
+        has_bias = experts[0].gate_up_bias is not None or experts[0].down_bias is not None
+        return not has_bias and num_rows > 0 and all(can_group(x_AD, weights) for weights in self._weights())
+
+    def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Of all experts, the fused gate and up projections, and the down projections."""
+        return [expert.gate_up_proj for expert in self.experts], [expert.down_proj for expert in self.experts]
+
+    def _grouped(self, x_AD: Tensor, counts: list[int]) -> Tensor:
         """As :class:`Expert` computes it, all experts at once."""
+        gate_up, down = self._weights()
         # From pinned memory, as a copy from elsewhere makes the program wait for the device.
         ends_N = torch.tensor(list(accumulate(counts)), dtype=torch.int32, pin_memory=x_AD.device.type == "cuda")
         ends_N = ends_N.to(x_AD.device, non_blocking=True)

@@ -119,14 +119,17 @@ class MoELayer(MoE):
         choices_C, rows_C, counts_E = sorted_choices(routing, self.place_E, block_of_rows(x_TD))
         exchange, counts = self._exchange(counts_E, x_TD.requires_grad)
         rows = Rows.of(choices_C, rows_C, routing.active_TK, sum(counts))
-        base_AD, new_AD = rows.take(x_TD).split([counts[0], sum(counts[1:])])
+        rows_AD, experts = rows.take(x_TD), self.local_experts
         if exchange is None:
-            outputs = self.base_mlp(base_AD), self.local_experts(new_AD, counts[1:])
+            base_AD, *batches = rows_AD.split([counts[0], *experts.batch_sizes(rows_AD, counts[1:])])
+            outputs = [self.base_mlp(base_AD), *experts(batches, counts[1:])]
         else:
+            base_AD, new_AD = rows_AD.split([counts[0], sum(counts[1:])])
             travelling = exchange.send(new_AD)
             base = self.base_mlp(base_AD)  # while rows travel
-            new = self.local_experts(exchange.arrived(travelling), exchange.slot_counts)
-            outputs = base, exchange.send_back(new)
+            arrived_AD, counts = exchange.arrived(travelling), exchange.slot_counts
+            new = experts(arrived_AD.split(experts.batch_sizes(arrived_AD, counts)), counts)
+            outputs = [base, exchange.send_back(torch.cat(new))]
         return rows.sum_by_token(torch.cat(outputs), routing.weights_TK).view(hidden_states.shape)
 
     def _exchange(self, counts_E: Tensor, input_needs_gradient: bool) -> tuple[Exchange | None, list[int]]:
