@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from benchmarks.measuring import DTYPES, PeakMemory, Taken, Turn, anonymous_memory, in_turns
-from benchmarks.step_models import Bench, Contender, Sizes, floor, ours, trained_parameters
+from benchmarks.step_models import Bench, Contender, Sizes, as_routed, floor, ours, trained_parameters
 from benchmarks.step_run import run_config, start_stage1
 from pipeline.method.stage import GlobalBatch, MicroBatch
 from pipeline.method.stages import find_stage
@@ -70,9 +70,10 @@ def forward_backward(state: TrainingState, bench: Bench) -> None:
 
 
 def step_times(bench: Bench, state: TrainingState, rounds: int, label: str) -> dict[str, list[Taken]]:
-    """What each counted round took, by row; the rows that are divided by another come after it."""
+    """What each counted round took, by row."""
     least = floor(bench, "floor", "one MLP")
     mine = ours(bench, "ours", "floor", find_stage(state.inputs.run, 1), 0)
+    routed = as_routed(bench, "routed", "floor", mine)
     adam = PlainAdamW(copies_with_gradients(trained_parameters(mine)))
 
     def turn(contender: Contender, *after: Callable[[], object]) -> Turn:
@@ -88,6 +89,7 @@ def step_times(bench: Bench, state: TrainingState, rounds: int, label: str) -> d
     turns = [
         turn(least),
         turn(least, adam.step),
+        turn(routed, adam.step),
         turn(mine),
         Turn("adam", {"": adam.step}),
         Turn("engine", {"both": partial(forward_backward, state, bench), "step": state.engine.step}),
@@ -97,6 +99,7 @@ def step_times(bench: Bench, state: TrainingState, rounds: int, label: str) -> d
     return {
         "floor: forward + backward": times["floor+0"][""],
         "floor with plain AdamW": times["floor+1"][""],
+        "the same with rows as routed": times["routed+1"][""],
         "plain AdamW alone": times["adam"][""],
         "ours: forward + backward, no engine": times["ours+0"][""],
         "ours: forward + backward, engine": times["engine"]["both"],
