@@ -38,10 +38,7 @@ from pipeline.distributed.device import device_name
 from pipeline.distributed.process_group import Ranks, environment_world_size, join, leave
 from pipeline.method.stages import find_stage
 
-TARGETS = (
-    "targets, where the floor computes the rows that routing does: ours, stage 1 at most 1.05 x; "
-    "the whole train_step at most 1.2 x the floor with AdamW"
-)
+TARGETS = "targets: ours, stage 1 at most 1.05 x its floor; the whole train_step at most 1.2 x the floor with AdamW"
 GROWTH = {"cpu": "growth of the process", "cuda": "most allocated"}
 
 

@@ -39,6 +39,7 @@ from tests.pipeline.model.test_moe import (  # noqa: F401
     third_round,
 )
 from tests.pipeline.model.test_rows import (  # noqa: F401
+    test_in_bf16_weighted_sums_are_rounded_once,
     test_rows_taken_and_summed_have_the_gradients_of_a_plain_sum,
 )
 

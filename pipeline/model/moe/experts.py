@@ -133,7 +133,8 @@ class LocalExperts(nn.Module):
 
     def _weights(self) -> tuple[list[Tensor], list[Tensor]]:
         """Of all experts, the fused gate and up projections, and the down projections."""
-        return [expert.gate_up_proj for expert in self.experts], [expert.down_proj for expert in self.experts]
+        experts = self.experts
+        return [expert.gate_up_proj for expert in experts], [expert.down_proj for expert in experts]
 
     def _grouped(self, x_AD: Tensor, counts: list[int]) -> Tensor:
         """As :class:`Expert` computes it, all experts at once."""

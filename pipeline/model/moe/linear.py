@@ -1,4 +1,4 @@
-"""One expert's linear maps, with gradients that are computed without copies of what is large."""
+"""One expert's linear maps. What belongs to parts of a fused weight is computed apart, and never joined."""
 
 from typing import Any
 
@@ -38,7 +38,10 @@ def _write_weight_gradient(gradient_AF: Tensor, x_AD: Tensor, out: Tensor) -> No
 
 
 class _Linear(torch.autograd.Function):
-    """A product for each of ``parts`` equal parts of a weight."""
+    """A product for each of ``parts`` equal parts of a weight.
+
+    The input's gradient is a sum of one product a part, and rounded after each, as autograd does for separate weights.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_AD: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""An expert's linear maps against torch's."""
+"""An expert's linear maps against torch's. Run: pytest tests/pipeline/model/test_linear.py"""
 
 from collections.abc import Callable
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.model.moe.linear import linear, two_linear
+from tests.helpers.rounding import assert_rounded_once
 
 SIZES = [(6, 10), (10, 6)]  # the weight gradient's first factor is the smaller one, or the larger
 
@@ -62,9 +63,8 @@ def test_a_weight_gradient_in_bf16_is_summed_in_fp32_and_rounded_once(sizes: tup
     x, upstream = torch.randn(512, size).bfloat16(), torch.randn(512, out).bfloat16()
     weight = torch.randn(out, size).bfloat16().requires_grad_()
     (found,) = torch.autograd.grad(linear(x, weight), weight, upstream)
-    exact = upstream.double().t() @ x.double()
-    half_a_step = exact.abs() * 2**-8 + 1e-4  # the largest that rounding to 8 bits moves a number, and fp32 sums
-    assert ((found.double() - exact).abs() <= half_a_step).all()
+    factors = upstream.double().t(), x.double()
+    assert_rounded_once(found, factors[0] @ factors[1], factors[0].abs() @ factors[1].abs())
 
 
 def test_outputs_are_contiguous_and_so_are_gradients_of_both_halves() -> None:

@@ -7,6 +7,7 @@ import torch
 
 from pipeline.model.moe import Routing
 from pipeline.model.moe.rows import ROWS_AT_ONCE, Rows, sorted_choices
+from tests.helpers.rounding import assert_rounded_once
 
 
 @pytest.mark.parametrize("tokens", [11, ROWS_AT_ONCE, 2 * ROWS_AT_ONCE + 5])
@@ -59,10 +60,3 @@ def test_in_bf16_weighted_sums_are_rounded_once() -> None:
     x = torch.randn(tokens, hidden).bfloat16().requires_grad_()
     (of_x,) = torch.autograd.grad(rows.take(x), x, of_rows)
     assert_rounded_once(of_x, of_rows.double()[rows.row_TK].sum(1))
-
-
-def assert_rounded_once(found: torch.Tensor, exact: torch.Tensor, size: torch.Tensor | None = None) -> None:
-    """Whether bf16 numbers are as near to exact ones as they can be, but for fp32's error in sums of such a size."""
-    in_fp32 = 2**-23 * (exact.abs() if size is None else size)
-    half_a_step = 2.0 ** (exact.frexp().exponent - 9)
-    assert ((found.double() - exact).abs() <= half_a_step + in_fp32).all()
