@@ -28,11 +28,13 @@ def run_status(context: RunContext) -> list[dict[str, str]]:
     submitted = read_submitted(context.run)
     numbers = [number for known in submitted.values() for number in known]
     states = slurm.job_states(numbers) if slurm.is_here() else {}
+    done, changed = [], ""
     try:
         # Asked after what is active: a job that ends meanwhile has left its results.
-        done, changed = jobs_done(context), ""
+        for name in jobs_done(context):
+            done.append(name)
     except UserError as error:
-        done, changed = [], str(error)
+        changed = str(error)
     rows, failed_before = [], ""
     for job in jobs_of(context.run):
         known = [states[number] for number in submitted.get(job.name, []) if number in states]

@@ -1,7 +1,7 @@
 """A run's jobs to SLURM, each waiting for the one before it."""
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from common.errors import UserError
 from pipeline.cluster import slurm
@@ -35,7 +35,7 @@ def submit_run(context: RunContext, *, until: str, dry_run: bool, after: Sequenc
     run = context.run
     submitted = read_submitted(run)
     active = active_states(submitted) if slurm.is_here() else {}
-    done = jobs_done(context)  # asked after what is active: a job that ends meanwhile is one or the other
+    done = list(jobs_done(context))  # asked after what is active: a job that ends meanwhile is one or the other
     wanted = JOBS[: JOBS.index(until) + 1]
     jobs = [job for job in jobs_of(run) if job.name in wanted and job.name not in done]
     _check(context, jobs)
@@ -133,15 +133,13 @@ def _check(context: RunContext, jobs: list[Job]) -> None:
                 raise UserError(f"cluster.{job.name}: {ranks}: {error}") from error
 
 
-def jobs_done(context: RunContext) -> list[str]:
+def jobs_done(context: RunContext) -> Iterator[str]:
     """The jobs whose steps are all done, up to the first that is not.
 
     Raises:
-        UserError: a step was done with other inputs.
+        UserError: a step of the next job was done with other inputs.
     """
-    done = []
     for job in jobs_of(context.run):
         if not all(step.is_done(context) for step in job.steps):
             break
-        done.append(job.name)
-    return done
+        yield job.name

@@ -14,8 +14,8 @@ from pipeline.config.load import load_run
 from pipeline.config.run import RunConfig
 from pipeline.method.allocation import dense_plan
 from pipeline.method.stages import find_stage
-from pipeline.model.backbone import folder_here, model_config
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.model_folder import folder_here, model_config
 from pipeline.records.checkpoint import HF_FOLDER, NewRows, UpcycledManifest
 from pipeline.records.evaluation import BASE, Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE, PLAN_FILE, UPCYCLED, RunFolder

@@ -27,8 +27,9 @@ from pipeline.estimate.plan import find_plan
 from pipeline.method.stage import Stage
 from pipeline.method.stages import stages_of
 from pipeline.method.untrained import dense_parameter_counts
-from pipeline.model.backbone import model_config, model_folder, parameter_counts
+from pipeline.model.backbone import parameter_counts
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.model_folder import model_config, model_folder
 from pipeline.records.checkpoint import NewRows
 from pipeline.records.metrics import StepRow
 from pipeline.records.run_folder import METRICS_FILE, RunFolder

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from common.errors import UserError
-from pipeline.model.backbone import decoder_layers, load_dense, model_config, named_moe_layers
+from pipeline.model.backbone import decoder_layers, load_dense, named_moe_layers
+from pipeline.model.model_folder import model_config
 from pipeline.model.moe.experts import fused_weights
 
 BASE_MLP = ".base_mlp."  # what an MLP's weights are called by in a mixture, beside their dense names

@@ -18,8 +18,9 @@ from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.distributed.process_group import Ranks
 from pipeline.method.dense import extend
 from pipeline.method.upcycle import load_upcycled
-from pipeline.model.backbone import ONE_RANK, load_dense, model_config, parameter_counts
+from pipeline.model.backbone import ONE_RANK, load_dense, parameter_counts
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.model_folder import model_config
 from pipeline.records.checkpoint import UPCYCLED_TAG, UpcycledManifest
 
 

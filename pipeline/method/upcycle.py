@@ -35,10 +35,10 @@ from pipeline.model.backbone import (
     find_mlp,
     install_moe_layers,
     load_dense,
-    model_config,
     named_moe_layers,
 )
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.model_folder import model_config
 from pipeline.model.new_rows import install_new_rows
 from pipeline.records.checkpoint import HF_FOLDER, UPCYCLED_TAG, CheckpointManifest, FileEntry, UpcycledManifest
 

@@ -1,81 +1,24 @@
 """The Hugging Face model: loading it, putting MoE layers into it, freezing all that does not train."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from common.errors import UserError
-from pipeline.config.run import ModelConfig
 from pipeline.distributed.parallel_dims import ParallelDims
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.model_folder import incomplete_model, model_config
 from pipeline.model.moe import MoELayer
 from pipeline.model.new_rows import new_rows
 
 transformers_logging.disable_progress_bar()  # we show our own
 ONE_RANK = ParallelDims(world_size=1, ep_size=1)
 _GATED = ("gate_proj", "up_proj", "down_proj")
-
-
-def model_folder(model: ModelConfig) -> Path:
-    """The model's folder; a hub id is looked up in the local cache, or fetched from the hub.
-
-    Raises:
-        UserError: it is neither a folder with a config.json nor a hub id that can be fetched.
-    """
-    folder = Path(model.path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"model.path: {folder} holds no config.json; name a Hugging Face model's folder")
-        return folder
-    if folder.is_absolute() or model.path.startswith(".") or model.path.count("/") != 1:
-        raise UserError(f"model.path: {model.path} does not exist; name a Hugging Face model's folder or a hub id")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-        return Path(snapshot_download(model.path, revision=model.revision, local_files_only=offline))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UserError(
-            f"model.path: {model.path} is not a folder here, nor can it be fetched ({type(error).__name__}); "
-            "check the name, fetch it where there is a network, or name a folder"
-        ) from error
-
-
-def folder_here(model: ModelConfig) -> Path | None:
-    """The model's folder, or that of a hub's model in the local cache; None where it is not there. No hub is asked."""
-    if Path(model.path).is_dir():
-        return Path(model.path)
-    if model.path.startswith((".", "/")) or model.path.count("/") != 1:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(model.path, "config.json", revision=model.revision)
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def model_config(folder: Path) -> Any:
-    """The model's Hugging Face config.
-
-    Raises:
-        UserError: transformers can't read it.
-    """
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(_one_line(f"model.path: {folder}: transformers can't read its config.json", error)) from error
-
-
-def _one_line(what: str, error: Exception) -> str:
-    """What is wrong, with the first line of its cause, and the fix."""
-    cause = (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{what} ({cause}); name a complete Hugging Face model's folder"
 
 
 def load_dense(folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -88,7 +31,7 @@ def load_dense(folder: Path, dtype: torch.dtype, device: torch.device | str = "c
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise UserError(_one_line(f"model.path: {folder}: can't be loaded", error)) from error
+        raise incomplete_model(f"model.path: {folder}: can't be loaded", error) from error
     for layer in decoder_layers(model):
         find_mlp(layer)
     return move(model, device).eval()

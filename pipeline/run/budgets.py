@@ -4,8 +4,8 @@ from common.errors import UserError
 from common.text_table import aligned
 from pipeline.config.run import RunConfig
 from pipeline.estimate.report import Estimate, estimate_of
-from pipeline.model.backbone import model_config
 from pipeline.model.expert_plan import ExpertPlan
+from pipeline.model.model_folder import model_config
 from pipeline.records.similarity import Similarity
 from pipeline.run.context import RunContext
 from pipeline.run.preparation import known_similarity, plan_experts

@@ -21,8 +21,8 @@ def check_model(context: RunContext) -> None:
     from pipeline.method.allocation import allocate
     from pipeline.method.dense import check_dense
     from pipeline.method.given_similarity import given_similarity
-    from pipeline.model.backbone import model_config
     from pipeline.model.expert_plan import check_layers
+    from pipeline.model.model_folder import model_config
 
     run, config = context.run, model_config(context.dense).get_text_config()
     lengths = {

@@ -60,7 +60,7 @@ class RunContext:
     @cached_property
     def dense(self) -> Path:
         """The dense model's folder."""
-        from pipeline.model.backbone import model_folder
+        from pipeline.model.model_folder import model_folder
 
         return model_folder(self.run.model)
 
@@ -149,7 +149,7 @@ class RunContext:
         """The expert plan, which must be there; where a dense model trains, one without new experts."""
         if self.run.method.is_dense:
             from pipeline.method.allocation import dense_plan
-            from pipeline.model.backbone import model_config
+            from pipeline.model.model_folder import model_config
 
             return dense_plan(self.run, model_config(self.dense).get_text_config().num_hidden_layers)
         self.folder.manifest("allocate")

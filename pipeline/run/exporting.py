@@ -102,7 +102,7 @@ def _graft(context: RunContext, model: "PreTrainedModel", instruct: str) -> str 
     from pipeline.config.run import ModelConfig
     from pipeline.export.graft import chat_template, graft
     from pipeline.method.lora import without_adapters
-    from pipeline.model.backbone import model_folder
+    from pipeline.model.model_folder import model_folder
 
     try:
         folder = model_folder(ModelConfig(path=instruct))

@@ -77,7 +77,7 @@ def write_new_run(path: Path, model: str, old: list[str], new: list[str]) -> Non
 
 
 def _new_run(path: Path, model: str, old: list[str], new: list[str]) -> str:
-    from pipeline.model.backbone import model_config, model_folder
+    from pipeline.model.model_folder import model_config, model_folder
 
     config = model_config(model_folder(ModelConfig(path=model))).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or LONGEST

@@ -178,7 +178,7 @@ def _similarity_hash(context: RunContext) -> str | None:
 
 def allocate_experts(context: RunContext, _ranks: object) -> Result:
     """Similarities and budget to expert_plan.json; similarities that are given become the run's similarity.json."""
-    from pipeline.model.backbone import model_config
+    from pipeline.model.model_folder import model_config
 
     run = context.run
     num_layers = model_config(context.dense).get_text_config().num_hidden_layers

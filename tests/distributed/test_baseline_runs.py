@@ -21,7 +21,8 @@ from pipeline.estimate.report import Estimate
 from pipeline.evaluation.checkpoints import load_scored
 from pipeline.evaluation.generate import Sampling
 from pipeline.method.untrained import dense_parameter_counts
-from pipeline.model.backbone import ONE_RANK, model_config
+from pipeline.model.backbone import ONE_RANK
+from pipeline.model.model_folder import model_config
 from pipeline.records.comparison import Comparison
 from pipeline.records.evaluation import Evaluation
 from pipeline.records.run_folder import EVALUATION_FILE, REPORT_FILE

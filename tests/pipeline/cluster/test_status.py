@@ -1,4 +1,7 @@
-"""What status says of a job that ends while it is asked. Run: pytest tests/pipeline/cluster/test_status.py"""
+"""What status says of a job that ends while it is asked, and of one that was done with other settings.
+
+Run: pytest tests/pipeline/cluster/test_status.py
+"""
 
 from pathlib import Path
 
@@ -33,3 +36,16 @@ def test_a_job_that_ends_after_slurm_was_asked_is_done_not_failed(
     monkeypatch.setattr(slurm, "is_here", lambda: True)
     monkeypatch.setattr(slurm, "job_states", ends_then_is_forgotten)
     assert [row["state"] for row in run_status(context)] == ["done", "to do", "to do", "to do", "to do"]
+
+
+def test_a_job_is_changed_only_from_the_step_on_that_was_done_with_other_inputs(tmp_path: Path) -> None:
+    tree = run_tree(tmp_path)
+    context = RunContext(parse_run(tree, "tiny.yaml"), quiet=True)
+    RunFolder.create(context.run)
+    for name in ("tokenize", "similarity", "allocate", "upcycle"):
+        do_step(context, step_named(name))
+    assert [row["state"] for row in run_status(context)] == ["done", "done", "to do", "to do", "to do"]
+    more = context.run.model_copy(update={"experts": context.run.experts.model_copy(update={"num_new": 9})})
+    rows = run_status(RunContext(more, quiet=True))
+    assert [row["state"] for row in rows] == ["done", "changed", "to do", "to do", "to do"]
+    assert "experts.num_new" in rows[1]["progress"]

@@ -12,7 +12,8 @@ from pipeline.config.method import MethodConfig
 from pipeline.method.dense import extend
 from pipeline.method.llama_pro import new_blocks, sources
 from pipeline.method.untrained import UntrainedDense, dense_parameter_counts
-from pipeline.model.backbone import decoder_layers, load_dense, model_config
+from pipeline.model.backbone import decoder_layers, load_dense
+from pipeline.model.model_folder import model_config
 from tests.helpers.tiny import FAMILIES, save_model
 
 METHODS = {
