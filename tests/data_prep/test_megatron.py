@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from data_prep.config import DataConfig
 from tests.helpers.preparation import documents, prepare
@@ -15,6 +14,8 @@ from tests.helpers.preparation import documents, prepare
 def test_megatron_core_reads_the_same_tokens_from_every_shard_of_a_store(
     two_languages: DataConfig, save_tokenizer: Any, tmp_path: Path, vocab_size: int, dtype: str
 ) -> None:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset  # takes seconds
+
     data = two_languages.model_copy(update={"slice_bytes": 2000})
     store = prepare(data, save_tokenizer(), vocab_size, tmp_path / "cache", seed=17)
     for name in ("en", "el"):
