@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
@@ -140,6 +141,20 @@ def engines_left(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) 
     before = engines()
     train_to_the_end(ranks, tree, number, folder)
     return engines() - before
+
+
+def kept_from_the_collector(ranks: Ranks, tree: dict[str, Any], folder: Path) -> tuple[int, int]:
+    """How many objects the garbage collector does not look at while DeepSpeed builds an engine, and afterwards."""
+    initialize, counts = deepspeed.initialize, []
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        counts.append(gc.get_freeze_count())
+        return initialize(*arguments, **options)
+
+    with patch("deepspeed.initialize", counting):
+        TrainingState.start(stage_inputs(tree, 1, folder, ranks), ranks).close()
+    [meanwhile] = counts
+    return meanwhile, gc.get_freeze_count()
 
 
 def count_experts(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[int]:

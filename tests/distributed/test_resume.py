@@ -10,7 +10,7 @@ from pipeline.checkpoint.store import best, complete_tags, mark_best
 from pipeline.checkpoint.tensors import expert_file, load_tensors, main_file
 from pipeline.records.record import read_rows
 from tests.distributed.conftest import Pools
-from tests.distributed.observed import engines_left, exchanges, kernels_are_deterministic
+from tests.distributed.observed import engines_left, exchanges, kept_from_the_collector, kernels_are_deterministic
 from tests.distributed.stages import train_steps, train_to_the_end, with_parallel
 from tests.helpers.rows import TIMING
 from tests.helpers.tiny import prepared_run, run_tree
@@ -64,6 +64,14 @@ def test_a_stage_that_has_ended_holds_no_memory_of_the_next_one(
     pools: Pools, tree: dict[str, Any], tmp_path: Path
 ) -> None:
     assert pools[2].run(engines_left, tree, 1, tmp_path) == [0, 0]
+
+
+def test_only_while_an_engine_is_built_no_garbage_is_looked_for_among_what_was_imported(
+    pools: Pools, tree: dict[str, Any], tmp_path: Path
+) -> None:
+    for meanwhile, afterwards in pools[2].run(kept_from_the_collector, tree, tmp_path):
+        assert meanwhile > 100_000
+        assert afterwards == 0
 
 
 def test_deterministic_asks_torch_for_such_kernels_and_changes_nothing_on_a_cpu(
