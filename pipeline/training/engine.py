@@ -1,11 +1,9 @@
 """The DeepSpeed engine of a stage: its model, what trains of it, and the optimizer with its schedule."""
 
-import gc
 import io
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from typing import Any
 
 import deepspeed
@@ -32,7 +30,7 @@ def build_engine(inputs: StageInputs, shape: BatchShape) -> Any:
     ds_config = read_ds_config(inputs.run.ds_config_file)
     model = _load_model(inputs, ds_config)
     settings = inputs.stage.settings
-    with redirect_stdout(io.StringIO()), _without_older_garbage():  # it prints memory figures, not through its logger
+    with redirect_stdout(io.StringIO()):  # it prints memory figures, not through its logger
         engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model),
@@ -45,19 +43,6 @@ def build_engine(inputs: StageInputs, shape: BatchShape) -> Any:
     engine.num_experts = [layer.num_experts - 1 for layer in moe_layers(engine.module)]
     engine.checkpoint_engine = AtomicCheckpointEngine(engine._config, engine.module, inputs.dims)
     return engine
-
-
-@contextmanager
-def _without_older_garbage() -> Iterator[None]:
-    """Let what collects garbage look at new objects alone.
-
-    Where DeepSpeed builds an engine, it collects eight times, 0.2 s each if it looks at all that was imported.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _load_model(inputs: StageInputs, ds_config: dict[str, Any]) -> Any:

@@ -143,18 +143,19 @@ def engines_left(ranks: Ranks, tree: dict[str, Any], number: int, folder: Path) 
     return engines() - before
 
 
-def kept_from_the_collector(ranks: Ranks, tree: dict[str, Any], folder: Path) -> tuple[int, int]:
-    """How many objects the garbage collector does not look at while DeepSpeed builds an engine, and afterwards."""
+def kept_from_the_collector(ranks: Ranks, tree: dict[str, Any], folder: Path) -> int:
+    """How many objects the garbage collector does not look at while DeepSpeed builds an engine."""
     initialize, counts = deepspeed.initialize, []
 
     def counting(*arguments: Any, **options: Any) -> Any:
         counts.append(gc.get_freeze_count())
         return initialize(*arguments, **options)
 
+    gc.unfreeze()
     with patch("deepspeed.initialize", counting):
-        TrainingState.start(stage_inputs(tree, 1, folder, ranks), ranks).close()
-    [meanwhile] = counts
-    return meanwhile, gc.get_freeze_count()
+        train_to_the_end(ranks, tree, 1, folder)
+    [count] = counts
+    return count
 
 
 def count_experts(ranks: Ranks, tree: dict[str, Any], folder: Path) -> list[int]:

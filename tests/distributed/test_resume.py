@@ -66,12 +66,10 @@ def test_a_stage_that_has_ended_holds_no_memory_of_the_next_one(
     assert pools[2].run(engines_left, tree, 1, tmp_path) == [0, 0]
 
 
-def test_only_while_an_engine_is_built_no_garbage_is_looked_for_among_what_was_imported(
+def test_no_garbage_is_looked_for_among_imports_while_an_engine_is_built(
     pools: Pools, tree: dict[str, Any], tmp_path: Path
 ) -> None:
-    for meanwhile, afterwards in pools[2].run(kept_from_the_collector, tree, tmp_path):
-        assert meanwhile > 100_000
-        assert afterwards == 0
+    assert min(pools[2].run(kept_from_the_collector, tree, tmp_path)) > 100_000
 
 
 def test_deterministic_asks_torch_for_such_kernels_and_changes_nothing_on_a_cpu(

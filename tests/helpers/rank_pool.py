@@ -1,5 +1,6 @@
 """Real gloo ranks for tests: processes that stay, join one group, and run functions of test modules."""
 
+import gc
 import multiprocessing as mp
 import os
 import traceback
@@ -29,6 +30,7 @@ def _serve(rank: int, world_size: int, port: int, connection: Connection) -> Non
 
     torch.set_num_threads(1)
     ranks = join()
+    gc.freeze()  # as a stage does, also where a test takes single steps
     while True:
         message = connection.recv()
         if message is None:
