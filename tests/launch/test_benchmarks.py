@@ -35,7 +35,7 @@ def test_train_step_has_a_row_for_each_contender_and_part(tmp_path: Path) -> Non
     models, step = (
         found[title] for title in ("forward + backward, x its floor", "a step of stage 1, x the floor with AdamW")
     )
-    assert len(models) == 9 and len(step) == 7
+    assert len(models) == 9 and len(step) == 8
     for row in (*models, *step):
         assert row["ms"] > 0 and row["wall"] > 0 and row["cpu"] > 0
         assert row["name"] in output
@@ -49,8 +49,12 @@ def test_train_step_compares_ep_sizes_under_deepspeeds_launcher(tmp_path: Path) 
     command(*words, "--experts", "5", "--dtypes", "fp32", "--json", str(tmp_path / "figures.json"))
     found = json.loads((tmp_path / "figures.json").read_text())["results"]["fp32"]
     assert set(found["parts"]) == {"1", "2"}
-    sent = {"counts: exchange and plan", "dispatch: begun", "combine: rows sent back", "backward: rows exchanged"}
-    waits = {"dispatch: until all rows are here, sorted", "waiting"}
+    sent = {
+        "counts: exchange and plan", "dispatch: begun", "combine: rows sent back",
+        "backward: gradients begun to be sent",
+    }  # fmt: skip
+    waits = {"dispatch: until all rows are here, sorted", "backward: until all gradients are here", "waiting"}
+    assert sent | waits <= {*PARTS.values(), "waiting"}
     for part in {*PARTS.values(), "waiting"}:
         assert found["parts"]["2"][part] > 0, part
         assert (found["parts"]["1"][part] > 0) == (part not in sent | waits), part
