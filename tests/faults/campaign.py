@@ -23,7 +23,7 @@ from tests.faults.processes import Launch
 from tests.helpers.rows import TIMING
 from tests.helpers.tiny import run_tree, save_model
 
-VICTIMS = ("rank 0", "rank 1", "both ranks", "launch", "deepspeed")
+VICTIMS = ("rank 0", "rank 1", "both ranks", "launch", "pipeline")
 SECONDS_TO_END = (
     75.0  # of all that is left of a launch: DeepSpeed's launcher gives a rank 30 s, a rank its launcher 30 s
 )
@@ -113,7 +113,7 @@ class Campaign:
 
     def targets(self, launch: Launch, victim: str) -> list[psutil.Process]:
         """The victim's processes, if they live."""
-        if victim in ("launch", "deepspeed"):
+        if victim in ("launch", "pipeline"):
             process = launch.launcher(victim)
             return [process] if process else []
         ranks = launch.ranks()

@@ -67,15 +67,13 @@ class Launch:
         return found
 
     def launcher(self, name: str) -> psutil.Process | None:
-        """DeepSpeed's runner (``deepspeed``) or its per-node launcher (``launch``)."""
+        """DeepSpeed's launcher of a node (``launch``), or else the command that was started, if it lives."""
         for process in self.look():
             try:
-                words = process.cmdline()
+                is_launch = "deepspeed.launcher.launch" in process.cmdline()
             except psutil.Error:
                 continue
-            is_launch = "deepspeed.launcher.launch" in words
-            is_runner = any(os.path.basename(word) == "deepspeed" for word in words[:3]) and not is_launch
-            if (name == "launch" and is_launch) or (name == "deepspeed" and is_runner):
+            if is_launch if name == "launch" else process.pid == self.process.pid:
                 return process
         return None
 

@@ -13,4 +13,4 @@ def test_a_run_killed_50_times_is_the_uninterrupted_one_bit_by_bit(tmp_path: Pat
     print(summary)
     assert summary["kills"] >= 50
     assert summary["inside a save"] >= 15
-    assert set(summary["victims"]) == {"rank 0", "rank 1", "both ranks", "launch", "deepspeed"}
+    assert set(summary["victims"]) == {"rank 0", "rank 1", "both ranks", "launch", "pipeline"}

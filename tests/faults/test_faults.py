@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from common.hosts import free_port
 from pipeline.checkpoint.store import complete_tags
 from pipeline.checkpoint.verify import damaged_files
 from pipeline.records.record import read_rows
 from tests.faults.disk import SmallDisk, small_disk
-from tests.faults.processes import Launch, wait_for
+from tests.faults.processes import BIN, Launch, wait_for
 from tests.helpers.tiny import save_model, write_run
 
 STEPS = 400
@@ -30,8 +31,13 @@ def write_long_run(folder: Path, **changes: Any) -> Path:
     return write_run(folder, prepared=True, **settings)
 
 
-def train(path: Path) -> Launch:
-    return Launch(["run", str(path), "--until", "stage1"], path.parent / "log")
+def train(path: Path, by: str = "pipeline") -> Launch:
+    """Stage 1 by ``python -m pipeline run``, or by the ``deepspeed`` command."""
+    log = path.parent / "log"
+    if by != "deepspeed":
+        return Launch(["run", str(path), "--until", "stage1"], log)
+    words = ["--num_gpus", "2", "--master_port", str(free_port()), "launch/train.sh", str(path), "--stage", "1"]
+    return Launch(words, log, program=(str(BIN / "deepspeed"),))
 
 
 def steps_done(path: Path) -> int:
@@ -57,12 +63,12 @@ def test_a_second_launch_on_the_same_run_refuses_and_the_first_goes_on(tmp_path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["launch", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["launch", "pipeline", "deepspeed"])
 def test_ranks_whose_launcher_died_end_within_30_seconds_and_the_lock_is_free(
     launcher: str, tmp_path: Path, launches: list[Launch]
 ) -> None:
     path = write_long_run(tmp_path)
-    launches.append(train(path))
+    launches.append(train(path, by=launcher))
     wait_for(lambda: steps_done(path) >= 2, launches[0])
     victim = launches[0].launcher(launcher)
     assert victim is not None
@@ -76,10 +82,13 @@ def test_ranks_whose_launcher_died_end_within_30_seconds_and_the_lock_is_free(
 
 
 @pytest.mark.slow
-def test_ranks_end_whose_launcher_was_killed_while_they_started(tmp_path: Path, launches: list[Launch]) -> None:
-    launches.append(train(write_long_run(tmp_path)))
+@pytest.mark.parametrize("launcher", ["launch", "pipeline"])
+def test_ranks_end_whose_launcher_was_killed_while_they_started(
+    launcher: str, tmp_path: Path, launches: list[Launch]
+) -> None:
+    launches.append(train(write_long_run(tmp_path), by=launcher))
     wait_for(lambda: len(launches[0].ranks()) == 2, launches[0])  # they import for seconds, and know no launcher yet
-    victim = launches[0].launcher("deepspeed")
+    victim = launches[0].launcher(launcher)
     assert victim is not None
     victim.kill()
     assert launches[0].wait_until_gone(60) < 60
