@@ -73,7 +73,8 @@ class Launch:
                 is_launch = "deepspeed.launcher.launch" in process.cmdline()
             except psutil.Error:
                 continue
-            if is_launch if name == "launch" else process.pid == self.process.pid:
+            is_command = process.pid == self.process.pid
+            if (name == "launch" and is_launch) or (name != "launch" and is_command):
                 return process
         return None
 
